@@ -1,0 +1,250 @@
+"""The generated world: batches of images and of what there is to know about them.
+
+An image is a textured, shaded or plain ground, sometimes other things in the distance, and mostly one large
+foreground shape, sometimes repeated, lit from one side and casting a shadow. The batch at (seed, step, rank) is a
+pure function of those three numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .bank import DESCRIPTORS, KINDS, Bank
+from .draw import Draw, blur, hsv_to_rgb, sample
+from .textures import FAMILIES
+
+PALETTES = 64
+MAX_LOBES = 21
+STYLES = 3
+"""Plain or softly shaded; shaded along the relief or out of focus; fully textured."""
+ELONGATIONS = 4
+INSTANCES = 3
+ABSENT = -1
+"""A label that no loss looks at."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: Tensor
+    """(n, 3, size, size) RGB, nominally in [0, 1], with camera noise."""
+    clean: Tensor
+    """The same before blur and noise: what dense targets are computed from."""
+    coverage: Tensor
+    """(n, 2, size, size): foreground, and its second material."""
+    labels: dict[str, Tensor]
+    """name -> (n,) class index or ABSENT; see World.classes."""
+    descriptor: Tensor
+    """(n, DESCRIPTORS) pose-free shape descriptor, zero where there is no foreground."""
+
+
+class World:
+    """Composes batches from a bank, on `device`, reproducibly from `seed`."""
+
+    def __init__(self, bank: Bank, seed: int, device: torch.device) -> None:
+        self.seed, self.device = seed, device
+        masks = torch.from_numpy(bank.masks).to(device)
+        shapes, variants, _, size, _ = masks.shape
+        # A half-size copy: at 64 px the full one would alias.
+        half = F.avg_pool2d(masks.flatten(0, 1).float(), 2).round().byte()
+        self.masks = {1: masks, 2: half.view(shapes, variants, 3, size // 2, size // 2)}
+        self.textures = torch.from_numpy(bank.textures).to(device)
+        self.kind = torch.from_numpy(bank.kind).to(device).long()
+        self.lobes = torch.from_numpy(bank.lobes).to(device).long()
+        self.hollow = torch.from_numpy(bank.hollow).to(device).long()
+        self.family = torch.from_numpy(bank.family).to(device).long()
+        self.descriptors = torch.from_numpy(bank.descriptors).to(device)
+        elongation = self.descriptors[..., -2].flatten()
+        self.bins = torch.quantile(elongation, torch.tensor([0.25, 0.5, 0.75], device=device))
+        self.palettes = _palettes(Draw(seed, 7, device=device))
+
+    @property
+    def classes(self) -> dict[str, int]:
+        """Name of each label -> number of classes."""
+        shapes, textures = len(self.kind), len(self.textures)
+        palettes = {f"{layer}_palette": PALETTES for layer in ("fore", "part", "back")}
+        return {
+            "shape": shapes, "kind": len(KINDS) + 1, "lobes": MAX_LOBES, "hollow": 2,
+            "elongation": ELONGATIONS, "instances": INSTANCES + 1,
+            "fore_style": STYLES, "back_style": STYLES,
+            "fore_texture": textures, "back_texture": textures,
+            "fore_family": len(FAMILIES), "back_family": len(FAMILIES), **palettes,
+        }
+
+    def batch(self, step: int, rank: int, count: int, size: int) -> Batch:
+        """`count` images of `size` pixels."""
+        draw = Draw(self.seed, step, rank, device=self.device)
+        shape = draw.integers(len(self.kind), count)
+        variant = draw.integers(self.descriptors.shape[1], count)
+        present = ~draw.chance(0.15, count)
+        tiles = draw.integers(len(self.textures), 2, count)
+        palette = draw.integers(PALETTES, 3, count)
+        style = torch.stack([
+            torch.bucketize(draw.uniform(0, 1, count), torch.tensor(edges, device=self.device))
+            for edges in ((0.35, 0.6), (0.3, 0.45))
+        ])
+        instances = draw.integers(INSTANCES, count) * draw.chance(0.4, count) + 1
+
+        textured = self._textures(draw, tiles, size)
+        layers = self._foreground(draw, shape, variant, instances, size)
+        layers = layers * present.view(-1, 1, 1, 1)
+        coverage, relief, part = layers[:, :1], layers[:, 1:2], layers[:, 2:] * layers[:, :1]
+
+        back = self._ground(draw, textured[1], style[1], palette[2], size)
+        back = self._distance(draw, back, size)
+        back = back * (1 - draw.uniform(0, 0.5, count, 1, 1, 1) * _shifted(blur(coverage, 5), draw))
+        fore = self._material(draw, textured[0], relief, style[0], palette[0])
+        mixed = 0.25 * textured[0] + 0.75 * relief
+        fore = torch.lerp(fore, self._paint(draw, mixed, palette[1]), part)
+        fore = fore * (1 + _emboss(coverage * (0.4 + relief), draw))
+        image = _illuminate(torch.lerp(back, fore, coverage), draw)
+        clean = _develop(image, draw)
+
+        labels = {
+            "shape": shape, "kind": self.kind[shape], "hollow": self.hollow[shape],
+            "lobes": torch.where(self.lobes[shape] > 0, self.lobes[shape], ABSENT),
+            "elongation": torch.bucketize(self.descriptors[shape, variant, -2], self.bins),
+            "fore_style": style[0], "fore_palette": palette[0],
+            "fore_texture": torch.where(style[0] == 2, tiles[0], ABSENT),
+            "fore_family": torch.where(style[0] == 2, self.family[tiles[0]], ABSENT),
+            "part_palette": torch.where(part.mean((1, 2, 3)) > 0.03, palette[1], ABSENT),
+        }
+        labels = {k: torch.where(present, v, ABSENT) for k, v in labels.items()}
+        labels["kind"] = torch.where(present, labels["kind"], len(KINDS))
+        labels["instances"] = instances * present
+        labels["back_style"], labels["back_palette"] = style[1], palette[2]
+        labels["back_texture"] = torch.where(style[1] > 0, tiles[1], ABSENT)
+        labels["back_family"] = torch.where(style[1] > 0, self.family[tiles[1]], ABSENT)
+        descriptor = self.descriptors[shape, variant] * present[:, None]
+        return Batch(_photograph(clean, draw), clean, torch.cat([coverage, part], 1), labels, descriptor)
+
+    def _textures(self, draw: Draw, tiles: Tensor, size: int) -> Tensor:
+        """Grey fields (2, n, 1, size, size) in [0, 1] of the two textures of each image."""
+        flat = tiles.flatten()
+        chosen = self.textures[flat, draw.integers(self.textures.shape[1], len(flat))]
+        views = draw.views(len(flat), (1.2, 2.4), 0.35, 0.3, 0.15)
+        seen = sample(chosen[:, None].float() / 255, views, size, "reflection")
+        return seen.view(2, -1, 1, size, size)
+
+    def _shapes(
+        self, draw: Draw, shape: Tensor, variant: Tensor, zoom: tuple[float, float], shift: float, size: int
+    ) -> Tensor:
+        """(n, 3, size, size): coverage, relief, part of shapes in random poses."""
+        masks = self.masks[2 if size <= 64 else 1]
+        views = draw.views(len(shape), zoom, math.pi, shift, 0.3)
+        return sample(masks[shape, variant].float() / 255, views, size, "zeros")
+
+    def _foreground(
+        self, draw: Draw, shape: Tensor, variant: Tensor, instances: Tensor, size: int
+    ) -> Tensor:
+        """One to three instances of a shape, the first one large and in front."""
+        layers = self._shapes(draw, shape, variant, (0.7, 1.4), 0.3, size)
+        for number in range(2, INSTANCES + 1):
+            repeated = (instances >= number).nonzero().flatten()
+            another = self._shapes(draw, shape[repeated], variant[repeated], (0.4, 0.9), 0.9, size)
+            front = layers[repeated]
+            layers[repeated] = front + (1 - front[:, :1]) * another
+        return layers
+
+    def _distance(self, draw: Draw, back: Tensor, size: int) -> Tensor:
+        """Other, plainer shapes behind the foreground in a third of the images, half of them out of focus."""
+        chosen = draw.chance(0.35, len(back)).nonzero().flatten()
+        n = len(chosen)
+        other, variant = draw.integers(len(self.kind), n), draw.integers(self.descriptors.shape[1], n)
+        layers = self._shapes(draw, other, variant, (0.4, 1.2), 0.9, size)
+        colour = self._paint(draw, layers[:, 1:2], draw.integers(PALETTES, n))
+        far = torch.lerp(back[chosen], colour, layers[:, :1])
+        soft = draw.chance(0.5, n).view(-1, 1, 1, 1)
+        back = back.clone()
+        back[chosen] = torch.where(soft, blur(far, 5), far)
+        return back
+
+    def _ground(
+        self, draw: Draw, texture: Tensor, style: Tensor, palette: Tensor, size: int
+    ) -> Tensor:
+        """The background: a smooth gradient, the texture out of focus, or the texture itself."""
+        smooth = sample(draw.uniform(0, 1, len(style), 1, 3, 3), _whole(len(style), self.device), size, "border")
+        style = style.view(-1, 1, 1, 1)
+        width = 7 if size <= 64 else 11
+        field = torch.where(style == 0, smooth, torch.where(style == 1, blur(texture, width), texture))
+        return self._paint(draw, field, palette)
+
+    def _material(
+        self, draw: Draw, texture: Tensor, relief: Tensor, style: Tensor, palette: Tensor
+    ) -> Tensor:
+        """The foreground's surface: nearly plain, shaded along the relief, or textured."""
+        style = style.view(-1, 1, 1, 1)
+        share = draw.uniform(0, 0.6, len(style), 1, 1, 1)
+        level = draw.uniform(0.1, 0.9, len(style), 1, 1, 1)
+        shaded = torch.where(style == 0, level + 0.15 * (relief - 0.5), relief)
+        field = torch.where(style == 2, texture + share * (relief - texture), shaded)
+        return self._paint(draw, field, palette)
+
+    def _paint(self, draw: Draw, field: Tensor, palette: Tensor) -> Tensor:
+        """A grey field (n, 1, h, w) coloured along the three nodes of a palette, in either direction."""
+        n = len(palette)
+        nodes = self.palettes[palette] + 0.05 * draw.normal(n, 1, 3) + 0.04 * draw.normal(n, 3, 3)
+        nodes = torch.where(draw.chance(0.5, n, 1, 1), nodes, nodes.flip(1))[..., None, None]
+        low, high = (1 - 2 * field).clamp(0, 1), (2 * field - 1).clamp(0, 1)
+        return low * nodes[:, 0] + (1 - low - high) * nodes[:, 1] + high * nodes[:, 2]
+
+
+def _palettes(draw: Draw) -> Tensor:
+    """(PALETTES, 3 nodes, RGB): a base hue with related hues, dark to light; from muted to vivid."""
+    hue, vivid = draw.uniform(0, 1, PALETTES, 1), draw.uniform(0, 1, PALETTES, 1)
+    value, contrast = draw.uniform(0.25, 0.95, PALETTES, 1), draw.uniform(0.2, 0.8, PALETTES, 1)
+    hues = hue + draw.normal(PALETTES, 3) * draw.uniform(0, 0.2, PALETTES, 1)
+    saturation = (vivid + 0.2 * draw.normal(PALETTES, 3)).clamp(0, 1)
+    steps = torch.tensor([-0.5, 0.0, 0.5], device=draw.device)
+    return hsv_to_rgb(hues % 1, saturation, (value + contrast * steps).clamp(0.02, 1))
+
+
+def _whole(n: int, device: torch.device) -> Tensor:
+    """Views (n, 2, 3) that change nothing."""
+    return torch.eye(2, 3, device=device).expand(n, 2, 3)
+
+
+def _shifted(fields: Tensor, draw: Draw) -> Tensor:
+    """All fields moved by one common small random offset: where a shadow falls."""
+    size = fields.shape[-1]
+    offset = draw.integers(size // 8 + 1, 2) - size // 16
+    return fields.roll(offset.tolist(), (2, 3))
+
+
+def _emboss(height: Tensor, draw: Draw) -> Tensor:
+    """Shading in [-0.5, 0.5] of a height field by one distant light per image."""
+    width = height.shape[-1] // 32 * 2 + 1
+    soft = blur(height, width)
+    light = draw.normal(len(height), 2, 1, 1)
+    down, right = soft - soft.roll(width // 2, 2), soft - soft.roll(width // 2, 3)
+    return (1.2 * (light[:, :1] * down + light[:, 1:] * right)).clamp(-0.5, 0.5)
+
+
+def _illuminate(images: Tensor, draw: Draw) -> Tensor:
+    """A linear change of brightness across the frame."""
+    ramp = torch.linspace(-1, 1, images.shape[-1], device=images.device)
+    slope = 0.12 * draw.normal(len(images), 2, 1, 1)
+    return images * (1 + slope[:, :1] * ramp + slope[:, 1:] * ramp[:, None])
+
+
+def _develop(images: Tensor, draw: Draw) -> Tensor:
+    """Exposure, contrast, saturation and white balance of each image, by up to a fifth or so."""
+    n = len(images)
+    balance = 1 + 0.18 * draw.normal(n, 1, 1, 1) + 0.05 * draw.normal(n, 3, 1, 1)
+    images = images * balance
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * (0.18 * draw.normal(n, 1, 1, 1)).exp()
+    grey = images.mean(1, keepdim=True)
+    return (grey + (images - grey) * (0.2 * draw.normal(n, 1, 1, 1)).exp()).clamp(0, 1)
+
+
+def _photograph(images: Tensor, draw: Draw) -> Tensor:
+    """Slight defocus in a third of the images, sensor noise in all."""
+    soft = draw.chance(0.35, len(images)).nonzero().flatten()
+    images = images.clone()
+    images[soft] = blur(images[soft], 3)
+    return images + draw.normal(*images.shape) * draw.uniform(0, 0.04, len(images), 1, 1, 1)
