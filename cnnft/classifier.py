@@ -1,0 +1,263 @@
+"""`Classifier`: what predict, evaluate and export take, from a run or from an exported file."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cnnft import __version__
+from cnnft.backbones import Identity, backbone_hash, build, load_weights
+from cnnft.config import TestTimeViews
+from cnnft.data import default_workers, view_batches
+from cnnft.errors import CnnftError, UsageError
+from cnnft.inference import choose_device, infer
+from cnnft.transforms import EvaluationViews, InputSpec
+
+FORMAT = 1
+"""Of the description below; raised when an older cnnft could not read it."""
+
+
+_HOLDS_ALL = "{} holds all its weights: --weights goes with a head file only"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the classifier says about one file: classes in falling probability, or an error."""
+
+    file: Path
+    top: tuple[tuple[str, float], ...]
+    """(class name, probability); empty where the file cannot be read."""
+    error: str | None = None
+
+    @property
+    def label(self) -> str | None:
+        return self.top[0][0] if self.top else None
+
+
+@dataclass
+class Classifier:
+    """A network and all that its logits mean: class names, preprocessing, origin."""
+
+    network: nn.Module
+    classes: tuple[str, ...]
+    """In the order of the logits."""
+    input_spec: InputSpec
+    identity: Identity
+    head: frozenset[str]
+    """Names of the head's tensors in the network's state dict."""
+    weights_source: str | None
+    """Where the pretrained weights came from; None: there were none."""
+    pretrained_hash: str
+    """`backbone_hash` before training."""
+
+    def predict(
+        self,
+        images: Sequence[str | Path],
+        *,
+        tta: TestTimeViews = "none",
+        top: int | None = None,
+        batch_size: int = 32,
+        workers: int | None = None,
+    ) -> list[Prediction]:
+        """One prediction per file, in order. `top`: how many classes each holds (None: all)."""
+        return list(self.stream(images, tta=tta, top=top, batch_size=batch_size, workers=workers))
+
+    def stream(
+        self,
+        images: Sequence[str | Path],
+        *,
+        tta: TestTimeViews = "none",
+        top: int | None = None,
+        batch_size: int = 32,
+        workers: int | None = None,
+    ) -> Iterator[Prediction]:
+        """`predict`, yielding as batches are done."""
+        paths = [Path(image) for image in images]
+        top = min(top or len(self.classes), len(self.classes))
+        workers = default_workers() if workers is None else workers
+        workers = workers if len(paths) > batch_size else 0  # one batch: a worker only adds time
+        batches = view_batches(paths, EvaluationViews(self.input_spec, tta), batch_size, workers)
+        for batch, log_probs in infer(self.network, batches):
+            rows = dict(zip(batch.indices, log_probs, strict=True))
+            for index in sorted([*batch.indices, *batch.unreadable]):
+                if index in rows:
+                    yield Prediction(paths[index], self._top(rows[index], top))
+                else:
+                    yield Prediction(paths[index], (), batch.unreadable[index])
+
+    def _top(self, log_probs: Tensor, top: int) -> tuple[tuple[str, float], ...]:
+        values, labels = log_probs.exp().topk(top)
+        return tuple(
+            (self.classes[label], value)
+            for label, value in zip(labels.tolist(), values.tolist(), strict=True)
+        )
+
+    def logits(self, image: Image.Image) -> Tensor:
+        """(C,) for one RGB image, preprocessed as in evaluation."""
+        self.network.eval()
+        device = next(self.network.parameters()).device
+        with torch.inference_mode():
+            result: Tensor = self.network(EvaluationViews(self.input_spec)(image).to(device))[0]
+        return result
+
+    def describe(self) -> dict[str, Any]:
+        """All but the tensors, as JSON values; timm reads what is outside "cnnft" too."""
+        identity = self.identity.to_dict()
+        config: dict[str, Any] = {
+            "architecture": identity.pop("architecture"),
+            "num_classes": len(self.classes),
+            "model_args": identity.pop("model_args"),
+            "pretrained_cfg": identity.pop("pretrained_cfg") | self._timm_config(),
+        }
+        config["cnnft"] = {
+            "format": FORMAT,
+            "version": __version__,
+            "classes": list(self.classes),
+            "input_spec": asdict(self.input_spec),
+            "head": sorted(self.head),
+            "backbone": {
+                **identity,
+                "weights_source": self.weights_source,
+                "sha256": self.pretrained_hash,
+            },
+        }
+        return config
+
+    def _timm_config(self) -> dict[str, Any]:
+        spec = self.input_spec
+        return {
+            "num_classes": len(self.classes),
+            "label_names": list(self.classes),
+            "input_size": [3, spec.size, spec.size],
+            "interpolation": spec.interpolation,
+            "crop_pct": spec.crop_fraction,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+        }
+
+
+def from_description(config: dict[str, Any], source: Path) -> Classifier:
+    """The classifier that `Classifier.describe` described, with random weights.
+
+    Raises:
+        CnnftError: not such a description, or one from a newer cnnft.
+    """
+    try:
+        own = config["cnnft"]
+        if own["format"] > FORMAT:
+            raise CnnftError(f"{source} was written by cnnft {own['version']}: update cnnft")
+        backbone = dict(own["backbone"])
+        weights_source, pretrained_hash = backbone.pop("weights_source"), backbone.pop("sha256")
+        identity = Identity(
+            architecture=config["architecture"],
+            model_args=config["model_args"],
+            pretrained_cfg=config["pretrained_cfg"],
+            **backbone,
+        )
+        values = own["input_spec"]
+        statistics = {name: tuple(values[name]) for name in ("mean", "std")}
+        spec = InputSpec(**values | statistics)
+        classes = tuple(own["classes"])
+        head = frozenset(own["head"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CnnftError(f"{source} does not describe a cnnft classifier ({error!r})") from error
+    try:
+        network = build(identity, len(classes))
+    except Exception as error:  # whatever the library says of arguments that it does not know
+        raise CnnftError(f"{source}: {identity.architecture} cannot be built ({error})") from error
+    return Classifier(network, classes, spec, identity, head, weights_source, pretrained_hash)
+
+
+def load(
+    model: str | Path, *, weights: str | Path | None = None, device: str = "auto"
+) -> Classifier:
+    """Open a run directory, or a file made by `export`, as a classifier ready to predict.
+
+    Args:
+        weights: for a head file, where to take its backbone's weights from (default: where they
+            came from in training).
+
+    Raises:
+        UsageError: nothing is there.
+        CnnftError: it cannot be read, or the backbone is not the one that the head was trained on.
+    """
+    path = Path(model)
+    if not path.exists():
+        raise UsageError(f"{path}: no such run or exported file")
+    place = choose_device(device)
+    classifier = _load_run(path, weights) if path.is_dir() else _load_file(path, weights)
+    classifier.network.to(place)
+    classifier.network.eval()
+    return classifier
+
+
+def _load_run(folder: Path, weights: str | Path | None) -> Classifier:
+    if weights is not None:
+        raise UsageError(_HOLDS_ALL.format(folder))
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise CnnftError(f"{folder} is not a finished run: it has no {file.name}")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CnnftError(f"{config_file} is damaged ({error})") from error
+    classifier = from_description(config, config_file)
+    _, state = read_tensors(weights_file)
+    _fill(classifier.network, state, weights_file)
+    return classifier
+
+
+def _load_file(path: Path, weights: str | Path | None) -> Classifier:
+    metadata, state = read_tensors(path)
+    try:
+        config = json.loads(metadata["cnnft"])
+    except (KeyError, ValueError) as error:
+        raise CnnftError(
+            f"{path} is not a file that cnnft exported: give a run directory, or a file made by "
+            "cnnft export"
+        ) from error
+    classifier = from_description(config, path)
+    if state.keys() <= classifier.head:
+        source = weights if weights is not None else _file_of(classifier)
+        load_weights(classifier.network, classifier.head, classifier.identity, source)
+        if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
+            raise CnnftError(
+                f"{path} was trained on {classifier.weights_source}, and these weights of "
+                f"{classifier.identity.architecture} differ: give the same with --weights FILE"
+            )
+        state = {**classifier.network.state_dict(), **state}
+    elif weights is not None:
+        raise UsageError(_HOLDS_ALL.format(path))
+    _fill(classifier.network, state, path)
+    return classifier
+
+
+def _file_of(classifier: Classifier) -> str | None:
+    """The local file that the pretrained weights came from, if it was one."""
+    source = classifier.weights_source
+    return None if source in (None, classifier.identity.name) else source
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors) of a safetensors file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CnnftError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def _fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        raise CnnftError(f"{source} does not fit the network it names: {reason}") from error

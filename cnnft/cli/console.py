@@ -1,0 +1,65 @@
+"""The one mouth: results to standard output, everything else to standard error."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+quiet = False
+"""Set by --quiet: nothing but results, warnings and errors."""
+
+_out = Console(
+    highlight=False,
+    markup=False,
+    emoji=False,
+    soft_wrap=True,
+    width=None if sys.stdout.isatty() else 1000,  # a pipe does not fold lines
+)
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def say(text: RenderableType = "", style: str | None = None) -> None:
+    if not quiet:
+        _err.print(text, style=style)
+
+
+def warn(text: str) -> None:
+    _err.print(f"warning: {text}", style="yellow")
+
+
+def error(text: str) -> None:
+    _err.print(f"error: {text}", style="bold red")
+
+
+def result(what: RenderableType) -> None:
+    _out.print(what, soft_wrap=isinstance(what, str))
+
+
+def result_json(value: object) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def result_text(text: str) -> None:
+    """Exactly `text`."""
+    print(text, end="")
+
+
+@contextmanager
+def progress(*columns: str, **fields: Any) -> Iterator[Progress]:
+    """A bar on standard error; invisible where that is no terminal, or with --quiet."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(column) for column in columns),
+        TimeRemainingColumn(),
+        console=_err,
+        transient=True,
+        disable=quiet or not _err.is_terminal or "CI" in os.environ,
+    ) as bar:
+        yield bar

@@ -1,0 +1,124 @@
+"""cnnft evaluate DATA -m RUN: how good the classifier is on images that it has not seen."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cnnft.cli import console, options
+from cnnft.config import Split
+
+if TYPE_CHECKING:
+    from cnnft.evaluation import Evaluation
+
+_MOST_COLUMNS = 20  # of a confusion matrix on a terminal; --json has all
+
+
+def command(
+    data: Annotated[str, typer.Argument(help="Image folder, as for finetune.")],
+    model: options.Model,
+    split: Annotated[Split, typer.Option(help="Which part of the folder.")] = "val",
+    tta: options.Tta = "none",
+    weights: options.Weights = None,
+    batch_size: options.BatchSize = 32,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Evaluate a model on labelled images; those that it was trained on are left out."""
+    from cnnft.classifier import load
+    from cnnft.evaluation import evaluate_folder
+    from cnnft.run import Run
+
+    classifier = load(model, weights=weights, device=device)
+    run = Run.open(model) if Path(model).is_dir() else None
+    if run is None:
+        console.warn(f"{model} does not say what it was trained on: no image is left out")
+    with console.progress() as bar:
+        task = bar.add_task("checking the images", total=None)
+        evaluation = evaluate_folder(
+            classifier,
+            data,
+            split,
+            trained_on=run.hashes("train") if run else (),
+            selected_on=run.hashes("val") if run else (),
+            tta=tta,
+            batch_size=batch_size,
+            workers=workers,
+            on_file=lambda total: bar.update(task, total=total, advance=1),
+        )
+    for file in evaluation.skipped:
+        console.warn(f"skipped {file.path}: {file.reason}")
+    if json:
+        console.result_json(_json(evaluation))
+    else:
+        _show(evaluation)
+
+
+def _show(evaluation: "Evaluation") -> None:
+    overall = evaluation.overall
+    low, high = overall.interval
+    lines = [
+        f"top-1 accuracy  {overall.accuracy:.1%}  (95% interval {low:.1%} to {high:.1%}, "
+        f"n = {overall.n}; always the commonest class: {evaluation.chance:.1%})"
+    ]
+    if evaluation.top5 is not None:
+        lines.append(f"top-5 accuracy  {evaluation.top5:.1%}")
+    lines.append(f"mean loss       {overall.loss:.4f}")
+    if evaluation.left_out:
+        lines.append(f"left out        {evaluation.left_out} images that the model was trained on")
+    if evaluation.selected_on:
+        lines.append(
+            f"selected on val {evaluation.selected_on} of these images chose the model's best "
+            "epoch, so the accuracy is optimistic"
+        )
+    console.result("\n".join(lines) + "\n")
+    console.result(_class_table(evaluation))
+    if len(evaluation.classes) <= _MOST_COLUMNS:
+        console.result("\nconfusion matrix (rows: true class, columns: predicted)")
+        console.result(_confusion_table(evaluation))
+
+
+def _class_table(evaluation: "Evaluation") -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    for column in ("n", "precision", "recall", "F1"):
+        table.add_column(column, justify="right")
+    for row in evaluation.classes:
+        values = ("-" if v is None else f"{v:.1%}" for v in (row.precision, row.recall, row.f1))
+        table.add_row(row.name, str(row.n), *values)
+    return table
+
+
+def _confusion_table(evaluation: "Evaluation") -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for row in evaluation.classes:
+        table.add_column(row.name, justify="right")
+    for row, counts in zip(evaluation.classes, evaluation.confusion, strict=True):
+        table.add_row(row.name, *map(str, counts))
+    return table
+
+
+def _json(evaluation: "Evaluation") -> dict[str, Any]:
+    overall = evaluation.overall
+    return {
+        "n": overall.n,
+        "correct": overall.correct,
+        "accuracy": overall.accuracy,
+        "interval95": overall.interval,
+        "chance": evaluation.chance,
+        "top5": evaluation.top5,
+        "loss": overall.loss,
+        "left_out": evaluation.left_out,
+        "selected_on_val": evaluation.selected_on,
+        "classes": [dataclasses.asdict(row) for row in evaluation.classes],
+        "confusion": evaluation.confusion,
+        "skipped": [{"file": str(f.path), "reason": f.reason} for f in evaluation.skipped],
+    }

@@ -1,0 +1,37 @@
+"""cnnft export RUN --format head|safetensors|onnx: a trained run as one file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cnnft.cli import console, options
+from cnnft.config import ExportFormat
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="A run directory.")],
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="The head alone (feature-extractor runs), all weights, or ONNX.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", show_default="into the run", help="The file to write."),
+    ] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Export a trained run as one file."""
+    from cnnft.exporting import export_run
+    from cnnft.run import Run
+
+    path = export_run(Run.open(run), format, output)
+    size = path.stat().st_size
+    if json:
+        console.result_json({"file": str(path), "format": format, "bytes": size})
+        return
+    console.say(f"wrote {format}, {size / 1e6:.2f} MB")
+    console.result(str(path))

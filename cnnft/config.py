@@ -1,0 +1,120 @@
+"""What a training run is asked to do: one frozen, validated record. Standard library only."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin
+
+from cnnft.errors import UsageError
+
+# The closed choices of the command line and of Python, with the names that users type.
+Mode = Literal["finetune", "feature-extractor"]
+Schedule = Literal["cosine", "step"]
+TestTimeViews = Literal["none", "hflip", "five-crop", "ten-crop"]
+Split = Literal["val", "test", "all"]
+ExportFormat = Literal["head", "safetensors", "onnx"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every choice that `finetune` takes; a value out of range raises `UsageError` on construction.
+
+    `force` is an order for one occasion, so it is not part of what a run saves.
+    """
+
+    data: str | Path
+    backbone: str = "resnet18"
+    weights: str | Path | None = None  # a file with the backbone's weights
+    pretrained: bool = True
+    mode: Mode = "finetune"
+    epochs: int = 25  # as PyTorch's transfer-learning tutorial
+    batch_size: int = 32
+    lr: float | None = None  # of the pretrained layers; None: the 1/10 rule
+    head_lr: float | None = None  # of the new head; None: the rate of training from scratch
+    momentum: float = 0.9
+    schedule: Schedule = "cosine"
+    step_epochs: int = 7  # schedule "step": every 7 epochs ...
+    step_gamma: float = 0.1  # ... the rate falls to a tenth, as in the tutorial
+    val_fraction: float = 0.2
+    split_seed: int = 0
+    seed: int = 0
+    workers: int | None = None  # None: half of the processors, at most 8
+    device: str = "auto"
+    strict: bool = False
+    runs_dir: str | Path = "runs"
+    name: str | None = None  # None: <data folder>-<backbone>
+    force: bool = field(default=False, metadata={"saved": False})
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _check_type(f.name, getattr(self, f.name), f.type)
+        _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.step_epochs >= 1, "step_epochs", self.step_epochs, "at least 1")
+        _require(0 < self.step_gamma <= 1, "step_gamma", self.step_gamma, "above 0, at most 1")
+        _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0, below 1")
+        _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2^63")
+        _require(self.workers is None or self.workers >= 0, "workers", self.workers, "at least 0")
+        for rate in ("lr", "head_lr"):
+            value = getattr(self, rate)
+            _require(value is None or 0 < value < float("inf"), rate, value, "above 0 and finite")
+        if self.lr is not None and self.mode == "feature-extractor":
+            raise UsageError(
+                "--lr sets the rate of the pretrained layers, which feature-extractor mode "
+                "freezes: use --head-lr"
+            )
+        if self.weights is not None and not self.pretrained:
+            raise UsageError("--weights and --no-pretrained contradict each other: leave one out")
+        if self.weights is not None and self.backbone == "builtin":
+            raise UsageError("--weights goes with a named backbone; builtin brings its own weights")
+        if self.name is not None and (
+            self.name in {"", ".", ".."} or Path(self.name).name != self.name
+        ):
+            raise UsageError(f"--name {self.name!r} must be a plain folder name (see --runs-dir)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a run saves: plain values only, absent where None; `Config(**...)` reads it back."""
+        values = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.metadata.get("saved", True)
+        }
+        return {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in values.items()
+            if value is not None
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str) -> Self:
+        """`source` is named where a key is unknown or absent."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise UsageError(f"{source}: unknown setting {unknown[0]!r}")
+        if "data" not in values:
+            raise UsageError(f"{source}: no data folder is given")
+        return cls(**values)
+
+
+def _require(holds: bool, name: str, value: object, bounds: str) -> None:
+    if not holds:
+        raise UsageError(f"{_flag(name)} {value} is out of range: it must be {bounds}")
+
+
+def _check_type(name: str, value: object, annotation: Any) -> None:
+    """A config file may hold anything: check against the field's annotation."""
+    if get_origin(annotation) is Literal:
+        if value not in get_args(annotation):
+            choices = ", ".join(get_args(annotation))
+            raise UsageError(f"{_flag(name)} {value!r} is unknown: choose one of {choices}")
+        return
+    allowed = get_args(annotation) or (annotation,)
+    if float in allowed:
+        allowed += (int,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise UsageError(f"{_flag(name)} {value!r} is not of the right type")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

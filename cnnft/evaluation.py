@@ -1,0 +1,102 @@
+"""A classifier and a folder -> how good it is on images that it was not trained on."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cnnft import data
+from cnnft.classifier import Classifier
+from cnnft.config import Split, TestTimeViews
+from cnnft.data import Samples, Skipped
+from cnnft.errors import CnnftError, UsageError
+from cnnft.inference import infer_all
+from cnnft.metrics import ClassScore, Score, class_scores, confusion_matrix, score, top_k_accuracy
+from cnnft.transforms import EvaluationViews
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one classifier on one set of images."""
+
+    overall: Score
+    top5: float | None
+    """None for five classes or fewer."""
+    classes: tuple[ClassScore, ...]
+    confusion: list[list[int]]
+    """Rows are true classes, columns predicted ones."""
+    left_out: int
+    """Images that the classifier was trained on."""
+    selected_on: int
+    """Of the evaluated images, those on which training chose its best epoch."""
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always answering the commonest class."""
+        return max(row.n for row in self.classes) / self.overall.n
+
+
+def evaluate_folder(
+    classifier: Classifier,
+    folder: str | Path,
+    split: Split = "val",
+    *,
+    trained_on: Iterable[str] = (),
+    selected_on: Iterable[str] = (),
+    tta: TestTimeViews = "none",
+    batch_size: int = 32,
+    workers: int | None = None,
+    on_file: Callable[[int], object] = lambda total: None,
+) -> Evaluation:
+    """Evaluate on a split of `folder`; where it has none, on all of it.
+
+    Images whose hash is in `trained_on` are left out; `selected_on` are only counted.
+
+    Raises:
+        UsageError: the folder or the split is missing.
+        CnnftError: classes that the classifier does not know, or no image remains.
+    """
+    samples = _find(data.require_folder(folder), split, classifier.classes)
+    total = len(samples)
+    samples, skipped = data.check(samples, on_file=lambda: on_file(total))
+    kept = data.without(samples, trained_on)
+    if not len(kept):
+        if len(samples):
+            raise CnnftError(
+                f"all {len(samples)} images of {folder} ({split}) were trained on: "
+                "evaluate on images that the model has not seen"
+            )
+        raise CnnftError(f"{folder} ({split}) holds no readable image")
+    batches = data.view_batches(
+        kept.paths,
+        EvaluationViews(classifier.input_spec, tta),
+        batch_size,
+        data.default_workers() if workers is None else workers,
+    )
+    log_probs = infer_all(classifier.network, batches, kept.paths)
+    labels = torch.tensor(kept.labels)
+    chosen_on = set(selected_on)
+    return Evaluation(
+        overall=score(log_probs, labels),
+        top5=top_k_accuracy(log_probs, labels, 5) if len(classifier.classes) > 5 else None,
+        classes=class_scores(log_probs, labels, classifier.classes),
+        confusion=confusion_matrix(log_probs, labels).tolist(),
+        left_out=len(samples) - len(kept),
+        selected_on=sum(digest in chosen_on for digest in kept.hashes),
+        skipped=tuple(skipped),
+    )
+
+
+def _find(folder: Path, split: Split, classes: tuple[str, ...]) -> Samples:
+    parts = [f for name in data.SPLIT_FOLDERS if (f := data.find_split(folder, name))]
+    if split == "all":
+        return data.join([data.scan(part, classes) for part in parts or [folder]])
+    part = data.find_split(folder, split)
+    if part is not None:
+        return data.scan(part, classes)
+    if parts or split == "test":
+        found = ", ".join(part.name for part in parts) or "class folders only"
+        raise UsageError(f"{folder} has no {split} folder ({found}): choose another --split")
+    return data.scan(folder, classes)

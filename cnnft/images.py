@@ -1,0 +1,85 @@
+"""From the bytes of a file to upright RGB pixels, or one sentence about why not."""
+
+import io
+import warnings
+from pathlib import Path
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from cnnft.errors import CnnftError
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+_BACKGROUND = (255, 255, 255)
+"""Transparent pixels show white, as on a page."""
+
+
+class ImageError(CnnftError):
+    """A file that cannot be read as an image; the message names the file and the reason."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.reason = reason
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Decode the file in full: EXIF-upright, RGB, first frame, transparency on white.
+
+    Raises:
+        ImageError: the file is missing, no image, truncated, or too large.
+    """
+    return _to_rgb(_open(path, _read_bytes(path), draft=False))
+
+
+def find_problem(path: str | Path, content: bytes) -> str | None:
+    """Why `content` cannot be decoded, or None.
+
+    A JPEG is decoded at an eighth of its size: the whole stream is still parsed, so a truncated
+    file is found, at a fraction of the cost.
+    """
+    try:
+        _open(path, content, draft=True)
+    except ImageError as error:
+        return error.reason
+    return None
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(path, f"cannot be read ({error.strerror})") from error
+
+
+def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
+    if not content:
+        raise ImageError(path, "is empty (0 bytes)")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata harms nobody; what matters raises
+            image = Image.open(io.BytesIO(content))
+            if draft:
+                image.draft("RGB", (1, 1))
+            image.load()
+    except UnidentifiedImageError as error:
+        raise ImageError(path, "is not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
+        raise ImageError(path, f"has more than {limit} million pixels") from error
+    except MemoryError as error:
+        raise ImageError(path, "does not fit in memory") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
+        raise ImageError(path, f"is damaged ({error})") from error
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow's own conversion clips 16 bits at 255 and turns such images white.
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (*_BACKGROUND, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")

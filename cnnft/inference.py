@@ -1,0 +1,63 @@
+"""Networks -> log-probabilities. Everything after training goes through `infer`."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnnft.data import Views
+from cnnft.errors import CnnftError, UsageError
+
+
+def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views, Tensor]]:
+    """Yields each batch with the log of its mean softmax probability over the views, (B, C), on
+    the CPU; B counts the readable images, in the order of `batch.indices`.
+    """
+    device = next(network.parameters()).device
+    network.eval()
+    for batch in batches:
+        if batch.pixels is None:
+            yield batch, torch.empty(0)
+            continue
+        with torch.inference_mode():
+            images, views = batch.pixels.shape[:2]
+            logits = network(batch.pixels.flatten(0, 1).to(device, non_blocking=True))
+            log_probs = logits.float().log_softmax(dim=1).unflatten(0, (images, views))
+            yield batch, (log_probs.logsumexp(dim=1) - math.log(views)).cpu()
+
+
+def infer_all(network: nn.Module, batches: Iterable[Views], paths: Sequence[Path]) -> Tensor:
+    """(N, C) log-probabilities of all `paths`, each exactly once, in their order.
+
+    Raises:
+        CnnftError: a file cannot be read.
+    """
+    rows: list[Tensor] = []
+    for batch, log_probs in infer(network, batches):
+        for index, reason in batch.unreadable.items():
+            raise CnnftError(f"{paths[index]} {reason}: the data changed meanwhile")
+        rows.append(log_probs)
+    return torch.cat(rows)
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UsageError: no device of that name, or it is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(
+            f"--device {name} cannot be used here ({reason}); try --device cpu"
+        ) from error
+    return device

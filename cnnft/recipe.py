@@ -1,0 +1,241 @@
+"""finetune: data -> model -> freeze -> train -> save. Reads top to bottom."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from cnnft import data
+from cnnft.backbones import LoadedWeights, backbone_hash, open_backbone, resolve
+from cnnft.classifier import Classifier
+from cnnft.config import Config
+from cnnft.data import KeyedBatches, Samples, Skipped, TrainingImages
+from cnnft.errors import CnnftError
+from cnnft.freezing import freeze
+from cnnft.inference import choose_device, infer_all
+from cnnft.metrics import Score, score
+from cnnft.optim import LearningRates, learning_rates, make_optimizer, make_schedule
+from cnnft.run import Epoch, Run
+from cnnft.training import EpochDone, StepDone, TrainState, train
+from cnnft.transforms import EvaluationViews, training_transform
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is settled before the first step; nothing has been written yet."""
+
+    config: Config
+    train: Samples
+    val: Samples
+    skipped: tuple[Skipped, ...]
+    leaked: int
+    """Validation images left out because training has the same file."""
+    classifier: Classifier
+    weights: LoadedWeights | None
+    rates: LearningRates
+    batches: KeyedBatches
+    device: torch.device
+    workers: int
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """(trained, frozen)."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.classifier.network.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        return trained, sum(size for size, _ in sizes) - trained
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event: the run holds the weights of the best epoch."""
+
+    run: Run
+    best: Epoch
+    val: Score
+
+
+def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: None) -> Plan:
+    """Read the data, open the backbone, decide what trains and how fast.
+
+    `on_file` is called with the number of files, once for each file that was checked.
+
+    Raises:
+        CnnftError: what the user has to mend, in a sentence.
+    """
+    device = choose_device(config.device)
+    identity = resolve(config.backbone)
+    folder = data.require_folder(config.data)
+
+    train_samples, val_samples = data.scan_training_data(folder)
+    total = len(train_samples) + (len(val_samples) if val_samples else 0)
+    train_samples, skipped = data.check(train_samples, on_file=lambda: on_file(total))
+    if val_samples is None:
+        _refuse_skipped(skipped, config.strict)
+        train_samples, val_samples = data.split(
+            train_samples, config.val_fraction, config.split_seed
+        )
+        leaked = 0
+    else:
+        val_samples, more = data.check(val_samples, on_file=lambda: on_file(total))
+        skipped += more
+        _refuse_skipped(skipped, config.strict)
+        with_leaks = len(val_samples)
+        val_samples = data.without(val_samples, train_samples.hashes)
+        leaked = with_leaks - len(val_samples)
+    _require_every_class(train_samples, "train")
+    if not len(val_samples):
+        raise CnnftError(f"{folder}: no readable validation image remains that is not in train too")
+
+    torch.manual_seed(data.keyed_seed("head", config.seed))
+    classes = train_samples.classes
+    backbone = open_backbone(
+        config.backbone, len(classes), pretrained=config.pretrained, weights=config.weights
+    )
+    network = backbone.network.to(device)
+    freeze(network, backbone.head, config.mode)
+    return Plan(
+        config=replace(config, data=folder.resolve()),
+        train=train_samples,
+        val=val_samples,
+        skipped=tuple(skipped),
+        leaked=leaked,
+        classifier=Classifier(
+            network=network,
+            classes=classes,
+            input_spec=backbone.input_spec,
+            identity=backbone.identity,
+            head=backbone.head,
+            weights_source=backbone.weights.source if backbone.weights else None,
+            pretrained_hash=backbone_hash(network, backbone.head),
+        ),
+        weights=backbone.weights,
+        rates=learning_rates(config, identity.architecture),
+        batches=KeyedBatches(len(train_samples), config.batch_size, config.seed, config.epochs),
+        device=device,
+        workers=data.default_workers() if config.workers is None else config.workers,
+    )
+
+
+def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
+    """Train as planned; yields after every step, after every epoch with its validation, at the end.
+
+    The run's files are up to date at every yield: whoever stops early keeps the best epoch so far.
+    """
+    config, classifier = plan.config, plan.classifier
+    spec = classifier.input_spec
+    run = Run.create(config, config.name or _default_name(config))
+    run.save_data(plan.train, plan.val, plan.skipped)
+
+    steps_per_epoch = plan.batches.steps_per_epoch
+    optimizer = make_optimizer(classifier.network, classifier.head, plan.rates, config.momentum)
+    schedule = make_schedule(config, steps_per_epoch)
+    state = TrainState(classifier.network, optimizer, schedule, steps_per_epoch, config.seed)
+    training_images = TrainingImages(plan.train, training_transform(spec), config.seed)
+    batches = data.training_batches(training_images, plan.batches, plan.workers)
+    val_batches = data.view_batches(
+        plan.val.paths, EvaluationViews(spec), config.batch_size, plan.workers
+    )
+
+    history: list[Epoch] = []
+    best: tuple[Epoch, Score] | None = None
+    for event in train(state, batches, cross_entropy):
+        if isinstance(event, StepDone):
+            yield event
+            continue
+        log_probs = infer_all(classifier.network, val_batches, plan.val.paths)
+        val = score(log_probs, torch.tensor(plan.val.labels))
+        epoch = _row(event, val, optimizer)
+        history.append(epoch)
+        if best is None or (-val.accuracy, val.loss) < (-best[1].accuracy, best[1].loss):
+            best = epoch, val
+            run.save_classifier(classifier)
+        run.save_history(history)
+        run.save_metrics(_metrics(plan, best[0], best[1]))
+        yield epoch
+    assert best is not None
+    yield Finished(run, *best)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _takes_arguments_of(
+    source: Callable[P, object],
+) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """For type checkers and help(): the decorated function has the parameters of `source`."""
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        function.__signature__ = inspect.signature(source)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+@_takes_arguments_of(Config)
+def finetune(*args: Any, **kwargs: Any) -> Run:
+    """Train a classifier on a folder of images, as the command of the same name does.
+
+    Takes the fields of `Config`: finetune("photos", backbone="builtin", epochs=5). For progress,
+    iterate over `carry_out(prepare(config))` instead.
+
+    Raises:
+        CnnftError: what has to be mended, in a sentence.
+    """
+    for event in carry_out(prepare(Config(*args, **kwargs))):
+        finished = event
+    assert isinstance(finished, Finished)
+    return finished.run
+
+
+def _refuse_skipped(skipped: list[Skipped], strict: bool) -> None:
+    if strict and skipped:
+        first = skipped[0]
+        raise CnnftError(
+            f"{first.path} {first.reason} ({len(skipped)} such file(s)); without --strict they "
+            "are skipped"
+        )
+
+
+def _require_every_class(samples: Samples, split: str) -> None:
+    for name, count in zip(samples.classes, samples.counts(), strict=True):
+        if count == 0:
+            raise CnnftError(f"class {name} has no readable image in {split}")
+
+
+def _default_name(config: Config) -> str:
+    backbone = config.backbone.removeprefix("local-dir:").rstrip("/")
+    return f"{Path(config.data).name}-{Path(backbone).name}"
+
+
+def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer) -> Epoch:
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    return Epoch(
+        epoch=event.epoch + 1,
+        lr_backbone=rates.get("backbone", 0.0),
+        lr_head=rates["head"],
+        train_loss=event.loss,
+        train_accuracy=event.accuracy,
+        val_loss=val.loss,
+        val_accuracy=val.accuracy,
+        seconds=event.seconds,
+    )
+
+
+def _metrics(plan: Plan, best: Epoch, val: Score) -> dict[str, Any]:
+    return {
+        "best_epoch": best.epoch,
+        "train": {"n": len(plan.train), "loss": best.train_loss, "accuracy": best.train_accuracy},
+        "val": {
+            "note": "selected on val: the best of the epochs, so optimistic",
+            "n": val.n,
+            "correct": val.correct,
+            "accuracy": val.accuracy,
+            "interval95": val.interval,
+            "loss": val.loss,
+        },
+    }

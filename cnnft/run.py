@@ -1,0 +1,217 @@
+"""The run directory: the only reader and writer of what training leaves behind.
+
+    config.toml         the settings, to run again with `cnnft finetune --config`
+    config.json         the network, classes and preprocessing; timm opens the directory too
+    model.safetensors   the weights of the best epoch so far
+    history.csv         one row per epoch
+    metrics.json        the best epoch and its scores
+    data.csv            every image used: split, class, file, SHA-256
+    skipped.csv         every file left out, and why
+
+Every file appears whole: it is written beside its place, synced and renamed.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import tempfile
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors.torch import save
+from torch import Tensor
+
+from cnnft.classifier import Classifier
+from cnnft.config import Config
+from cnnft.data import Samples, Skipped
+from cnnft.errors import CnnftError, UsageError
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of the history. Training figures are of augmented images, during the epoch."""
+
+    epoch: int
+    """From 1."""
+    lr_backbone: float
+    """Learning rates at the end of the epoch; 0 where frozen."""
+    lr_head: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    seconds: float
+    """Training only."""
+
+    @property
+    def gap(self) -> float:
+        """Training minus validation accuracy: where it grows, the network overfits."""
+        return self.train_accuracy - self.val_accuracy
+
+
+@dataclass(frozen=True)
+class Run:
+    """A directory that training writes and everything after it reads."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, config: Config, name: str) -> "Run":
+        """A new, empty directory: `name`, or `name`-2, -3, ...; with `config.force` `name` itself.
+
+        Raises:
+            UsageError: `force` would delete something that is no run.
+            CnnftError: the directory cannot be made.
+        """
+        runs_dir = Path(config.runs_dir)
+        try:
+            runs_dir.mkdir(parents=True, exist_ok=True)
+            if config.force:
+                _remove_run(runs_dir / name)
+            for number in count(1):
+                path = runs_dir / (name if number == 1 else f"{name}-{number}")
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    continue
+                run = cls(path)
+                break
+        except OSError as error:
+            raise CnnftError(
+                f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
+            ) from error
+        run._write("config.toml", tomli_w.dumps(config.to_dict()).encode())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Run":
+        """An existing run.
+
+        Raises:
+            UsageError: no such directory, or it is no run.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UsageError(f"{path}: no such run")
+        if not (path / "config.toml").is_file():
+            raise UsageError(f"{path} is not a run: it has no config.toml")
+        return cls(path)
+
+    def save_data(self, train: Samples, val: Samples, skipped: Sequence[Skipped]) -> None:
+        rows = [
+            (split, samples.classes[label], path, digest)
+            for split, samples in (("train", train), ("val", val))
+            for path, label, digest in zip(
+                samples.paths, samples.labels, samples.hashes, strict=True
+            )
+        ]
+        self._write("data.csv", _csv(("split", "class", "file", "sha256"), rows))
+        if skipped:
+            reasons = [(file.path, file.reason) for file in skipped]
+            self._write("skipped.csv", _csv(("file", "reason"), reasons))
+
+    def hashes(self, split: str) -> frozenset[str]:
+        """SHA-256 of the images that served as `split` ("train" or "val")."""
+        return frozenset(row["sha256"] for row in self._data() if row["split"] == split)
+
+    def files(self, split: str) -> list[Path]:
+        """The images that served as `split`; they may have moved since."""
+        return [Path(row["file"]) for row in self._data() if row["split"] == split]
+
+    def _data(self) -> list[dict[str, str]]:
+        path = self.path / "data.csv"
+        try:
+            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+                rows = list(csv.DictReader(file))
+        except OSError as error:
+            raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
+        if rows and not {"split", "class", "file", "sha256"} <= rows[0].keys():
+            raise CnnftError(f"{path} is damaged: it lacks a column")
+        return rows
+
+    def save_classifier(self, classifier: Classifier) -> None:
+        """Weights and description. The weights come last: with them the run can be used."""
+        self._write("config.json", _json(classifier.describe()))
+        self._write("model.safetensors", to_safetensors(classifier.network.state_dict()))
+
+    def save_history(self, history: Sequence[Epoch]) -> None:
+        names = [field.name for field in fields(Epoch)]
+        self._write("history.csv", _csv(names, [asdict(epoch).values() for epoch in history]))
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        self._write("metrics.json", _json(metrics))
+
+    def _write(self, name: str, content: bytes) -> None:
+        write_whole(self.path / name, content)
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """The settings of a config.toml; `Config.from_dict` checks them."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CnnftError(f"{path} is not valid TOML ({error})") from error
+
+
+def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+    return bytes(save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write beside `path`, sync, rename: a crash leaves the old file or the new one, whole.
+
+    Raises:
+        CnnftError: the disk is full, or the place cannot be written to.
+    """
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise CnnftError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _remove_run(path: Path) -> None:
+    if not path.exists():
+        return
+    if not (path / "config.toml").is_file():
+        raise UsageError(f"--force would delete {path}, which is not a run: choose another --name")
+    doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    path.rename(doomed / path.name)
+    shutil.rmtree(doomed)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue().encode("utf-8", errors="surrogateescape")
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

@@ -1,0 +1,89 @@
+"""The training step, written once."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cnnft.data import keyed_seed
+from cnnft.freezing import train_mode
+from cnnft.optim import Multiplier
+
+Objective = Callable[[Tensor, Tensor], Tensor]
+"""(logits (B, C), labels (B,)) -> mean loss over the batch."""
+
+
+@dataclass
+class TrainState:
+    """All that a step reads and changes."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Multiplier
+    steps_per_epoch: int
+    seed: int
+    step: int = 0
+    """Steps taken so far."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    epoch: int
+    step: int
+    """Within the run, from 1."""
+    images: int
+    loss: Tensor
+    """Scalar on the device: reading it waits for the device, so read it only to show it."""
+
+
+@dataclass(frozen=True)
+class EpochDone:
+    epoch: int
+    """From 0."""
+    loss: float
+    """Mean over the epoch's images, as they were seen: augmented, by the network of that step."""
+    accuracy: float
+    seconds: float
+
+
+def train(
+    state: TrainState, batches: Iterable[tuple[Tensor, Tensor]], objective: Objective
+) -> Iterator[StepDone | EpochDone]:
+    """Take one step per batch (pixels (B, 3, H, W), labels (B,)); yield after each, and each epoch.
+
+    At every yield the state is consistent: the caller may evaluate, save, or stop for good.
+    Randomness inside the network (dropout, stochastic depth) is seeded from (seed, step), so that
+    it does not depend on what happened in between.
+    """
+    device = next(state.network.parameters()).device
+    precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    total = torch.zeros(2, dtype=precision, device=device)  # loss, correct
+    seen, start = 0, time.monotonic()
+    state.network.eval()  # a fresh network is in train mode throughout, its frozen layers too
+    for pixels, labels in batches:
+        pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        if not state.network.training:
+            train_mode(state.network)
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * state.schedule(state.step)
+        torch.manual_seed(keyed_seed("step", state.seed, state.step))
+
+        logits = state.network(pixels)
+        loss = objective(logits, labels)
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+
+        epoch = state.step // state.steps_per_epoch
+        state.step += 1
+        seen += len(labels)
+        correct = (logits.argmax(dim=1) == labels).sum()
+        total += torch.stack([loss.detach() * len(labels), correct]).to(precision)
+        yield StepDone(epoch, state.step, len(labels), loss.detach())
+        if state.step % state.steps_per_epoch == 0:
+            mean_loss, accuracy = (total / seen).tolist()
+            yield EpochDone(epoch, mean_loss, accuracy, time.monotonic() - start)
+            total.zero_()
+            seen, start = 0, time.monotonic()
