@@ -1,4 +1,4 @@
-"""The bank: masks and textures rendered once from a seed, with their labels, cached as one .npz file."""
+"""The bank: masks and textures rendered once from a seed, with labels, cached as one .npz file."""
 
 from __future__ import annotations
 
@@ -67,21 +67,20 @@ class Bank:
 
 
 def describe(coverage: Array) -> Array:
-    """A shape descriptor that no translation, rotation, scaling or mirroring changes: (DESCRIPTORS,).
+    """What translation, rotation, scaling and mirroring leave of a shape: (DESCRIPTORS,).
 
-    A polar Fourier descriptor in the manner of Zhang & Lu (2002): the coverage is resampled round its centroid
-    in units of its root-mean-square radius; the mean of each ring and the strength of each angular harmonic
-    remain. Then log elongation (ratio of principal axes) and log perimeter^2 / area.
+    A polar Fourier descriptor in the manner of Zhang & Lu (2002): the coverage is resampled round
+    its centroid in units of its root-mean-square radius; the mean of each ring and the strength of
+    each angular harmonic remain. Then log elongation (ratio of principal axes) and log
+    perimeter^2 / area.
     """
     size = coverage.shape[0]
     axis = (np.arange(size) + 0.5) / size * 2 - 1
     x, y = np.meshgrid(axis, axis)
     mass = coverage.sum() + 1e-6
     cx, cy = (coverage * x).sum() / mass, (coverage * y).sum() / mass
-    moments = np.array([
-        [(coverage * (x - cx) ** 2).sum(), (coverage * (x - cx) * (y - cy)).sum()],
-        [(coverage * (x - cx) * (y - cy)).sum(), (coverage * (y - cy) ** 2).sum()],
-    ]) / mass
+    offsets = np.stack([x - cx, y - cy])
+    moments = np.einsum("hw,ihw,jhw->ij", coverage, offsets, offsets) / mass
     minor, major = np.linalg.eigvalsh(moments) + 1e-4
     radii = np.sqrt(minor + major) * np.linspace(0.2, 1.8, RINGS)[:, None]
     angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)[None]
@@ -149,6 +148,6 @@ def load(spec: BankSpec, folder: Path, workers: int = 1) -> Bank:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npz")
         np.savez(partial, **asdict(render(spec, workers)))
-        os.replace(partial, path)
+        partial.replace(path)
     with np.load(path) as stored:
         return Bank(**{name: stored[name] for name in stored.files})

@@ -1,7 +1,7 @@
-"""Closed contours: polygons, stars, blobs, superformulas, rosettes of petals, leaves, nested outlines.
+"""Closed contours: polygons, stars, blobs, superformulas, rosettes of petals, leaves, outlines.
 
-Each function draws one *variant* of one *identity*: `identity` yields the parameters that all variants share,
-`variant` the small deviations that make each one an individual.
+Each function draws one *variant* of one *identity*: `identity` yields the parameters that all
+variants share, `variant` the small deviations that make each one an individual.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from .canvas import Array, Canvas, Shape, around, over
 Rng = np.random.Generator
 
 
-def _solid(
-    canvas: Canvas, boundary: Array, identity: Rng, lobes: int, x: Array, y: Array
-) -> Shape:
-    """A region bounded by radius = boundary(angle): domed, conical or flat, sometimes with a hole or a rim."""
+def _solid(canvas: Canvas, boundary: Array, identity: Rng, lobes: int, x: Array, y: Array) -> Shape:
+    """The region radius < boundary(angle): domed, conical or flat; some have a hole or a rim."""
     profile, rim, hole = identity.integers(3), identity.random() < 0.35, identity.random() < 0.2
     inner = identity.uniform(0.35, 0.75)
     radius = np.hypot(x, y)
@@ -44,7 +42,7 @@ def _sawtooth(angle: Array, n: int) -> Array:
 
 
 def polygon(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
-    """A regular polygon of 3 to 8 vertices, possibly squeezed, its corners rounded to some degree."""
+    """A regular polygon of 3 to 8 vertices, possibly squeezed, some with rounded corners."""
     n, aspect = int(identity.integers(3, 9)), identity.uniform(0.45, 1)
     rounding = identity.uniform(0, 0.5) * (identity.random() < 0.5)
     x, y, angle = _stretched(canvas, aspect, variant)
@@ -94,8 +92,10 @@ def rosette(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
     n, whorls = int(identity.integers(3, 21)), int(identity.integers(1, 4))
     width = identity.uniform(0.55, 1.5)
     tip = np.exp(identity.uniform(-1.2, 0.7))
-    notch, disc = identity.uniform(0, 0.35) * (identity.random() < 0.4), identity.uniform(0.1, 0.42)
-    twist, gap = identity.uniform(-0.7, 0.7) * (identity.random() < 0.4), identity.uniform(0, 0.3)
+    notch = identity.uniform(0, 0.35) * (identity.random() < 0.4)
+    disc = identity.uniform(0.1, 0.42)
+    twist = identity.uniform(-0.7, 0.7) * (identity.random() < 0.4)
+    gap = identity.uniform(0, 0.3)
     coverage, relief = np.zeros_like(canvas.x), np.zeros_like(canvas.x)
     wobble = variant.normal(0, 0.05, n)
     for whorl in range(whorls):

@@ -1,4 +1,7 @@
-"""Writes a checkpoint's averaged weights as the built-in backbone: `python -m tools.pretrain.export --help`."""
+"""Writes a run's averaged weights as the built-in backbone.
+
+See `python -m tools.pretrain.export --help`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Figures put together from pieces: creatures, branches, glyphs, clusters, fractals.
 
-Same convention as in `contours`: `identity` gives what all variants share, `variant` what they do not.
+Same convention as in `contours`: `identity` gives what all variants share, `variant` what they do
+not.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ Rng = np.random.Generator
 
 
 def creature(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
-    """A segmented body along x with pairs of jointed limbs, wings and feelers (the second material)."""
+    """A segmented body along x; its limbs, wings and feelers are the second material."""
     segments, pairs = int(identity.integers(1, 5)), int(identity.integers(0, 5))
     wings = int(identity.integers(0, 3))
     thickness = identity.uniform(0.1, 0.3, segments)
     lengths = identity.uniform(0.5, 1.5, segments)
     lengths = lengths / lengths.sum() * identity.uniform(0.5, 0.9)
-    limb = dict(
-        reach=identity.uniform(0.35, 0.8),
-        slope=identity.uniform(-0.5, 0.5),
-        width=identity.uniform(0.015, 0.05),
-    )
+    limb = {
+        "reach": identity.uniform(0.35, 0.8),
+        "slope": identity.uniform(-0.5, 0.5),
+        "width": identity.uniform(0.015, 0.05),
+    }
     wing = identity.uniform(0.4, 0.85), identity.uniform(0.1, 0.28), identity.uniform(0.5, 1.4)
     feeler = identity.uniform(0.2, 0.5) * (identity.random() < 0.6)
 
@@ -66,7 +67,8 @@ def branching(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
     """A trunk that forks 3 or 4 times, with or without a leaf or berry at each tip."""
     forks, depth = int(identity.integers(2, 4)), int(identity.integers(2, 4))
     spread, shrink = identity.uniform(0.3, 1.0), identity.uniform(0.55, 0.8)
-    width, berry = identity.uniform(0.05, 0.13), identity.uniform(0.06, 0.15) * (identity.random() < 0.6)
+    width = identity.uniform(0.05, 0.13)
+    berry = identity.uniform(0.06, 0.15) * (identity.random() < 0.6)
     wood, tips, relief = (np.zeros_like(canvas.x) for _ in range(3))
     first = 1.7 * (1 - shrink) / (1 - shrink ** (depth + 1))
     twigs = [(np.array([0.0, -0.9]), np.pi / 2, first, 0)]
@@ -102,7 +104,7 @@ def glyph(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
 
 
 def cluster(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
-    """A head of florets, berries or scales: a sunflower spiral (Vogel 1979) or a loose heap of ellipses."""
+    """Florets, berries or scales: a sunflower spiral (Vogel 1979) or a loose heap of ellipses."""
     count, spiral = int(np.exp(identity.uniform(np.log(4), np.log(60)))), identity.random() < 0.5
     aspect, squeeze = identity.uniform(0.4, 1), identity.uniform(0.5, 1)
     index = np.arange(count)
@@ -126,8 +128,9 @@ def cluster(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
 def fractal(canvas: Canvas, identity: Rng, variant: Rng) -> Shape:
     """The attractor of an iterated function system, drawn by the chaos game.
 
-    Singular values are constrained as in Anderson & Farrell (2022), "Improving fractal pre-training": the sum of
-    s1 + 2 s2 over the n maps lies in [(5 + n) / 2, (6 + n) / 2], which keeps the attractor neither dust nor blot.
+    Singular values are constrained as in Anderson & Farrell (2022), "Improving fractal
+    pre-training": the sum of s1 + 2 s2 over the n maps lies in [(5 + n) / 2, (6 + n) / 2], which
+    keeps the attractor neither dust nor blot.
     """
     while True:
         maps = _contractions(identity)
@@ -162,9 +165,10 @@ def _rotation(a: float) -> Array:
     return np.array([[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]])
 
 
-def _chaos(maps: Array, weight: Array, size: int, rng: Rng, steps: int, walkers: int = 300) -> Array:
+def _chaos(maps: Array, weight: Array, size: int, rng: Rng, steps: int) -> Array:
     """Hits per pixel (size, size) of many short random walks, framed on the attractor."""
-    at, seen = np.zeros((walkers, 2)), []
+    walkers, seen = 300, []
+    at = np.zeros((walkers, 2))
     for step in range(steps + 20):
         choice = maps[rng.choice(len(maps), walkers, p=weight / weight.sum())]
         at = np.einsum("nij,nj->ni", choice[:, :, :2], at) + choice[:, :, 2]

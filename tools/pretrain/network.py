@@ -16,7 +16,7 @@ FINAL_SIZE = 128
 
 
 def build(device: torch.device) -> nn.Module:
-    """The backbone without a classifier, in the memory format that CPUs and GPUs convolve fastest."""
+    """The backbone without a classifier, in the memory format that convolves fastest."""
     model = timm.create_model(ARCHITECTURE, num_classes=0, **MODEL_ARGS)
     return model.to(device, memory_format=torch.channels_last)
 

@@ -13,8 +13,8 @@ from .world import ABSENT, Batch
 
 WEIGHTS = {
     "shape": 0.5, "kind": 0.5, "lobes": 0.3, "hollow": 0.2, "elongation": 0.2, "instances": 0.2,
-    "fore_style": 0.2, "back_style": 0.2, "fore_texture": 0.4, "back_texture": 0.5,
-    "fore_family": 0.3, "back_family": 0.5,
+    "fore_style": 0.2, "back_style": 0.2, "fore_texture": 0.5, "back_texture": 0.6,
+    "fore_family": 0.5, "back_family": 0.7,
     "fore_palette": 0.3, "part_palette": 0.2, "back_palette": 0.3,
     "descriptor": 2.0, "colours": 0.5, "dense": 6.0, "mask": 1.0,
 }  # fmt: skip
@@ -27,7 +27,7 @@ DETAIL = 8
 
 
 class Objective(nn.Module):
-    """Linear heads on the pooled features and on the cells of the last feature map (n, features, g, g)."""
+    """Linear heads on the pooled features and on the cells of the last feature map."""
 
     def __init__(self, classes: dict[str, int], features: int) -> None:
         super().__init__()
@@ -38,7 +38,10 @@ class Objective(nn.Module):
         self.mask = nn.Conv2d(features, DETAIL**2, 1)
 
     def forward(self, cells: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of all losses, and each loss and accuracy by name, detached."""
+        """The weighted sum of all losses, and each loss and accuracy by name, detached.
+
+        `cells` is the last feature map (n, features, grid, grid).
+        """
         pooled = cells.mean((2, 3))
         losses, seen = {}, {}
         for name, head in self.labels.items():
@@ -70,12 +73,16 @@ def colour_histogram(images: Tensor) -> Tensor:
     levels = (images * (LEVELS - 1e-3)).long().flatten(2)
     index = (levels[:, 0] * LEVELS + levels[:, 1]) * LEVELS + levels[:, 2]
     counts = images.new_zeros(len(images), LEVELS**3)
-    return counts.scatter_add_(1, index, torch.ones_like(index, dtype=images.dtype)) / index.shape[1]
+    share = torch.full_like(index, 1 / index.shape[1], dtype=images.dtype)
+    return counts.scatter_add_(1, index, share)
 
 
 def dense_targets(batch: Batch, grid: int) -> Tensor:
-    """(n, DENSE, grid, grid): coverage of foreground and part, mean colour, a histogram of edge orientations
-    (Dalal & Triggs 2005) and log contrast, per cell."""
+    """What each cell shows: (n, DENSE, grid, grid).
+
+    Coverage of foreground and part, mean colour, a histogram of edge orientations (Dalal & Triggs
+    2005) and log contrast.
+    """
     grey = batch.clean.mean(1, keepdim=True)
     right = F.pad(grey[..., 2:] - grey[..., :-2], (1, 1))
     down = F.pad(grey[:, :, 2:] - grey[:, :, :-2], (0, 0, 1, 1))

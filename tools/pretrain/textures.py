@@ -26,7 +26,7 @@ class Plane:
 def spectral(
     rng: Rng, size: int, exponent: float, turn: float = 0.0, stretch: float = 1.0, peak: float = 0.0
 ) -> Array:
-    """Gaussian noise, unit variance: amplitude 1/f^exponent, or a log-normal band round `peak` cycles."""
+    """Gaussian noise of unit variance: amplitude 1/f^exponent, or a band round `peak` cycles."""
     fy, fx = np.fft.fftfreq(size)[:, None] * size, np.fft.rfftfreq(size)[None] * size
     across = (-fx * np.sin(turn) + fy * np.cos(turn)) * stretch
     f = np.hypot(fx * np.cos(turn) + fy * np.sin(turn), across) + 1e-3
@@ -88,10 +88,11 @@ def dots(identity: Rng, variant: Rng, plane: Plane) -> Array:
 
 
 def _neighbours(identity: Rng, variant: Rng, plane: Plane) -> tuple[Array, Array, Array, int]:
-    """Distances to the nearest and second nearest of scattered points, the nearest's index (Worley 1996)."""
+    """Distances to the two nearest of scattered points (Worley 1996), the nearest one, the count."""
     side = int(identity.integers(3, 13))
     loose, squeeze = identity.uniform(0.1, 0.5), identity.uniform(1, 1.9)
-    grid = np.stack(np.meshgrid(np.arange(-1, side + 1), np.arange(-1, side + 1)), -1).reshape(-1, 2)
+    lattice = np.arange(-1, side + 1)
+    grid = np.stack(np.meshgrid(lattice, lattice), -1).reshape(-1, 2)
     points = ((grid + 0.5 + variant.normal(0, loose, grid.shape)) / side).astype(np.float32)
     axis = (np.arange(plane.size, dtype=np.float32) + 0.5) / plane.size
     x, y = np.meshgrid(axis, axis)
@@ -129,7 +130,7 @@ def mosaic(identity: Rng, variant: Rng, plane: Plane) -> Array:
 
 
 def leaves(identity: Rng, variant: Rng, plane: Plane) -> Array:
-    """Dead leaves: discs, ellipses or squares dropped one over another (Lee, Mumford & Huang 2001)."""
+    """Dead leaves (Lee, Mumford & Huang 2001): ellipses or boxes dropped one over another."""
     small, large = identity.uniform(0.015, 0.06), identity.uniform(0.08, 0.3)
     box, aspect = identity.random() < 0.35, identity.uniform(0.3, 1)
     aligned, turn = identity.random() < 0.4, identity.uniform(0, np.pi)
@@ -139,14 +140,16 @@ def leaves(identity: Rng, variant: Rng, plane: Plane) -> Array:
         u = variant.random()
         r = (small**-2 * (1 - u) + large**-2 * u) ** -0.5 * size
         cx, cy = variant.random(2) * size
-        rows = np.arange(max(0, int(cy - r)), min(size, int(cy + r) + 2), dtype=np.float32)[:, None]
-        columns = np.arange(max(0, int(cx - r)), min(size, int(cx + r) + 2), dtype=np.float32)
+        top, bottom = max(0, int(cy - r)), min(size, int(cy + r) + 2)
+        left, right = max(0, int(cx - r)), min(size, int(cx + r) + 2)
+        rows = np.arange(top, bottom, dtype=np.float32)[:, None]
+        columns = np.arange(left, right, dtype=np.float32)
         a = turn if aligned else variant.uniform(0, np.pi)
         p = (columns - cx) * np.cos(a) + (rows - cy) * np.sin(a)
         q = ((rows - cy) * np.cos(a) - (columns - cx) * np.sin(a)) / aspect
         inside = np.maximum(np.abs(p), np.abs(q)) < r * 0.7 if box else p * p + q * q < r * r
-        window = field[int(rows[0, 0]) : int(rows[-1, 0]) + 1, int(columns[0]) : int(columns[-1]) + 1]
-        window[inside] = (variant.random() + variant.normal(0, 0.3) * p / r)[inside]
+        grey = variant.random() + variant.normal(0, 0.3) * p / r
+        field[top:bottom, left:right][inside] = grey[inside]
     return field
 
 
@@ -190,7 +193,9 @@ def scratches(identity: Rng, variant: Rng, plane: Plane) -> Array:
     stretch, cross = np.exp(identity.uniform(1.4, 3)), identity.uniform(0.2, 2.5)
     turn, single = identity.uniform(0, np.pi), identity.random() < 0.5
     first = spectral(variant, plane.size, 0.4, turn, stretch)
-    return first if single else np.maximum(first, spectral(variant, plane.size, 0.4, turn + cross, stretch))
+    if single:
+        return first
+    return np.maximum(first, spectral(variant, plane.size, 0.4, turn + cross, stretch))
 
 
 def ridges(identity: Rng, variant: Rng, plane: Plane) -> Array:
@@ -203,12 +208,14 @@ def ridges(identity: Rng, variant: Rng, plane: Plane) -> Array:
     return field
 
 
-FAMILIES = (noise, band, stripes, checks, dots, cracks, bumps, mosaic, leaves, marble, bricks, weave, hatching)
-FAMILIES += (scratches, ridges)
+FAMILIES = (
+    *(noise, band, stripes, checks, dots, cracks, bumps, mosaic),
+    *(leaves, marble, bricks, weave, hatching, scratches, ridges),
+)
 
 
 def texture(family: int, identity_seed: int, variant_seed: int, size: int) -> Array:
-    """One sample (size, size) in [0, 1] of texture `identity_seed`, with a little grain of its own."""
+    """One sample (size, size) in [0, 1] of texture `identity_seed`, with some grain of its own."""
     identity = np.random.default_rng(identity_seed)
     variant = np.random.default_rng((identity_seed, variant_seed))
     plane = _plane(identity, variant, size)

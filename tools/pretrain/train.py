@@ -19,13 +19,15 @@ from .bank import BankSpec, load
 from .objective import Objective
 from .world import World
 
-STAGES = ((0.62, 64, 64), (0.83, 96, 48), (1.0, 128, 32))
-"""(up to this share of the steps, image size, images per process)."""
-WARMUP_STEPS = 500
+STAGES = ((0.62, 64), (0.83, 96), (1.0, 128))
+"""(up to this share of the steps, image size)."""
+BATCH = 32
+"""Images per process and step."""
+WARMUP_STEPS = 800
 DECAY_SHARE = 0.25
 EMA_DECAY = 0.999
 CHECKPOINT = "checkpoint.pt"
-REPORT_EVERY = 100
+REPORT_EVERY = 200
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min(1.0, rising, falling)
 
 
-def stage(step: int, steps: int) -> tuple[int, int]:
-    """(image size, images per process) at `step`."""
-    return next((size, count) for share, size, count in STAGES if step < share * steps)
+def image_size(step: int, steps: int) -> int:
+    """Pixels at `step`."""
+    return next(size for share, size in STAGES if step < share * steps)
 
 
 class Trainer:
@@ -85,9 +87,9 @@ class Trainer:
     def step(self) -> dict[str, Tensor]:
         """One optimizer step on this process's batch; gradients are averaged over processes."""
         s, at = self.settings, self.progress.step
-        size, count = stage(at, s.steps)
+        size = image_size(at, s.steps)
         with torch.no_grad():
-            batch = self.world.batch(at, self.rank, count, size)
+            batch = self.world.batch(at, self.rank, BATCH, size)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=s.precision == "bf16"):
             cells = self.model.forward_features(network.normalise(batch.images))
         loss, seen = self.objective(cells.float(), batch)
@@ -99,9 +101,11 @@ class Trainer:
             group["lr"] = learning_rate(at, s.steps, s.lr)
         self.optimizer.step()
         weight = 1 - min(EMA_DECAY, (1 + at) / (10 + at))
-        torch._foreach_lerp_(self.average, list(self.model.parameters()), weight)
+        with torch.no_grad():
+            for mean, parameter in zip(self.average, self.model.parameters(), strict=True):
+                mean.lerp_(parameter, weight)
         self.progress.step += 1
-        self.progress.images += count * s.processes
+        self.progress.images += BATCH * s.processes
         return seen
 
     def save(self) -> None:
@@ -121,7 +125,7 @@ class Trainer:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
 
     def resume(self) -> None:
         path = self.settings.output / CHECKPOINT
@@ -134,7 +138,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average = state["average"]
+        self.average = [mean.detach() for mean in state["average"]]
         self.progress = Progress(**state["progress"])
 
 
@@ -182,10 +186,10 @@ def train(rank: int, settings: Settings) -> None:
 
 def report(settings: Settings, progress: Progress, means: dict[str, float]) -> None:
     """One line to the screen, one JSON object to history.jsonl."""
-    row = {**asdict(progress), "size": stage(progress.step - 1, settings.steps)[0], **means}
+    row = {**asdict(progress), "size": image_size(progress.step - 1, settings.steps), **means}
     with (settings.output / "history.jsonl").open("a") as file:
         file.write(json.dumps({k: round(v, 4) for k, v in row.items()}) + "\n")
-    shown = ("loss", "shape_acc", "kind_acc", "lobes_acc", "back_texture_acc", "fore_family_acc")
+    shown = ("loss", "shape_acc", "kind_acc", "lobes_acc", "back_texture_acc", "back_family_acc")
     shown += ("fore_palette_acc", "descriptor", "dense", "mask", "colours")
     figures = "  ".join(f"{k} {means[k]:.3f}" for k in shown)
     head = f"step {progress.step}/{settings.steps}  {progress.images} images"

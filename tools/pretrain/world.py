@@ -1,8 +1,8 @@
 """The generated world: batches of images and of what there is to know about them.
 
-An image is a textured, shaded or plain ground, sometimes other things in the distance, and mostly one large
-foreground shape, sometimes repeated, lit from one side and casting a shadow. The batch at (seed, step, rank) is a
-pure function of those three numbers.
+An image is a textured or plain ground, sometimes other things in the distance, and mostly one large
+foreground shape, sometimes repeated, lit from one side and casting a shadow. The batch at (seed,
+step, rank) is a pure function of those three numbers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bank import DESCRIPTORS, KINDS, Bank
+from .bank import KINDS, Bank
 from .draw import Draw, blur, hsv_to_rgb, sample
 from .textures import FAMILIES
 
 PALETTES = 64
 MAX_LOBES = 21
+FORE_STYLES = (0.3, 0.2, 0.5)
+"""How often a foreground is plain, shaded along its relief, textured."""
+BACK_STYLES = (0.25, 0.12, 0.63)
+"""How often a background is smooth, textured but out of focus, textured."""
 STYLES = 3
-"""Plain or softly shaded; shaded along the relief or out of focus; fully textured."""
 ELONGATIONS = 4
 INSTANCES = 3
 ABSENT = -1
@@ -68,11 +71,19 @@ class World:
         shapes, textures = len(self.kind), len(self.textures)
         palettes = {f"{layer}_palette": PALETTES for layer in ("fore", "part", "back")}
         return {
-            "shape": shapes, "kind": len(KINDS) + 1, "lobes": MAX_LOBES, "hollow": 2,
-            "elongation": ELONGATIONS, "instances": INSTANCES + 1,
-            "fore_style": STYLES, "back_style": STYLES,
-            "fore_texture": textures, "back_texture": textures,
-            "fore_family": len(FAMILIES), "back_family": len(FAMILIES), **palettes,
+            "shape": shapes,
+            "kind": len(KINDS) + 1,
+            "lobes": MAX_LOBES,
+            "hollow": 2,
+            "elongation": ELONGATIONS,
+            "instances": INSTANCES + 1,
+            "fore_style": STYLES,
+            "back_style": STYLES,
+            "fore_texture": textures,
+            "back_texture": textures,
+            "fore_family": len(FAMILIES),
+            "back_family": len(FAMILIES),
+            **palettes,
         }
 
     def batch(self, step: int, rank: int, count: int, size: int) -> Batch:
@@ -80,13 +91,11 @@ class World:
         draw = Draw(self.seed, step, rank, device=self.device)
         shape = draw.integers(len(self.kind), count)
         variant = draw.integers(self.descriptors.shape[1], count)
-        present = ~draw.chance(0.15, count)
+        present = ~draw.chance(0.18, count)
         tiles = draw.integers(len(self.textures), 2, count)
         palette = draw.integers(PALETTES, 3, count)
-        style = torch.stack([
-            torch.bucketize(draw.uniform(0, 1, count), torch.tensor(edges, device=self.device))
-            for edges in ((0.35, 0.6), (0.3, 0.45))
-        ])
+        style = [draw.choice(shares, count) for shares in (FORE_STYLES, BACK_STYLES)]
+        style[1] = torch.where(present, style[1], STYLES - 1)
         instances = draw.integers(INSTANCES, count) * draw.chance(0.4, count) + 1
 
         textured = self._textures(draw, tiles, size)
@@ -105,10 +114,13 @@ class World:
         clean = _develop(image, draw)
 
         labels = {
-            "shape": shape, "kind": self.kind[shape], "hollow": self.hollow[shape],
+            "shape": shape,
+            "kind": self.kind[shape],
+            "hollow": self.hollow[shape],
             "lobes": torch.where(self.lobes[shape] > 0, self.lobes[shape], ABSENT),
             "elongation": torch.bucketize(self.descriptors[shape, variant, -2], self.bins),
-            "fore_style": style[0], "fore_palette": palette[0],
+            "fore_style": style[0],
+            "fore_palette": palette[0],
             "fore_texture": torch.where(style[0] == 2, tiles[0], ABSENT),
             "fore_family": torch.where(style[0] == 2, self.family[tiles[0]], ABSENT),
             "part_palette": torch.where(part.mean((1, 2, 3)) > 0.03, palette[1], ABSENT),
@@ -117,10 +129,11 @@ class World:
         labels["kind"] = torch.where(present, labels["kind"], len(KINDS))
         labels["instances"] = instances * present
         labels["back_style"], labels["back_palette"] = style[1], palette[2]
-        labels["back_texture"] = torch.where(style[1] > 0, tiles[1], ABSENT)
-        labels["back_family"] = torch.where(style[1] > 0, self.family[tiles[1]], ABSENT)
+        labels["back_texture"] = torch.where(style[1] == 2, tiles[1], ABSENT)
+        labels["back_family"] = torch.where(style[1] == 2, self.family[tiles[1]], ABSENT)
         descriptor = self.descriptors[shape, variant] * present[:, None]
-        return Batch(_photograph(clean, draw), clean, torch.cat([coverage, part], 1), labels, descriptor)
+        coverages = torch.cat([coverage, part], 1)
+        return Batch(_photograph(clean, draw), clean, coverages, labels, descriptor)
 
     def _textures(self, draw: Draw, tiles: Tensor, size: int) -> Tensor:
         """Grey fields (2, n, 1, size, size) in [0, 1] of the two textures of each image."""
@@ -131,7 +144,13 @@ class World:
         return seen.view(2, -1, 1, size, size)
 
     def _shapes(
-        self, draw: Draw, shape: Tensor, variant: Tensor, zoom: tuple[float, float], shift: float, size: int
+        self,
+        draw: Draw,
+        shape: Tensor,
+        variant: Tensor,
+        zoom: tuple[float, float],
+        shift: float,
+        size: int,
     ) -> Tensor:
         """(n, 3, size, size): coverage, relief, part of shapes in random poses."""
         masks = self.masks[2 if size <= 64 else 1]
@@ -151,10 +170,11 @@ class World:
         return layers
 
     def _distance(self, draw: Draw, back: Tensor, size: int) -> Tensor:
-        """Other, plainer shapes behind the foreground in a third of the images, half of them out of focus."""
+        """Plainer shapes behind the foreground in a third of the images, half of them defocused."""
         chosen = draw.chance(0.35, len(back)).nonzero().flatten()
         n = len(chosen)
-        other, variant = draw.integers(len(self.kind), n), draw.integers(self.descriptors.shape[1], n)
+        other = draw.integers(len(self.kind), n)
+        variant = draw.integers(self.descriptors.shape[1], n)
         layers = self._shapes(draw, other, variant, (0.4, 1.2), 0.9, size)
         colour = self._paint(draw, layers[:, 1:2], draw.integers(PALETTES, n))
         far = torch.lerp(back[chosen], colour, layers[:, :1])
@@ -167,10 +187,11 @@ class World:
         self, draw: Draw, texture: Tensor, style: Tensor, palette: Tensor, size: int
     ) -> Tensor:
         """The background: a smooth gradient, the texture out of focus, or the texture itself."""
-        smooth = sample(draw.uniform(0, 1, len(style), 1, 3, 3), _whole(len(style), self.device), size, "border")
+        n, width = len(style), 7 if size <= 64 else 11
+        smooth = sample(draw.uniform(0, 1, n, 1, 3, 3), _whole(n, self.device), size, "border")
         style = style.view(-1, 1, 1, 1)
-        width = 7 if size <= 64 else 11
-        field = torch.where(style == 0, smooth, torch.where(style == 1, blur(texture, width), texture))
+        field = torch.where(style == 1, blur(texture, width), texture)
+        field = torch.where(style == 0, smooth, field)
         return self._paint(draw, field, palette)
 
     def _material(
@@ -185,7 +206,7 @@ class World:
         return self._paint(draw, field, palette)
 
     def _paint(self, draw: Draw, field: Tensor, palette: Tensor) -> Tensor:
-        """A grey field (n, 1, h, w) coloured along the three nodes of a palette, in either direction."""
+        """A grey field (n, 1, h, w) coloured along a palette's three nodes, in either direction."""
         n = len(palette)
         nodes = self.palettes[palette] + 0.05 * draw.normal(n, 1, 3) + 0.04 * draw.normal(n, 3, 3)
         nodes = torch.where(draw.chance(0.5, n, 1, 1), nodes, nodes.flip(1))[..., None, None]
@@ -194,7 +215,7 @@ class World:
 
 
 def _palettes(draw: Draw) -> Tensor:
-    """(PALETTES, 3 nodes, RGB): a base hue with related hues, dark to light; from muted to vivid."""
+    """(PALETTES, 3 nodes, RGB): a hue and its neighbours, dark to light, muted to vivid."""
     hue, vivid = draw.uniform(0, 1, PALETTES, 1), draw.uniform(0, 1, PALETTES, 1)
     value, contrast = draw.uniform(0.25, 0.95, PALETTES, 1), draw.uniform(0.2, 0.8, PALETTES, 1)
     hues = hue + draw.normal(PALETTES, 3) * draw.uniform(0, 0.2, PALETTES, 1)
@@ -244,7 +265,6 @@ def _develop(images: Tensor, draw: Draw) -> Tensor:
 
 def _photograph(images: Tensor, draw: Draw) -> Tensor:
     """Slight defocus in a third of the images, sensor noise in all."""
-    soft = draw.chance(0.35, len(images)).nonzero().flatten()
-    images = images.clone()
-    images[soft] = blur(images[soft], 3)
+    soft = draw.chance(0.35, len(images), 1, 1, 1)
+    images = torch.where(soft, blur(images, 3), images)
     return images + draw.normal(*images.shape) * draw.uniform(0, 0.04, len(images), 1, 1, 1)
