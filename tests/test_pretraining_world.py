@@ -53,12 +53,12 @@ def test_targets_are_in_range(world: World, size: int) -> None:
     assert batch.coverage.shape == (24, 2, size, size)
     assert batch.descriptor.shape == (24, DESCRIPTORS)
     assert batch.images.isfinite().all()
-    assert 0 <= batch.clean.min() and batch.clean.max() <= 1
-    assert -1e-5 <= batch.coverage.min() and batch.coverage.max() <= 1 + 1e-5
+    assert batch.clean.min() >= 0 and batch.clean.max() <= 1
+    assert batch.coverage.min() >= -1e-5 and batch.coverage.max() <= 1 + 1e-5
     assert set(batch.labels) == set(world.classes)
     for name, labels in batch.labels.items():
         assert labels.shape == (24,)
-        assert ABSENT <= labels.min() and labels.max() < world.classes[name], name
+        assert labels.min() >= ABSENT and labels.max() < world.classes[name], name
 
 
 def test_every_question_has_a_weight_and_a_gradient(world: World) -> None:

@@ -88,7 +88,7 @@ def dots(identity: Rng, variant: Rng, plane: Plane) -> Array:
 
 
 def _neighbours(identity: Rng, variant: Rng, plane: Plane) -> tuple[Array, Array, Array, int]:
-    """Distances to the two nearest of scattered points (Worley 1996), the nearest one, the count."""
+    """Distances to the two nearest of scattered points (Worley 1996), which is nearest, count."""
     side = int(identity.integers(3, 13))
     loose, squeeze = identity.uniform(0.1, 0.5), identity.uniform(1, 1.9)
     lattice = np.arange(-1, side + 1)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .bank import KINDS, Bank
+from .camera import develop, emboss, illuminate, photograph, shifted
 from .draw import Draw, blur, hsv_to_rgb, sample
 from .textures import FAMILIES
 
@@ -43,6 +45,22 @@ class Batch:
     """name -> (n,) class index or ABSENT; see World.classes."""
     descriptor: Tensor
     """(n, DESCRIPTORS) pose-free shape descriptor, zero where there is no foreground."""
+
+
+class Plan(NamedTuple):
+    """What each of n images is to show, drawn before anything is painted."""
+
+    shape: Tensor
+    variant: Tensor
+    present: Tensor
+    """False: the background alone."""
+    instances: Tensor
+    tiles: Tensor
+    """(2, n) textures of foreground and background."""
+    palettes: Tensor
+    """(3, n) palettes of foreground, its second material, background."""
+    fore_style: Tensor
+    back_style: Tensor
 
 
 class World:
@@ -89,51 +107,68 @@ class World:
     def batch(self, step: int, rank: int, count: int, size: int) -> Batch:
         """`count` images of `size` pixels."""
         draw = Draw(self.seed, step, rank, device=self.device)
-        shape = draw.integers(len(self.kind), count)
-        variant = draw.integers(self.descriptors.shape[1], count)
-        present = ~draw.chance(0.18, count)
-        tiles = draw.integers(len(self.textures), 2, count)
-        palette = draw.integers(PALETTES, 3, count)
-        style = [draw.choice(shares, count) for shares in (FORE_STYLES, BACK_STYLES)]
-        style[1] = torch.where(present, style[1], STYLES - 1)
-        instances = draw.integers(INSTANCES, count) * draw.chance(0.4, count) + 1
-
-        textured = self._textures(draw, tiles, size)
-        layers = self._foreground(draw, shape, variant, instances, size)
-        layers = layers * present.view(-1, 1, 1, 1)
+        plan = self._plan(draw, count)
+        fore_texture, back_texture = self._textures(draw, plan.tiles, size)
+        layers = self._foreground(draw, plan.shape, plan.variant, plan.instances, size)
+        layers = layers * plan.present.view(-1, 1, 1, 1)
         coverage, relief, part = layers[:, :1], layers[:, 1:2], layers[:, 2:] * layers[:, :1]
 
-        back = self._ground(draw, textured[1], style[1], palette[2], size)
+        back = self._ground(draw, back_texture, plan.back_style, plan.palettes[2], size)
         back = self._distance(draw, back, size)
-        back = back * (1 - draw.uniform(0, 0.5, count, 1, 1, 1) * _shifted(blur(coverage, 5), draw))
-        fore = self._material(draw, textured[0], relief, style[0], palette[0])
-        mixed = 0.25 * textured[0] + 0.75 * relief
-        fore = torch.lerp(fore, self._paint(draw, mixed, palette[1]), part)
-        fore = fore * (1 + _emboss(coverage * (0.4 + relief), draw))
-        image = _illuminate(torch.lerp(back, fore, coverage), draw)
-        clean = _develop(image, draw)
+        back = back * (1 - draw.uniform(0, 0.5, count, 1, 1, 1) * shifted(blur(coverage, 5), draw))
+        fore = self._material(draw, fore_texture, relief, plan.fore_style, plan.palettes[0])
+        mixed = 0.25 * fore_texture + 0.75 * relief
+        fore = torch.lerp(fore, self._paint(draw, mixed, plan.palettes[1]), part)
+        fore = fore * (1 + emboss(coverage * (0.4 + relief), draw))
+        clean = develop(_illuminate(torch.lerp(back, fore, coverage), draw), draw)
+        return Batch(
+            images=photograph(clean, draw),
+            clean=clean,
+            coverage=torch.cat([coverage, part], 1),
+            labels=self._labels(plan, part),
+            descriptor=self.descriptors[plan.shape, plan.variant] * plan.present[:, None],
+        )
 
-        labels = {
-            "shape": shape,
-            "kind": self.kind[shape],
-            "hollow": self.hollow[shape],
-            "lobes": torch.where(self.lobes[shape] > 0, self.lobes[shape], ABSENT),
-            "elongation": torch.bucketize(self.descriptors[shape, variant, -2], self.bins),
-            "fore_style": style[0],
-            "fore_palette": palette[0],
-            "fore_texture": torch.where(style[0] == 2, tiles[0], ABSENT),
-            "fore_family": torch.where(style[0] == 2, self.family[tiles[0]], ABSENT),
-            "part_palette": torch.where(part.mean((1, 2, 3)) > 0.03, palette[1], ABSENT),
+    def _plan(self, draw: Draw, n: int) -> Plan:
+        """What the n images of a batch are to show."""
+        shape = draw.integers(len(self.kind), n)
+        variant = draw.integers(self.descriptors.shape[1], n)
+        present = ~draw.chance(0.18, n)
+        tiles = draw.integers(len(self.textures), 2, n)
+        palettes = draw.integers(PALETTES, 3, n)
+        fore_style, back_style = (draw.choice(shares, n) for shares in (FORE_STYLES, BACK_STYLES))
+        # Without a foreground, a smooth background would leave nothing to see.
+        back_style = torch.where(present, back_style, STYLES - 1)
+        instances = draw.integers(INSTANCES, n) * draw.chance(0.4, n) + 1
+        return Plan(shape, variant, present, instances, tiles, palettes, fore_style, back_style)
+
+    def _labels(self, plan: Plan, part: Tensor) -> dict[str, Tensor]:
+        """ABSENT where there is no foreground, no texture, or too little of the second material."""
+
+        def where(known: Tensor, label: Tensor) -> Tensor:
+            return torch.where(known, label, ABSENT)
+
+        present, shape = plan.present, plan.shape
+        fore, back = present & (plan.fore_style == STYLES - 1), plan.back_style == STYLES - 1
+        parted = present & (part.mean((1, 2, 3)) > 0.03)
+        elongation = torch.bucketize(self.descriptors[shape, plan.variant, -2], self.bins)
+        return {
+            "shape": where(present, shape),
+            "kind": torch.where(present, self.kind[shape], len(KINDS)),
+            "lobes": where(present & (self.lobes[shape] > 0), self.lobes[shape]),
+            "hollow": where(present, self.hollow[shape]),
+            "elongation": where(present, elongation),
+            "instances": plan.instances * present,
+            "fore_style": where(present, plan.fore_style),
+            "back_style": plan.back_style,
+            "fore_texture": where(fore, plan.tiles[0]),
+            "back_texture": where(back, plan.tiles[1]),
+            "fore_family": where(fore, self.family[plan.tiles[0]]),
+            "back_family": where(back, self.family[plan.tiles[1]]),
+            "fore_palette": where(present, plan.palettes[0]),
+            "part_palette": where(parted, plan.palettes[1]),
+            "back_palette": plan.palettes[2],
         }
-        labels = {k: torch.where(present, v, ABSENT) for k, v in labels.items()}
-        labels["kind"] = torch.where(present, labels["kind"], len(KINDS))
-        labels["instances"] = instances * present
-        labels["back_style"], labels["back_palette"] = style[1], palette[2]
-        labels["back_texture"] = torch.where(style[1] == 2, tiles[1], ABSENT)
-        labels["back_family"] = torch.where(style[1] == 2, self.family[tiles[1]], ABSENT)
-        descriptor = self.descriptors[shape, variant] * present[:, None]
-        coverages = torch.cat([coverage, part], 1)
-        return Batch(_photograph(clean, draw), clean, coverages, labels, descriptor)
 
     def _textures(self, draw: Draw, tiles: Tensor, size: int) -> Tensor:
         """Grey fields (2, n, 1, size, size) in [0, 1] of the two textures of each image."""
@@ -227,44 +262,3 @@ def _palettes(draw: Draw) -> Tensor:
 def _whole(n: int, device: torch.device) -> Tensor:
     """Views (n, 2, 3) that change nothing."""
     return torch.eye(2, 3, device=device).expand(n, 2, 3)
-
-
-def _shifted(fields: Tensor, draw: Draw) -> Tensor:
-    """All fields moved by one common small random offset: where a shadow falls."""
-    size = fields.shape[-1]
-    offset = draw.integers(size // 8 + 1, 2) - size // 16
-    return fields.roll(offset.tolist(), (2, 3))
-
-
-def _emboss(height: Tensor, draw: Draw) -> Tensor:
-    """Shading in [-0.5, 0.5] of a height field by one distant light per image."""
-    width = height.shape[-1] // 32 * 2 + 1
-    soft = blur(height, width)
-    light = draw.normal(len(height), 2, 1, 1)
-    down, right = soft - soft.roll(width // 2, 2), soft - soft.roll(width // 2, 3)
-    return (1.2 * (light[:, :1] * down + light[:, 1:] * right)).clamp(-0.5, 0.5)
-
-
-def _illuminate(images: Tensor, draw: Draw) -> Tensor:
-    """A linear change of brightness across the frame."""
-    ramp = torch.linspace(-1, 1, images.shape[-1], device=images.device)
-    slope = 0.12 * draw.normal(len(images), 2, 1, 1)
-    return images * (1 + slope[:, :1] * ramp + slope[:, 1:] * ramp[:, None])
-
-
-def _develop(images: Tensor, draw: Draw) -> Tensor:
-    """Exposure, contrast, saturation and white balance of each image, by up to a fifth or so."""
-    n = len(images)
-    balance = 1 + 0.18 * draw.normal(n, 1, 1, 1) + 0.05 * draw.normal(n, 3, 1, 1)
-    images = images * balance
-    mean = images.mean((1, 2, 3), keepdim=True)
-    images = mean + (images - mean) * (0.18 * draw.normal(n, 1, 1, 1)).exp()
-    grey = images.mean(1, keepdim=True)
-    return (grey + (images - grey) * (0.2 * draw.normal(n, 1, 1, 1)).exp()).clamp(0, 1)
-
-
-def _photograph(images: Tensor, draw: Draw) -> Tensor:
-    """Slight defocus in a third of the images, sensor noise in all."""
-    soft = draw.chance(0.35, len(images), 1, 1, 1)
-    images = torch.where(soft, blur(images, 3), images)
-    return images + draw.normal(*images.shape) * draw.uniform(0, 0.04, len(images), 1, 1, 1)
