@@ -120,7 +120,7 @@ class World:
         mixed = 0.25 * fore_texture + 0.75 * relief
         fore = torch.lerp(fore, self._paint(draw, mixed, plan.palettes[1]), part)
         fore = fore * (1 + emboss(coverage * (0.4 + relief), draw))
-        clean = develop(_illuminate(torch.lerp(back, fore, coverage), draw), draw)
+        clean = develop(illuminate(torch.lerp(back, fore, coverage), draw), draw)
         return Batch(
             images=photograph(clean, draw),
             clean=clean,
