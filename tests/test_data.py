@@ -1,0 +1,275 @@
+"""Folders -> samples, splits and batches."""
+
+import hashlib
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, draw, draw_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.datasets import ImageFolder
+
+from cnnft import data
+from cnnft.data import KeyedBatches, Samples
+from cnnft.errors import CnnftError
+
+Cli = Callable[..., Outcome]
+
+# ---------------------------------------------------------------- files and classes
+
+
+def test_classes_and_files_come_in_imagefolders_order(tmp_path: Path) -> None:
+    for name in ("bee", "Ant", "ant", "Zebra", "10", "9", "_x", "élan", "a b"):
+        draw(tmp_path / name / "2.png", 0, 0)
+        draw(tmp_path / name / "10.png", 0, 0)
+        draw(tmp_path / name / "B.PNG", 0, 0)
+        draw(tmp_path / name / "more" / "1.png", 0, 0)
+        draw(tmp_path / name / "more" / "deep" / "1.png", 0, 0)
+    reference = ImageFolder(str(tmp_path))
+    samples = data.scan(tmp_path)
+    assert list(samples.classes) == reference.classes
+    found = [(str(p), n) for p, n in zip(samples.paths, samples.labels, strict=True)]
+    assert found == reference.samples
+
+
+@pytest.mark.parametrize(
+    "name",
+    [".hidden.png", "._x.png", "__MACOSX/x.png", ".git/x.png", "sub/.x.png", "notes.txt", "x.svg"],
+)
+def test_hidden_and_foreign_files_are_no_images(tmp_path: Path, name: str) -> None:
+    seen = draw(tmp_path / "seen.png", 0, 0)
+    hidden = tmp_path / name
+    hidden.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(seen, hidden)
+    assert data.image_files(tmp_path) == [seen]
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    draw_folder(tmp_path, ("ants", "bees", ".thumbnails", "__MACOSX"), 1)
+    (tmp_path / "README.md").touch()
+    assert data.class_folders(tmp_path) == ("ants", "bees")
+
+
+def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
+    target = draw(tmp_path / "elsewhere" / "x.png", 0, 0)
+    folder = tmp_path / "ants"
+    own = draw(folder / "own.png", 0, 1)
+    (folder / "linked").symlink_to(target.parent, target_is_directory=True)
+    (folder / "one.png").symlink_to(target)
+    (folder / "loop").symlink_to(folder, target_is_directory=True)
+    (target.parent / "back").symlink_to(folder, target_is_directory=True)
+    assert data.image_files(folder) == [folder / "one.png", own, folder / "linked" / "x.png"]
+
+
+def test_a_dangling_link_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path, ("ants", "bees"), 2)
+    (folder / "ants" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    good, skipped = data.check(data.scan(folder))
+    assert len(good) == 4 and [s.path.name for s in skipped] == ["gone.png"]
+    assert "No such file" in skipped[0].reason
+
+
+def test_check_hashes_the_content_and_counts_every_file(tmp_path: Path) -> None:
+    folder = draw_folder(tmp_path, ("ants", "bees"), 3)
+    (folder / "ants" / "1.png").write_bytes(b"no image")
+    calls: list[None] = []
+    good, skipped = data.check(data.scan(folder), on_file=lambda: calls.append(None))
+    assert len(calls) == 6
+    assert [s.path for s in skipped] == [folder / "ants" / "1.png"]
+    assert good.labels == (0, 0, 1, 1, 1)
+    assert list(good.hashes) == [hashlib.sha256(p.read_bytes()).hexdigest() for p in good.paths]
+
+
+# ---------------------------------------------------------------- splitting
+
+
+def made_up(counts: tuple[int, ...], prefix: str = "") -> Samples:
+    """Samples whose content is named, not stored."""
+    labels = [label for label, count in enumerate(counts) for _ in range(count)]
+    return Samples(
+        paths=tuple(Path(f"{prefix}{label}-{i}.png") for i, label in enumerate(labels)),
+        labels=tuple(labels),
+        classes=tuple(f"class{label}" for label in range(len(counts))),
+        hashes=tuple(hashlib.sha256(f"{i}".encode()).hexdigest() for i in range(len(labels))),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(2, 40), min_size=2, max_size=5),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 5),
+)
+def test_split_is_stratified_and_loses_nothing(
+    counts: list[int], fraction: float, seed: int
+) -> None:
+    samples = made_up(tuple(counts))
+    train, val = data.split(samples, fraction, seed)
+    assert sorted(train.paths + val.paths) == sorted(samples.paths)
+    assert not set(train.hashes) & set(val.hashes)
+    for count, in_train, in_val in zip(counts, train.counts(), val.counts(), strict=True):
+        assert in_train >= 1 and in_val >= 1
+        assert abs(in_val - fraction * count) <= 1
+
+
+def test_split_ignores_names_and_order() -> None:
+    samples = made_up((20, 15))
+    _, val = data.split(samples, 0.3, 0)
+    order = list(range(len(samples)))
+    random.Random(0).shuffle(order)
+    shuffled = samples.take(order)
+    renamed = replace(shuffled, paths=tuple(Path(f"{i}.jpg") for i in range(len(samples))))
+    _, again = data.split(renamed, 0.3, 0)
+    assert set(again.hashes) == set(val.hashes)
+
+
+def test_split_depends_on_the_split_seed_and_grows_by_adding() -> None:
+    samples = made_up((30, 30))
+    chosen = {seed: set(data.split(samples, 0.2, seed)[1].hashes) for seed in range(4)}
+    assert len(set(map(frozenset, chosen.values()))) == 4
+    assert chosen[0] < set(data.split(samples, 0.5, 0)[1].hashes)
+
+
+def test_split_of_a_class_does_not_depend_on_other_classes() -> None:
+    both = made_up((20, 20))
+    alone = both.take(i for i in range(40) if both.labels[i] == 0 or i < 25)
+    of_both, of_alone = (
+        {h for h, label in zip(val.hashes, val.labels, strict=True) if label == 0}
+        for _, val in (data.split(both, 0.3, 0), data.split(alone, 0.3, 0))
+    )
+    assert of_both == of_alone
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_exact_duplicates_stay_on_one_side_also_across_classes(seed: int) -> None:
+    samples = made_up((6, 6))
+    hashes = list(samples.hashes)
+    hashes[1] = hashes[2] = hashes[0]  # within a class
+    hashes[6] = hashes[7] = hashes[3]  # across classes
+    samples = replace(samples, hashes=tuple(hashes))
+    train, val = data.split(samples, 0.4, seed)
+    assert len(train) + len(val) == 12
+    assert not set(train.hashes) & set(val.hashes)
+    assert min(train.counts()) >= 1 and min(val.counts()) >= 1
+
+
+def test_split_needs_two_different_images_per_class() -> None:
+    samples = made_up((3, 2))
+    same = replace(samples, hashes=(*samples.hashes[:4], samples.hashes[3]))
+    with pytest.raises(CnnftError, match="class1 has 1 different image"):
+        data.split(same, 0.2, 0)
+
+
+def split_of(run: Path) -> dict[str, Counter[str]]:
+    """split -> content hashes."""
+    rows = [line.rsplit(",", 1) for line in (run / "data.csv").read_text().splitlines()[1:]]
+    return {
+        split: Counter(digest for rest, digest in rows if rest.startswith(f"{split},"))
+        for split in ("train", "val")
+    }
+
+
+def test_a_runs_split_ignores_names_and_training_seed_but_not_split_seed(
+    cnnft: Cli, flat: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "renamed"
+    for path in flat.glob("*/*.png"):
+        (renamed / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, renamed / path.parent.name / f"copy{9 - int(path.stem)}.png")
+
+    def train(name: str, *arguments: object) -> dict[str, Counter[str]]:
+        common = ["--backbone=builtin", "--mode=feature-extractor", "--epochs=1", "--workers=0"]
+        place = ["--runs-dir", tmp_path / "runs", "--name", name]
+        assert cnnft("finetune", *arguments, *common, *place).code == 0
+        return split_of(tmp_path / "runs" / name)
+
+    first = train("first", flat)
+    assert [sum(first[split].values()) for split in ("train", "val")] == [16, 4]
+    assert train("renamed", renamed, "--seed", 5) == first
+    assert train("other", flat, "--split-seed", 1) != first
+
+
+# ---------------------------------------------------------------- given train and val folders
+
+
+def test_validation_images_that_are_in_training_are_left_out_and_counted(
+    cnnft: Cli, separated: Path, tmp_path: Path
+) -> None:
+    train, val = separated / "train", separated / "val"
+    shutil.copy(train / "ants" / "0.png", val / "ants" / "leak.png")
+    shutil.copy(train / "bees" / "1.png", val / "wasps" / "another name.png")  # across classes
+    common = ["--backbone", "builtin", "--workers", 0, "--runs-dir", tmp_path / "runs"]
+    plan = cnnft("finetune", separated, *common, "--dry-run", "--json")
+    assert json.loads(plan.out)["leaked"] == 2
+    assert {c: n["val"] for c, n in json.loads(plan.out)["classes"].items()} == {
+        "ants": 3, "bees": 3, "wasps": 3,
+    }  # fmt: skip
+    assert "2 validation image(s) left out" in plan.err
+
+    arguments = ["--mode", "feature-extractor", "--epochs", 1, "--name", "x"]
+    assert cnnft("finetune", separated, *common, *arguments).code == 0
+    used = (tmp_path / "runs" / "x" / "data.csv").read_text()
+    assert "leak" not in used and "another name" not in used
+    split = split_of(tmp_path / "runs" / "x")
+    assert not split["train"].keys() & split["val"].keys()
+    assert sum(split["train"].values()) == 18 and sum(split["val"].values()) == 9
+
+
+# ---------------------------------------------------------------- batches
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    images=st.integers(1, 70),
+    batch_size=st.integers(1, 40),
+    seed=st.integers(0, 2**63 - 1),
+    epochs=st.integers(1, 3),
+)
+def test_every_image_once_an_epoch_and_no_batch_of_one(
+    images: int, batch_size: int, seed: int, epochs: int
+) -> None:
+    keys = KeyedBatches(images, batch_size, seed, epochs)
+    batches = list(keys)
+    assert len(batches) == len(keys) == epochs * keys.steps_per_epoch
+    for epoch in range(epochs):
+        of_epoch = batches[epoch * keys.steps_per_epoch : (epoch + 1) * keys.steps_per_epoch]
+        assert sorted(key for batch in of_epoch for key in batch) == [
+            (epoch, index) for index in range(images)
+        ]
+        assert all(len(batch) == batch_size for batch in of_epoch[:-1])
+        assert 1 <= len(of_epoch[-1]) <= batch_size + 1
+    if batch_size > 1 and images > 1:
+        assert min(map(len, batches)) > 1
+    assert list(KeyedBatches(images, batch_size, seed, epochs)) == batches
+
+
+def test_epochs_and_seeds_shuffle_differently() -> None:
+    orders = {
+        tuple(KeyedBatches(50, 8, seed, 2).order(epoch)) for seed in (0, 1) for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_an_images_random_view_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
+    samples = data.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
+
+    def transform(image: object) -> torch.Tensor:
+        return torch.rand(4)
+
+    first, second = (data.TrainingImages(samples, transform, seed) for seed in (0, 1))
+    state = torch.get_rng_state()
+    views = {key: first[key] for key in [(0, 0), (0, 1), (1, 0)]}
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    for key, (view, label) in reversed(views.items()):
+        again = first[key]
+        assert torch.equal(again[0], view) and again[1] == label
+    distinct = [view for view, _ in [*views.values(), second[0, 0]]]
+    assert len({tuple(view.tolist()) for view in distinct}) == 4

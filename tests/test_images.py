@@ -1,0 +1,227 @@
+"""Files of every mode and every kind of damage -> upright RGB pixels, or a reason."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnft.errors import CnnftError
+from cnnft.images import SUFFIXES, ImageError, find_problem, read_image
+
+RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def noise(size: tuple[int, int] = (48, 32)) -> Image.Image:
+    random = np.random.default_rng(0)
+    return Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def save(path: Path, image: Image.Image, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+# ---------------------------------------------------------------- orientation and modes
+
+EXIF_UNDO: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", EXIF_UNDO)
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_exif_orientation_is_undone(tmp_path: Path, orientation: int, suffix: str) -> None:
+    stored = noise()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"x{suffix}", stored, exif=exif)
+    assert np.array_equal(pixels(path), EXIF_UNDO[orientation](np.asarray(stored)))
+
+
+def test_a_rotated_jpeg_is_upright(tmp_path: Path) -> None:
+    upright = Image.new("RGB", (40, 80), BLACK)
+    upright.paste(WHITE, (0, 0, 40, 40))  # sky above, ground below
+    exif = Image.Exif()
+    exif[0x0112] = 6  # what a phone held upright stores
+    path = save(tmp_path / "x.jpg", upright.rotate(90, expand=True), exif=exif)
+    found = pixels(path)
+    assert found.shape == (80, 40, 3)
+    assert found[10, 20].min() > 240 and found[70, 20].max() < 15
+
+
+def test_transparent_pixels_show_white_and_half_transparent_ones_mix(tmp_path: Path) -> None:
+    image = Image.new("RGBA", (3, 1))
+    for x, alpha in enumerate((255, 128, 0)):
+        image.putpixel((x, 0), (*RED, alpha))
+    solid, half, clear = pixels(save(tmp_path / "x.png", image))[0]
+    assert tuple(solid) == RED and tuple(clear) == WHITE
+    assert half[0] == 255 and half[1] == half[2] and abs(int(half[1]) - 127) <= 1
+
+
+def test_grey_with_alpha(tmp_path: Path) -> None:
+    image = Image.new("LA", (2, 1))
+    image.putpixel((0, 0), (100, 255))
+    image.putpixel((1, 0), (100, 0))
+    assert pixels(save(tmp_path / "x.png", image)).tolist() == [[[100] * 3, [255] * 3]]
+
+
+@pytest.mark.parametrize("transparent", [None, 1])
+def test_palette_with_and_without_a_transparent_colour(
+    tmp_path: Path, transparent: int | None
+) -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([*RED, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    options = {} if transparent is None else {"transparency": transparent}
+    first, second = pixels(save(tmp_path / "x.png", image, **options))[0].tolist()
+    assert tuple(first) == RED
+    assert tuple(second) == ((0, 0, 255) if transparent is None else WHITE)
+
+
+def test_a_colour_named_transparent_in_rgb_shows_white(tmp_path: Path) -> None:
+    image = Image.new("RGB", (2, 1), BLACK)
+    image.putpixel((0, 0), RED)
+    path = save(tmp_path / "x.png", image, transparency=BLACK)
+    assert [tuple(p) for p in pixels(path)[0].tolist()] == [RED, WHITE]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_keep_their_range(tmp_path: Path, suffix: str) -> None:
+    values = np.array([[0, 257 * 64, 257 * 128, 65535]], dtype=np.uint16)
+    path = save(tmp_path / f"x{suffix}", Image.fromarray(values))
+    assert pixels(path)[0, :, 0].tolist() == [0, 64, 128, 255]
+
+
+def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
+    image = Image.new("1", (2, 1))
+    image.putpixel((1, 0), 1)
+    assert pixels(save(tmp_path / "x.png", image)).tolist() == [[[0] * 3, [255] * 3]]
+
+
+def test_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
+    assert pixels(save(tmp_path / "x.png", Image.new("L", (1, 1), 77))).tolist() == [[[77] * 3]]
+
+
+def test_cmyk_jpeg_has_its_colours(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)))
+    red, green, blue = pixels(path)[8, 8]
+    assert red > 240 and green < 15 and blue < 15
+
+
+def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 0, 255))]
+    path = tmp_path / "x.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert tuple(pixels(path)[0, 0]) == RED
+
+
+# ---------------------------------------------------------------- damage
+
+
+def cut(path: Path, share: float) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    return path
+
+
+def bomb(path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    save(path, noise())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # an error from twice that; this has 1536
+    return path
+
+
+def text(path: Path) -> Path:
+    path.write_text("<html>not found</html>")
+    return path
+
+
+def empty(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+Make = Callable[[Path, pytest.MonkeyPatch], Path]
+DAMAGED: dict[str, tuple[Make, str]] = {
+    "half a jpeg": (lambda f, m: cut(save(f / "x.jpg", noise()), 0.5), "damaged"),
+    "nearly a whole jpeg": (lambda f, m: cut(save(f / "x.jpg", noise()), 0.95), "damaged"),
+    "half a progressive jpeg": (
+        lambda f, m: cut(save(f / "x.jpeg", noise(), progressive=True), 0.5),
+        "damaged",
+    ),
+    "half a png": (lambda f, m: cut(save(f / "x.png", noise()), 0.5), "damaged"),
+    "a tenth of a webp": (lambda f, m: cut(save(f / "x.webp", noise()), 0.1), ""),
+    "half a bmp": (lambda f, m: cut(save(f / "x.bmp", noise()), 0.5), "damaged"),
+    "half a gif": (lambda f, m: cut(save(f / "x.gif", noise()), 0.5), "damaged"),
+    "half a tiff": (lambda f, m: cut(save(f / "x.tif", noise()), 0.5), ""),
+    "an empty file": (lambda f, m: empty(f / "x.jpg"), "empty (0 bytes)"),
+    "text named jpg": (lambda f, m: text(f / "x.jpg"), "not an image"),
+    "a png bomb": (lambda f, m: bomb(f / "x.png", m), "million pixels"),
+    "a jpeg bomb": (lambda f, m: bomb(f / "x.jpg", m), "million pixels"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), DAMAGED.values(), ids=DAMAGED)
+def test_damage_is_one_sentence_and_found_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, reason: str
+) -> None:
+    path = make(tmp_path, monkeypatch)
+    with pytest.raises(ImageError) as raised:
+        read_image(path)
+    assert isinstance(raised.value, CnnftError)
+    assert str(path) in str(raised.value) and reason in raised.value.reason
+    assert "\n" not in raised.value.reason
+    assert find_problem(path, path.read_bytes()) == raised.value.reason
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_quick_check_and_full_read_agree_on_a_jpeg_cut_anywhere(
+    tmp_path: Path, progressive: bool
+) -> None:
+    path = save(tmp_path / "x.jpg", noise(), progressive=progressive)
+    content = path.read_bytes()
+    assert find_problem(path, content) is None
+    for length in range(0, len(content), 37):
+        path.write_bytes(content[:length])
+        with pytest.raises(ImageError) as raised:
+            read_image(path)
+        assert find_problem(path, content[:length]) == raised.value.reason, length
+
+
+def test_quick_check_and_full_read_agree_on_broken_exif(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.png", noise(), exif=b"Exif\0\0garbage, no TIFF header")
+    problem = find_problem(path, path.read_bytes())
+    try:
+        read_image(path)
+    except ImageError as error:
+        assert problem == error.reason
+    else:
+        assert problem is None
+
+
+def test_a_missing_file_and_a_folder_are_image_errors(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jpg", tmp_path):
+        with pytest.raises(ImageError, match="cannot be read") as raised:
+            read_image(path)
+        assert str(path) in str(raised.value)
+
+
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+def test_every_suffix_that_is_listed_can_be_read(tmp_path: Path, suffix: str) -> None:
+    path = save(tmp_path / f"x{suffix}", noise())
+    assert find_problem(path, path.read_bytes()) is None
+    assert pixels(path).shape == (32, 48, 3)
