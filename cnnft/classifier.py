@@ -12,12 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cnnft import __version__
-from cnnft.backbones import Identity, backbone_hash, build, load_weights
+from cnnft.batches import default_workers, view_batches
 from cnnft.config import TestTimeViews
-from cnnft.data import default_workers, view_batches
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference import choose_device, infer
+from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.zoo import Identity, build
 
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""

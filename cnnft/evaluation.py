@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from cnnft import data
+from cnnft.batches import default_workers, view_batches
 from cnnft.classifier import Classifier
 from cnnft.config import Split, TestTimeViews
 from cnnft.data import Samples, Skipped
@@ -69,11 +70,11 @@ def evaluate_folder(
                 "evaluate on images that the model has not seen"
             )
         raise CnnftError(f"{folder} ({split}) holds no readable image")
-    batches = data.view_batches(
+    batches = view_batches(
         kept.paths,
         EvaluationViews(classifier.input_spec, tta),
         batch_size,
-        data.default_workers() if workers is None else workers,
+        default_workers() if workers is None else workers,
     )
     log_probs = infer_all(classifier.network, batches, kept.paths)
     labels = torch.tensor(kept.labels)

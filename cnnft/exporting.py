@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from cnnft.backbones import backbone_hash
 from cnnft.classifier import Classifier, load
 from cnnft.config import ExportFormat
 from cnnft.errors import CnnftError, UsageError
 from cnnft.images import ImageError, read_image
+from cnnft.pretrained import backbone_hash
 from cnnft.run import Run, to_safetensors, write_whole
 from cnnft.transforms import EvaluationViews
 

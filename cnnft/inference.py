@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnnft.data import Views
+from cnnft.batches import Views
 from cnnft.errors import CnnftError, UsageError
 
 

@@ -10,18 +10,28 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cnnft import data
-from cnnft.backbones import LoadedWeights, backbone_hash, open_backbone, resolve
+from cnnft.backbones import open_backbone
+from cnnft.batches import (
+    KeyedBatches,
+    TrainingImages,
+    default_workers,
+    keyed_seed,
+    training_batches,
+    view_batches,
+)
 from cnnft.classifier import Classifier
 from cnnft.config import Config
-from cnnft.data import KeyedBatches, Samples, Skipped, TrainingImages
+from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError
 from cnnft.freezing import freeze
 from cnnft.inference import choose_device, infer_all
 from cnnft.metrics import Score, score
 from cnnft.optim import LearningRates, learning_rates, make_optimizer, make_schedule
+from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.run import Epoch, Run
 from cnnft.training import EpochDone, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews, training_transform
+from cnnft.zoo import resolve
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     if not len(val_samples):
         raise CnnftError(f"{folder}: no readable validation image remains that is not in train too")
 
-    torch.manual_seed(data.keyed_seed("head", config.seed))
+    torch.manual_seed(keyed_seed("head", config.seed))
     classes = train_samples.classes
     backbone = open_backbone(
         config.backbone, len(classes), pretrained=config.pretrained, weights=config.weights
@@ -116,7 +126,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
         rates=learning_rates(config, identity.architecture),
         batches=KeyedBatches(len(train_samples), config.batch_size, config.seed, config.epochs),
         device=device,
-        workers=data.default_workers() if config.workers is None else config.workers,
+        workers=default_workers() if config.workers is None else config.workers,
     )
 
 
@@ -135,8 +145,8 @@ def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
     schedule = make_schedule(config, steps_per_epoch)
     state = TrainState(classifier.network, optimizer, schedule, steps_per_epoch, config.seed)
     training_images = TrainingImages(plan.train, training_transform(spec), config.seed)
-    batches = data.training_batches(training_images, plan.batches, plan.workers)
-    val_batches = data.view_batches(
+    batches = training_batches(training_images, plan.batches, plan.workers)
+    val_batches = view_batches(
         plan.val.paths, EvaluationViews(spec), config.batch_size, plan.workers
     )
 

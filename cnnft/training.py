@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cnnft.data import keyed_seed
+from cnnft.batches import keyed_seed
 from cnnft.freezing import train_mode
 from cnnft.optim import Multiplier
 

@@ -104,5 +104,6 @@ class _Normalize:
         self.mean, self.std = list(spec.mean), list(spec.std)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        pixels = F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True)
-        return F.normalize(pixels, self.mean, self.std)
+        # timm and torchvision's presets divide by 255; v2.to_dtype multiplies by 1 / 255, which
+        # differs in the last bit.
+        return F.normalize(F.pil_to_tensor(image) / 255, self.mean, self.std)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cnnft import __version__
-from cnnft.cli import evaluate, export, finetune, predict
+from cnnft.cli import console, evaluate, export, finetune, predict
 
 debug = False
 """Set by --debug: errors show their traceback."""
@@ -38,6 +38,7 @@ def options(
     """Turn a pretrained CNN and a folder of images into a classifier you can use."""
     global debug
     debug = show_tracebacks
+    console.relay_logs()
 
 
 app.command("finetune")(finetune.command)

@@ -1,6 +1,7 @@
 """The one mouth: results to standard output, everything else to standard error."""
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,18 @@ _out = Console(
     width=None if sys.stdout.isatty() else 1000,  # a pipe does not fold lines
 )
 _err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+class _Say(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+def relay_logs() -> None:
+    """What the library logs is said here; the hub's retries, which it would print, are not."""
+    log = logging.getLogger("cnnft")
+    log.handlers, log.level, log.propagate = [_Say()], logging.INFO, False
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def say(text: RenderableType = "", style: str | None = None) -> None:

@@ -1,13 +1,13 @@
 """cnnft finetune DATA: from a folder of images to a trained run."""
 
 import dataclasses
-import logging
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cnnft.cli import console, options
+from cnnft.cli.plan import plan_json, show_plan
 from cnnft.config import Config, Mode, Schedule
 from cnnft.errors import UsageError
 
@@ -144,15 +144,13 @@ def command(
 
     from cnnft.recipe import Finished, prepare
 
-    logging.getLogger("cnnft").addHandler(_Speak())
-    logging.getLogger("cnnft").setLevel(logging.INFO)
     with console.progress() as bar:
         task = bar.add_task("checking the images", total=None)
         plan = prepare(settings, on_file=lambda total: bar.update(task, total=total, advance=1))
-    _show_plan(plan)
+    show_plan(plan)
     if dry_run:
         if json:
-            console.result_json(_plan_json(plan))
+            console.result_json(plan_json(plan))
         return
     finished = _train(plan)
     assert isinstance(finished, Finished)
@@ -161,13 +159,6 @@ def command(
         console.result_json(_finished_json(finished))
     else:
         console.result(str(finished.run.path))
-
-
-class _Speak(logging.Handler):
-    """What the library logs is said on the console."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        console.say(record.getMessage())
 
 
 def _settings(context: typer.Context, config_file: str | None) -> Config:
@@ -221,62 +212,6 @@ def _epoch_line(epoch: "Epoch", epochs: int, best: bool) -> str:
     )
 
 
-def _show_plan(plan: "Plan") -> None:
-    from rich.table import Table
-
-    classes = Table(box=None, pad_edge=False)
-    for column in ("class", "train", "val"):
-        classes.add_column(column, justify="left" if column == "class" else "right")
-    counts = list(zip(plan.train.classes, plan.train.counts(), plan.val.counts(), strict=True))
-    shown = counts if len(counts) <= 20 else counts[:20]
-    for name, train, val in shown:
-        classes.add_row(name, str(train), str(val))
-    if len(counts) > len(shown):
-        classes.add_row(f"… {len(counts) - len(shown)} more", "", "")
-    classes.add_row(f"{len(counts)} classes", str(len(plan.train)), str(len(plan.val)))
-    console.say(classes)
-    console.say()
-    _show_skipped(plan)
-
-    trained, frozen = plan.parameters
-    spec = plan.classifier.input_spec
-    console.say(f"backbone        {_backbone_line(plan)}")
-    console.say(f"input           {spec.size} × {spec.size} px, {spec.fit}, {spec.interpolation}")
-    console.say(
-        f"mode            {plan.config.mode}: {trained:,} parameters train, {frozen:,} frozen"
-    )
-    for i, step in enumerate(plan.rates.derivation.split("; ")):
-        console.say(f"{'' if i else 'learning rates':<16}{step}")
-    console.say(
-        f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
-        f"{plan.config.schedule} schedule, on {plan.device}\n"
-    )
-
-
-def _show_skipped(plan: "Plan") -> None:
-    most = 10
-    for file in plan.skipped[:most]:
-        console.warn(f"skipped {file.path}: {file.reason}")
-    if len(plan.skipped) > most:
-        console.warn(f"skipped {len(plan.skipped) - most} more: the run's skipped.csv lists them")
-    if plan.leaked:
-        console.warn(
-            f"{plan.leaked} validation image(s) left out: the same file is in the training data"
-        )
-
-
-def _backbone_line(plan: "Plan") -> str:
-    name, loaded = plan.classifier.identity.name, plan.weights
-    if loaded is None:
-        return f"{name}, random weights"
-    text = f"{name}, {loaded.matched} pretrained tensors"
-    if loaded.source != name:
-        text += f" from {loaded.source}"
-    if loaded.missing:
-        text += f"; {len(loaded.missing)} missing stay random, such as {loaded.missing[0]}"
-    return text
-
-
 def _show_end(plan: "Plan", finished: "Finished") -> None:
     low, high = finished.val.interval
     chance = max(plan.val.counts()) / len(plan.val)
@@ -287,24 +222,6 @@ def _show_end(plan: "Plan", finished: "Finished") -> None:
         style="bold",
     )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")
-
-
-def _plan_json(plan: "Plan") -> dict[str, Any]:
-    trained, frozen = plan.parameters
-    return {
-        "classes": {
-            name: {"train": train, "val": val}
-            for name, train, val in zip(
-                plan.train.classes, plan.train.counts(), plan.val.counts(), strict=True
-            )
-        },
-        "backbone": plan.classifier.identity.name,
-        "parameters": {"trained": trained, "frozen": frozen},
-        "learning_rates": {"backbone": plan.rates.backbone, "head": plan.rates.head},
-        "steps_per_epoch": plan.batches.steps_per_epoch,
-        "skipped": [{"file": str(file.path), "reason": file.reason} for file in plan.skipped],
-        "leaked": plan.leaked,
-    }
 
 
 def _finished_json(finished: "Finished") -> dict[str, Any]:

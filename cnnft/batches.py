@@ -1,0 +1,175 @@
+"""`Samples` -> batches: datasets, the keyed sampler, loaders for training and for views."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cnnft.data import Samples
+from cnnft.errors import CnnftError
+from cnnft.images import ImageError, read_image
+
+Key = tuple[int, int]
+"""(epoch, index): names one random view of one training image."""
+
+
+class TrainingImages(Dataset[tuple[Tensor, int] | str]):
+    """`dataset[epoch, index]` -> (pixels (3, H, W), label): the same for the same key, anywhere.
+
+    The key seeds the random transform for that one sample, so neither the number of workers nor
+    the order of loading changes it. (Telling an epoch to a dataset that persistent workers have
+    copied has no effect: the epoch has to travel with the index.)
+
+    A file that cannot be read any more gives the reason: an exception would reach the main
+    process wrapped in the worker's traceback.
+    """
+
+    def __init__(
+        self, samples: Samples, transform: Callable[[Image.Image], Tensor], seed: int
+    ) -> None:
+        self.samples, self.transform, self.seed = samples, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
+        epoch, index = key
+        try:
+            image = read_image(self.samples.paths[index])
+        except ImageError as error:
+            return str(error)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(keyed_seed("sample", self.seed, epoch, index))
+            return self.transform(image), self.samples.labels[index]
+
+
+@dataclass(frozen=True)
+class KeyedBatches(Sampler[list[Key]]):
+    """All batches of a training run, as keys: a pure function of (seed, epoch, step).
+
+    Every image occurs once an epoch. The last batch may be smaller, but never a single image,
+    which BatchNorm cannot train on: that one joins the batch before it.
+    """
+
+    images: int
+    batch_size: int
+    seed: int
+    epochs: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        full, rest = divmod(self.images, self.batch_size)
+        return max(full + (rest > 1), 1)
+
+    def __len__(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for epoch in range(self.epochs):
+            order = self.order(epoch)
+            for step in range(self.steps_per_epoch):
+                last = step == self.steps_per_epoch - 1
+                stop = None if last else (step + 1) * self.batch_size
+                yield [(epoch, index) for index in order[step * self.batch_size : stop]]
+
+    def order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(keyed_seed("order", self.seed, epoch))
+        order: list[int] = torch.randperm(self.images, generator=generator).tolist()
+        return order
+
+
+def training_batches(
+    dataset: TrainingImages, keys: KeyedBatches, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (pixels (B, 3, H, W), labels (B,)) for all epochs: workers start once.
+
+    Raises:
+        CnnftError: a file that could be read before training cannot be read now.
+    """
+    for batch in DataLoader(
+        dataset, batch_sampler=keys, num_workers=workers, collate_fn=_stack_training
+    ):
+        if isinstance(batch, str):
+            raise CnnftError(f"{batch}: the data changed while training")
+        yield batch
+
+
+def _stack_training(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
+    for item in items:
+        if isinstance(item, str):
+            return item
+    pixels, labels = zip(*items, strict=True)
+    return torch.stack(pixels), torch.tensor(labels)
+
+
+class Views(NamedTuple):
+    """A batch of images, each seen in V ways, that knows which images they are."""
+
+    indices: list[int]
+    """Positions of the readable images in the list of files."""
+    pixels: Tensor | None
+    """(len(indices), V, 3, H, W); None where no image could be read."""
+    unreadable: dict[int, str]
+    """Position -> why the file cannot be read."""
+
+
+class ViewedImages(Dataset[tuple[int, Tensor | str]]):
+    """`dataset[index]` -> (index, views (V, 3, H, W) or why the file cannot be read)."""
+
+    def __init__(self, paths: Sequence[Path], views: Callable[[Image.Image], Tensor]) -> None:
+        self.paths, self.views = paths, views
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, self.views(read_image(self.paths[index]))
+        except ImageError as error:
+            return index, error.reason
+
+
+ViewLoader = DataLoader[Views]
+
+
+def view_batches(
+    paths: Sequence[Path],
+    views: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    workers: int,
+) -> ViewLoader:
+    """Every file once, in order; may be iterated again, workers stay alive in between."""
+    return DataLoader(
+        ViewedImages(paths, views),  # type: ignore[arg-type]  # collation changes the type
+        batch_size=batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=_stack_views,
+    )
+
+
+def _stack_views(items: list[tuple[int, Tensor | str]]) -> Views:
+    readable = {i: views for i, views in items if isinstance(views, Tensor)}
+    unreadable = {i: reason for i, reason in items if isinstance(reason, str)}
+    pixels = torch.stack(list(readable.values())) if readable else None
+    return Views(list(readable), pixels, unreadable)
+
+
+def keyed_seed(*key: object) -> int:
+    """A 63-bit seed for `key`: independent streams for what is named differently."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def default_workers() -> int:
+    """Half of the processors that this process may use, at most 8: the rest compute."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    count = len(allowed(0)) if allowed else os.cpu_count() or 1
+    return min(count // 2, 8)

@@ -1,0 +1,171 @@
+"""The model zoos: a name -> an `Identity`; an `Identity` -> a network and its `InputSpec`."""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from torch import nn
+
+from cnnft.errors import CnnftError, UsageError
+from cnnft.transforms import Fit, InputSpec
+
+_FIT_OF_CROP_MODE: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that is needed to build the same network again and to find its weights."""
+
+    name: str
+    """In full: resnet18.a1_in1k, torchvision/resnet18@IMAGENET1K_V1, builtin, local-dir:PATH."""
+    library: Literal["timm", "torchvision"]
+    architecture: str
+    tag: str = ""
+    """The pretrained weights' name in the library: a1_in1k, IMAGENET1K_V1."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments, such as pad_type."""
+    pretrained_cfg: dict[str, Any] = field(default_factory=dict)
+    """timm's description of the weights; the form that its config.json has."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def resolve(name: str) -> Identity:
+    """Find `name` in its library, without building or downloading anything."""
+    if folder := local_folder(name):
+        return _from_folder(name, folder)
+    if name.startswith("torchvision/"):
+        return _from_torchvision(name)
+    if ":" in name or not timm.is_model(name.partition(".")[0]):
+        known = timm.list_models() + [f"torchvision/{other}" for other in _torchvision_names()]
+        raise UsageError(f"unknown backbone {name!r}{_near(name, [*known, 'builtin'])}")
+    architecture, _, tag = name.partition(".")
+    tags = timm.list_pretrained(f"{architecture}.*") + timm.list_pretrained(architecture)
+    if tag and name not in tags:
+        raise UsageError(f"backbone {architecture} has no weights {tag!r}{_near(name, tags)}")
+    config = timm.get_pretrained_cfg(name)
+    tag = (config.tag if config else "") or ""
+    return Identity(
+        name=f"{architecture}.{tag}" if tag else architecture,
+        library="timm",
+        architecture=architecture,
+        tag=tag,
+        pretrained_cfg=config.to_dict() if config else {},
+    )
+
+
+def local_folder(name: str) -> Path | None:
+    if name == "builtin":
+        return Path(str(files("cnnft") / "weights" / "builtin"))
+    if name.startswith("local-dir:"):
+        return Path(name.removeprefix("local-dir:"))
+    return None
+
+
+def _from_folder(name: str, folder: Path) -> Identity:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UsageError(f"{config_file}: no such file; local-dir: takes a folder in timm's layout")
+    try:
+        description = json.loads(config_file.read_text(encoding="utf-8"))
+        architecture, config = description["architecture"], dict(description["pretrained_cfg"])
+        model_args = dict(description.get("model_args") or {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise CnnftError(f"{config_file} is not a timm model description ({error!r})") from error
+    if not timm.is_model(architecture):
+        raise CnnftError(f"{config_file} describes {architecture!r}, which this timm does not know")
+    return Identity(name, "timm", architecture, config.get("tag", ""), model_args, config)
+
+
+def described_beside(weights: Path, identity: Identity) -> Identity:
+    """The identity in the config.json next to a weights file, if it is of the same architecture.
+
+    It may say what the tensors cannot, such as TensorFlow's padding and normalisation: ignoring it
+    costs accuracy without any error.
+    """
+    if not (weights.parent / "config.json").is_file():
+        return identity
+    found = _from_folder(identity.name, weights.parent)
+    return found if found.architecture == identity.architecture else identity
+
+
+def _from_torchvision(name: str) -> Identity:
+    from torchvision.models import get_model_weights
+
+    architecture, _, tag = name.removeprefix("torchvision/").partition("@")
+    if architecture not in _torchvision_names():
+        known = [f"torchvision/{other}" for other in _torchvision_names()]
+        raise UsageError(f"unknown backbone {name!r}{_near(name, known)}")
+    options = get_model_weights(architecture)
+    if tag and tag not in options.__members__:
+        choices = ", ".join(options.__members__)
+        raise UsageError(f"torchvision/{architecture} has no weights {tag!r}: choose {choices}")
+    tag = options[tag or "DEFAULT"].name
+    return Identity(f"torchvision/{architecture}@{tag}", "torchvision", architecture, tag)
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision.models
+
+    names: list[str] = torchvision.models.list_models(module=torchvision.models)
+    return names
+
+
+def _near(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def build(identity: Identity, classes: int) -> nn.Module:
+    """The network with random weights and a head for `classes` classes."""
+    network: nn.Module
+    if identity.library == "torchvision":
+        from torchvision.models import get_model
+
+        network = get_model(
+            identity.architecture, weights=None, num_classes=classes, **identity.model_args
+        )
+    else:
+        network = timm.create_model(
+            identity.architecture,
+            pretrained_cfg=identity.pretrained_cfg or None,
+            num_classes=classes,
+            **identity.model_args,
+        )
+    return network
+
+
+def input_spec(identity: Identity) -> InputSpec:
+    """What the library says that the weights expect."""
+    if identity.library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        preset = get_model_weights(identity.architecture)[identity.tag].transforms()
+        size, resize = preset.crop_size[0], preset.resize_size[0]
+        return InputSpec(
+            size=size,
+            crop_fraction=size / resize,
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+        )
+    config = timm.data.resolve_data_config(pretrained_cfg=identity.pretrained_cfg or {"": None})
+    channels, height, width = config["input_size"]
+    if channels != 3 or height != width:
+        raise UsageError(
+            f"backbone {identity.name} takes {channels} × {height} × {width} pixels: "
+            "only square RGB input is supported"
+        )
+    return InputSpec(
+        size=height,
+        crop_fraction=config["crop_pct"],
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        fit=_FIT_OF_CROP_MODE[config["crop_mode"]],
+    )
