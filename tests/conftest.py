@@ -1,5 +1,6 @@
 """Small generated images, a small network, the real entry point."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,10 @@ from PIL import Image
 
 from cnnft.cli import main
 
+# Networks this small lose more by threads that wait for each other than they gain; torch reads
+# this when a test first imports it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -18,6 +23,17 @@ class Outcome:
     code: int
     out: str
     err: str
+
+    def fails_with(self, code: int, *parts: str) -> None:
+        """Asserts the exit code, no result, and one `error:` line with all `parts` at the end."""
+        __tracebackhide__ = True
+        assert self.code == code, (self.code, self.err)
+        assert self.out == ""
+        lines = self.err.splitlines()
+        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True]
+        assert "Traceback" not in self.err and "this is a bug" not in self.err
+        for part in parts:
+            assert part in lines[-1]
 
 
 @pytest.fixture
