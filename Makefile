@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test test-all lint format clean
 
 demo: $(VENV)/installed
-	PATH="$(abspath $(BIN)):$$PATH" tools/demo.sh
+	$(BIN)/python tools/demo.py
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
