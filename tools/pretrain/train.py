@@ -19,7 +19,7 @@ from .bank import BankSpec, load
 from .objective import Objective
 from .world import World
 
-STAGES = ((0.62, 64), (0.83, 96), (1.0, 128))
+STAGES = ((0.62, 64), (0.88, 96), (1.0, 128))
 """(up to this share of the steps, image size)."""
 BATCH = 32
 """Images per process and step."""
