@@ -1,0 +1,46 @@
+"""The documents say what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from cnnft.cli.app import app
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = get_command(app).commands
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_in_the_readme_and_explains_itself(name):
+    assert f"cnnft {name} " in README or f"`{name} " in README or f"**{name.title()}**" in README
+    for parameter in COMMANDS[name].params:
+        assert parameter.name == "help" or parameter.help, f"{name}: {parameter.name} has no help"
+
+
+def test_every_flag_in_the_readme_exists():
+    known = {flag for command in COMMANDS.values() for p in command.params for flag in p.opts}
+    known |= {
+        flag for command in COMMANDS.values() for p in command.params for flag in p.secondary_opts
+    }
+    known |= {"--help", "--debug", "--version"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(document):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+        assert (document.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "format"])
+def test_every_make_target_that_is_named_exists(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_ci_runs_lint_and_then_test():
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert lines[-2:] == ["make lint", "make test"]
