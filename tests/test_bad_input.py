@@ -1,0 +1,499 @@
+"""Whatever is wrong with the input: one sentence, the right exit code, nothing written.
+
+2: a flag, a name or a path is wrong; 1: what is in the files, or the machine.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, draw
+from safetensors.torch import save_file
+
+import cnnft as package
+
+Cli = Callable[..., Outcome]
+
+BUILTIN = Path(package.__file__).parent / "weights" / "builtin" / "model.safetensors"
+
+
+@pytest.fixture
+def refused(cnnft: Cli, tmp_path: Path) -> Callable[..., None]:
+    """`refused(code, parts, *arguments)`: finetune fails so, and leaves no run behind."""
+
+    def run(code: int, parts: str | tuple[str, ...], *arguments: object) -> None:
+        runs = tmp_path / "runs"
+        outcome = cnnft(
+            "finetune", "--backbone=builtin", "--epochs=1", "--workers=0", "--runs-dir", runs,
+            *arguments,
+        )  # fmt: skip
+        outcome.fails_with(code, *([parts] if isinstance(parts, str) else parts))
+        assert not runs.exists()
+
+    return run
+
+
+Refused = Callable[..., None]
+
+# ---------------------------------------------------------------- data
+
+
+def only(folder: Path, *names: str) -> None:
+    for path in folder.iterdir():
+        if path.name not in names:
+            shutil.rmtree(path)
+
+
+def unreadable(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.write_bytes(b"no image")
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def rename(path: Path, name: str) -> None:
+    path.rename(path.with_name(name))
+
+
+Damage = Callable[[Path], object]
+FLAT: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "no class folders": (lambda d: only(d), ("no class folders", "one folder per class")),
+    "one class": (lambda d: only(d, "bees"), ("one class only", "bees")),
+    "an empty class": (lambda d: empty(d / "bees"), ("bees", "holds no images")),
+    "an unreadable class": (lambda d: unreadable(d / "bees"), ("class bees",)),
+    "one image in a class": (
+        lambda d: [p.unlink() for p in (d / "bees").iterdir() if p.stem != "0"],
+        ("class bees has 1 different image",),
+    ),
+    "ten copies of one image": (
+        lambda d: [shutil.copy(d / "ants/0.png", p) for p in (d / "bees").iterdir()],
+        ("class bees has 0 different image",),
+    ),
+}
+SEPARATED: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "unknown class in val": (
+        lambda d: draw(d / "val" / "flies" / "0.png", 0, 0),
+        ("flies", "ants, bees, wasps"),
+    ),
+    "class missing in val": (lambda d: shutil.rmtree(d / "val/bees"), ("bees", "is missing")),
+    "class empty in val": (lambda d: empty(d / "val/bees"), ("bees", "holds no images")),
+    "class empty in train": (lambda d: empty(d / "train/bees"), ("bees", "holds no images")),
+    "class unreadable in train": (lambda d: unreadable(d / "train/bees"), ("class bees", "train")),
+    "all of val unreadable": (
+        lambda d: [unreadable(c) for c in (d / "val").iterdir()],
+        ("no readable validation image",),
+    ),
+    "val equals train": (
+        lambda d: (shutil.rmtree(d / "val"), shutil.copytree(d / "train", d / "val")),
+        ("no readable validation image",),
+    ),
+    "val without train": (lambda d: rename(d / "train", "Training"), ("no train folder",)),
+}
+
+
+@pytest.mark.parametrize(("damage", "parts"), FLAT.values(), ids=FLAT)
+def test_flat_folder_that_cannot_train(
+    refused: Refused, flat: Path, damage: Damage, parts: tuple[str, ...]
+) -> None:
+    damage(flat)
+    refused(1, parts, flat)
+
+
+@pytest.mark.parametrize(("damage", "parts"), SEPARATED.values(), ids=SEPARATED)
+def test_train_and_val_folders_that_cannot_train(
+    refused: Refused, separated: Path, damage: Damage, parts: tuple[str, ...]
+) -> None:
+    damage(separated)
+    refused(1, parts, separated)
+
+
+def test_data_that_is_no_folder(refused: Refused, flat: Path) -> None:
+    refused(2, ("nowhere", "no such folder"), flat / "nowhere")
+    refused(2, "is a file", flat / "ants" / "0.png")
+    refused(2, "give the folder of images")
+
+
+def test_strict_stops_at_an_unreadable_image(refused: Refused, flat: Path) -> None:
+    (flat / "ants" / "3.png").write_bytes(b"no image")
+    refused(1, (str(flat / "ants" / "3.png"), "not an image", "--strict"), flat, "--strict")
+
+
+# ---------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--epochs", 0),
+        ("--epochs", -1),
+        ("--batch-size", 0),
+        ("--lr", 0),
+        ("--lr", -0.1),
+        ("--lr", "nan"),
+        ("--lr", "inf"),
+        ("--head-lr", 0),
+        ("--head-lr", "inf"),
+        ("--head-lr", "nan"),
+        ("--val-fraction", 0),
+        ("--val-fraction", 1),
+        ("--val-fraction", -0.5),
+        ("--val-fraction", "nan"),
+        ("--workers", -1),
+        ("--seed", -1),
+        ("--seed", 2**63),
+    ],
+)
+def test_numbers_out_of_range(refused: Refused, flat: Path, flag: str, value: object) -> None:
+    refused(2, (flag, str(value), "out of range"), flat, f"{flag}={value}")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("--epochs", "many"), ("--epochs", "1.5"), ("--lr", "fast"), ("--mode", "freeze"),
+     ("--schedule", "linear"), ("--seed", "x")],
+)  # fmt: skip
+def test_values_of_the_wrong_kind(refused: Refused, flat: Path, flag: str, value: str) -> None:
+    refused(2, (flag,), flat, f"{flag}={value}")
+
+
+def test_an_unknown_flag_or_command(cnnft: Cli, refused: Refused, flat: Path) -> None:
+    refused(2, "--epoch", flat, "--epoch", 3)
+    cnnft("fine-tune", flat).fails_with(2, "fine-tune")
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--lr=0.1", "--mode=feature-extractor"), ("--lr", "--head-lr")),
+        (("--weights", BUILTIN, "--no-pretrained", "--backbone=test_resnet"), ("contradict",)),
+        (("--weights", BUILTIN), ("builtin",)),
+        (("--name=a/b",), ("--name 'a/b'",)),
+        (("--name=..",), ("--name '..'",)),
+        (("--name=",), ("--name ''",)),
+        (("--device=nonsense",), ("--device nonsense",)),
+        (("--device=meta",), ("--device meta",)),
+        (("--device=hpu",), ("--device hpu",)),
+    ],
+)
+def test_flags_that_make_no_sense(
+    refused: Refused, flat: Path, flags: tuple[object, ...], parts: tuple[str, ...]
+) -> None:
+    refused(2, parts, flat, *flags)
+
+
+def test_a_runs_dir_that_is_a_file(cnnft: Cli, flat: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--epochs=1", "--workers=0", "--runs-dir", file,
+    )  # fmt: skip
+    outcome.fails_with(1, str(file), "--runs-dir")
+    assert file.read_text() == "mine"
+
+
+# ---------------------------------------------------------------- backbones and weights
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("resnet81", "resnet18"),
+        ("torchvision/resnet81", "torchvision/resnet18"),
+        ("buildin", "builtin"),
+        ("resnet18.a1_in2k", "resnet18.a1_in1k"),
+        ("torchvision/resnet18@V3", "IMAGENET1K_V1"),
+        ("hf-hub:someone/something", ""),
+    ],
+)
+def test_unknown_backbones_name_the_nearest(
+    refused: Refused, flat: Path, name: str, near: str
+) -> None:
+    refused(2, near, flat, "--backbone", name)
+
+
+def test_a_local_folder_without_a_description(refused: Refused, flat: Path, tmp_path: Path) -> None:
+    refused(2, "config.json", flat, "--backbone", f"local-dir:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet18"')
+    refused(1, "config.json", flat, "--backbone", f"local-dir:{tmp_path}")
+
+
+class Attack:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.target),)
+
+
+def pickled(path: Path, value: object) -> Path:
+    path.write_bytes(pickle.dumps(value))
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def saved(path: Path, value: object) -> Path:
+    torch.save(value, path)
+    return path
+
+
+Weights = Callable[[Path], Path]
+WRONG_WEIGHTS: dict[str, tuple[Weights, str]] = {
+    "of another architecture": (lambda f: BUILTIN, "does not hold weights of test_resnet"),
+    "a truncated file": (
+        lambda f: written(f / "w.safetensors", BUILTIN.read_bytes()[:100_000]),
+        "cannot be read as weights",
+    ),
+    "text": (lambda f: written(f / "w.pth", b"<html>not found</html>"), "cannot be read"),
+    "text named safetensors": (lambda f: written(f / "w.safetensors", b"hello"), "cannot be read"),
+    "an empty file": (lambda f: written(f / "w.pth", b""), "cannot be read"),
+    "no tensors": (lambda f: saved(f / "w.pth", {"epoch": 3}), "no state dict"),
+    "a whole pickled object": (lambda f: saved(f / "w.pt", Path("x")), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("make", "part"), WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_files_that_are_not_the_weights(
+    refused: Refused, flat: Path, tmp_path: Path, make: Weights, part: str
+) -> None:
+    path = make(tmp_path)
+    refused(1, (str(path), part), flat, "--backbone=test_resnet", "--weights", path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("save", [pickled, saved])
+def test_code_in_a_weights_file_does_not_run(
+    refused: Refused, flat: Path, tmp_path: Path, suffix: str, save: Callable[..., Path]
+) -> None:
+    target = tmp_path / "owned"
+    path = save(tmp_path / f"w{suffix}", {"fc.weight": Attack(target)})
+    refused(1, "cannot be read", flat, "--backbone=test_resnet", "--weights", path)
+    assert not target.exists()
+
+
+def test_weights_that_are_not_there(refused: Refused, flat: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pth", tmp_path):
+        refused(2, (str(path), "no such"), flat, "--backbone=test_resnet", "--weights", path)
+
+
+# ---------------------------------------------------------------- config files
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "part"),
+    [
+        ("epoch = 3", 2, "'epoch'"),
+        ("epochs = 'three'", 2, "--epochs"),
+        ("epochs = 2.0", 2, "--epochs"),
+        ("epochs = true", 2, "--epochs"),
+        ("mode = 'freeze'", 2, "--mode"),
+        ("step_gamma = 0", 2, "--step-gamma"),
+        ("step_epochs = 0", 2, "--step-epochs"),
+        ("momentum = 1.0", 2, "--momentum"),
+        ("pretrained = 'yes'", 2, "--pretrained"),
+        ("[training]\nepochs = 3", 2, "'training'"),
+        ("epochs = ", 1, "not valid TOML"),
+        ("\x00", 1, "not valid TOML"),
+    ],
+)
+def test_config_files(
+    cnnft: Cli, flat: Path, tmp_path: Path, text: str, code: int, part: str
+) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    outcome = cnnft("finetune", flat, "--config", path, "--runs-dir", tmp_path / "runs")
+    outcome.fails_with(code, part)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_config_file_without_data(cnnft: Cli, tmp_path: Path) -> None:
+    path = written(tmp_path / "my.toml", b"epochs = 3")
+    cnnft("finetune", "--config", path).fails_with(2, "no data folder")
+
+
+def test_a_config_file_that_is_missing_or_binary(
+    refused: Refused, flat: Path, tmp_path: Path
+) -> None:
+    refused(2, ("--config", "cannot be read"), flat, "--config", tmp_path / "none.toml")
+    refused(2, ("--config", "cannot be read"), flat, "--config", tmp_path)
+    refused(1, "not valid TOML", flat, "--config", flat / "ants" / "0.png")
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "copied"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def describe_anew(run: Path, change: Callable[[dict], object]) -> None:
+    path = run / "config.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+
+
+def drop_a_tensor(run: Path) -> None:
+    state = package.load(run).network.state_dict()
+    del state["fc.bias"]
+    save_file(state, run / "model.safetensors")
+
+
+RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "no weights": (
+        lambda r: (r / "model.safetensors").unlink(),
+        ("not a finished run", "model.safetensors"),
+    ),
+    "no description": (
+        lambda r: (r / "config.json").unlink(),
+        ("not a finished run", "config.json"),
+    ),
+    "truncated weights": (
+        lambda r: truncate(r / "model.safetensors"),
+        ("model.safetensors", "not a whole safetensors file"),
+    ),
+    "a weight too few": (drop_a_tensor, ("model.safetensors", "fc.bias")),
+    "truncated description": (lambda r: truncate(r / "config.json"), ("config.json", "damaged")),
+    "binary description": (
+        lambda r: (r / "config.json").write_bytes(b"\xff\xfe"),
+        ("config.json", "damaged"),
+    ),
+    "a list for a description": (
+        lambda r: (r / "config.json").write_text("[]"),
+        ("config.json", "does not describe"),
+    ),
+    "no classes": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"].pop("classes")),
+        ("config.json", "classes"),
+    ),
+    "a class too many": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"]["classes"].append("wasps")),
+        ("does not fit",),
+    ),
+    "a newer format": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"].update(format=2, version="9.0")),
+        ("cnnft 9.0", "update cnnft"),
+    ),
+    "an unknown architecture": (
+        lambda r: describe_anew(r, lambda d: d.update(architecture="resnet1")),
+        ("config.json", "resnet1"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "parts"), RUNS.values(), ids=RUNS)
+def test_damaged_runs(cnnft: Cli, copied: Path, damage: Damage, parts: tuple[str, ...]) -> None:
+    image = next((data_of(copied) / "ants").iterdir())
+    damage(copied)
+    cnnft("predict", image, "-m", copied).fails_with(1, *parts)
+    cnnft("export", copied, "--format", "safetensors").fails_with(1, *parts)
+    assert not list(copied.glob("copied*"))
+
+
+def data_of(run: Path) -> Path:
+    """The folder that a run was trained on."""
+    first = (run / "data.csv").read_text().splitlines()[1]
+    return Path(first.split(",")[2]).parents[1]
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "export"])
+def test_runs_that_are_not_there(cnnft: Cli, flat: Path, command: str) -> None:
+    missing = flat.parent / "nowhere"
+    arguments = {
+        "predict": (flat, "-m", missing),
+        "evaluate": (flat, "-m", missing),
+        "export": (missing, "--format", "head"),
+    }[command]
+    cnnft(command, *arguments).fails_with(2, str(missing), "no such run")
+
+
+def test_a_file_that_is_no_model(cnnft: Cli, flat: Path) -> None:
+    image = flat / "ants" / "0.png"
+    cnnft("predict", image, "-m", image).fails_with(1, str(image), "safetensors")
+    cnnft("predict", image, "-m", BUILTIN).fails_with(1, str(BUILTIN), "not a file that cnnft")
+
+
+# ---------------------------------------------------------------- predict, evaluate
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--top", 0), ("--batch-size", 0), ("--workers", -1), ("--tta", "flip"), ("--format", "xml"),
+     ("--device", "nonsense")],
+)  # fmt: skip
+def test_predict_flags(cnnft: Cli, trained: Path, flat: Path, flags: tuple[str, object]) -> None:
+    cnnft("predict", flat, "-m", trained, *flags).fails_with(2, flags[0])
+
+
+def test_predict_without_images_or_without_a_model(cnnft: Cli, trained: Path, flat: Path) -> None:
+    assert cnnft("predict", "-m", trained).code == 2
+    cnnft("predict", flat).fails_with(2, "--model")
+
+
+def test_predict_on_what_is_not_there(cnnft: Cli, trained: Path, tmp_path: Path) -> None:
+    for missing in (tmp_path / "none.jpg", tmp_path / "*.jpg"):
+        cnnft("predict", missing, "-m", trained).fails_with(2, str(missing), "no such file")
+    cnnft("predict", tmp_path, "-m", trained).fails_with(1, str(tmp_path), "no images")
+
+
+def test_predict_on_unreadable_files_alone(cnnft: Cli, trained: Path, tmp_path: Path) -> None:
+    path = written(tmp_path / "x.png", b"no image")
+    outcome = cnnft("predict", path, path, "-m", trained, "--json")
+    assert outcome.code == 1
+    assert [row["file"] for row in json.loads(outcome.out)] == [str(path)] * 2
+    assert "none of the 2 file(s) could be read" in outcome.err and "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("name", ["x.xyz", "x", "x.txt"])
+def test_predict_output_of_unknown_form(
+    cnnft: Cli, trained: Path, flat: Path, tmp_path: Path, name: str
+) -> None:
+    outcome = cnnft("predict", flat, "-m", trained, "--output", tmp_path / name)
+    outcome.fails_with(2, name, "--format")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (("{flat}/nowhere",), 2, "no such folder"),
+        (("{flat}/ants/0.png",), 2, "is a file"),
+        (("{flat}/ants",), 1, "no class folders"),
+        (("{flat}", "--split=test"), 2, "no test folder"),
+        (("{flat}", "--split=train"), 2, "--split"),
+        (("{flat}", "--batch-size=0"), 2, "--batch-size"),
+        (("{flat}", "--weights=x.pth"), 2, "--weights"),
+    ],
+)
+def test_evaluate_arguments(
+    cnnft: Cli, trained: Path, flat: Path, arguments: tuple[str, ...], code: int, part: str
+) -> None:
+    filled = [argument.format(flat=flat) for argument in arguments]
+    cnnft("evaluate", *filled, "-m", trained).fails_with(code, part)
+
+
+def test_debug_shows_the_traceback(cnnft: Cli, flat: Path) -> None:
+    from cnnft.cli import main
+    from cnnft.errors import UsageError
+
+    with pytest.raises(UsageError):
+        main(["--debug", "finetune", str(flat / "nowhere")])
+    cnnft("finetune", flat / "nowhere").fails_with(2)
