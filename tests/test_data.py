@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from cnnft import data
-from cnnft.data import KeyedBatches, Samples
+from cnnft.batches import KeyedBatches, TrainingImages
+from cnnft.data import Samples
 from cnnft.errors import CnnftError
 
 Cli = Callable[..., Outcome]
@@ -263,7 +264,7 @@ def test_an_images_random_view_is_a_function_of_seed_epoch_and_index(tmp_path: P
     def transform(image: object) -> torch.Tensor:
         return torch.rand(4)
 
-    first, second = (data.TrainingImages(samples, transform, seed) for seed in (0, 1))
+    first, second = (TrainingImages(samples, transform, seed) for seed in (0, 1))
     state = torch.get_rng_state()
     views = {key: first[key] for key in [(0, 0), (0, 1), (1, 0)]}
     assert torch.equal(torch.get_rng_state(), state)
