@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from cnnft.errors import UsageError
 from cnnft.heads import head_tensors
 from cnnft.pretrained import LoadedWeights, load_weights
 from cnnft.transforms import InputSpec
@@ -43,6 +44,8 @@ def open_backbone(
         identity = described_beside(Path(weights), identity)
     network = build(identity, classes)
     head = head_tensors(network, lambda other: build(identity, other))
+    if not head:
+        raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
     backbone = Backbone(network, head, input_spec(identity), identity, None)
     if pretrained:
         backbone.weights = load_weights(network, head, identity, weights)

@@ -78,6 +78,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     """
     device = choose_device(config.device)
     identity = resolve(config.backbone)
+    config = _with_absolute_paths(config)
     folder = data.require_folder(config.data)
 
     train_samples, val_samples = data.scan_training_data(folder)
@@ -108,7 +109,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     network = backbone.network.to(device)
     freeze(network, backbone.head, config.mode)
     return Plan(
-        config=replace(config, data=folder.resolve()),
+        config=config,
         train=train_samples,
         val=val_samples,
         skipped=tuple(skipped),
@@ -200,6 +201,12 @@ def finetune(*args: Any, **kwargs: Any) -> Run:
         finished = event
     assert isinstance(finished, Finished)
     return finished.run
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that the run can be read from another working directory."""
+    weights = None if config.weights is None else Path(config.weights).absolute()
+    return replace(config, data=Path(config.data).absolute(), weights=weights)
 
 
 def _refuse_skipped(skipped: list[Skipped], strict: bool) -> None:

@@ -13,6 +13,12 @@ from torch import nn
 from cnnft.errors import CnnftError, UsageError
 from cnnft.transforms import Fit, InputSpec
 
+_TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
+    # The weights were trained on TensorFlow's normalisation, which transform_input restores.
+    name: {"transform_input": True, "aux_logits": False, "init_weights": True}
+    for name in ("googlenet", "inception_v3")
+}
+
 _FIT_OF_CROP_MODE: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -49,13 +55,15 @@ def resolve(name: str) -> Identity:
     if tag and name not in tags:
         raise UsageError(f"backbone {architecture} has no weights {tag!r}{_near(name, tags)}")
     config = timm.get_pretrained_cfg(name)
-    tag = (config.tag if config else "") or ""
+    if config is None:
+        raise UsageError(f"timm does not say what input backbone {name} expects: choose another")
+    tag = config.tag or ""
     return Identity(
         name=f"{architecture}.{tag}" if tag else architecture,
         library="timm",
         architecture=architecture,
         tag=tag,
-        pretrained_cfg=config.to_dict() if config else {},
+        pretrained_cfg=config.to_dict(),
     )
 
 
@@ -79,6 +87,8 @@ def _from_folder(name: str, folder: Path) -> Identity:
         raise CnnftError(f"{config_file} is not a timm model description ({error!r})") from error
     if not timm.is_model(architecture):
         raise CnnftError(f"{config_file} describes {architecture!r}, which this timm does not know")
+    if name.startswith("local-dir:"):
+        name = f"local-dir:{folder.absolute()}"
     return Identity(name, "timm", architecture, config.get("tag", ""), model_args, config)
 
 
@@ -106,7 +116,9 @@ def _from_torchvision(name: str) -> Identity:
         choices = ", ".join(options.__members__)
         raise UsageError(f"torchvision/{architecture} has no weights {tag!r}: choose {choices}")
     tag = options[tag or "DEFAULT"].name
-    return Identity(f"torchvision/{architecture}@{tag}", "torchvision", architecture, tag)
+    full = f"torchvision/{architecture}@{tag}"
+    model_args = _TORCHVISION_ARGS.get(architecture, {})
+    return Identity(full, "torchvision", architecture, tag, model_args)
 
 
 def _torchvision_names() -> list[str]:
@@ -133,7 +145,7 @@ def build(identity: Identity, classes: int) -> nn.Module:
     else:
         network = timm.create_model(
             identity.architecture,
-            pretrained_cfg=identity.pretrained_cfg or None,
+            pretrained_cfg=identity.pretrained_cfg,
             num_classes=classes,
             **identity.model_args,
         )
@@ -154,7 +166,7 @@ def input_spec(identity: Identity) -> InputSpec:
             mean=tuple(preset.mean),
             std=tuple(preset.std),
         )
-    config = timm.data.resolve_data_config(pretrained_cfg=identity.pretrained_cfg or {"": None})
+    config = timm.data.resolve_data_config(pretrained_cfg=identity.pretrained_cfg)
     channels, height, width = config["input_size"]
     if channels != 3 or height != width:
         raise UsageError(

@@ -7,6 +7,7 @@ from torchvision.models import squeezenet1_1
 
 from cnnft.backbones import open_backbone
 from cnnft.errors import CnnftError, UsageError
+from cnnft.freezing import freeze, train_mode
 from cnnft.pretrained import backbone_hash, read_weights
 from cnnft.zoo import build, resolve
 
@@ -116,6 +117,29 @@ def test_the_hash_covers_everything_but_the_head():
         assert backbone_hash(network, head) != before
         state[name].copy_(original)
     assert backbone_hash(network, head) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision/inception_v3",
+        "torchvision/googlenet",
+        "torchvision/regnet_y_400mf",
+        "torchvision/squeezenet1_0",
+        "test_vit",
+        "test_convnext",
+    ],
+)
+def test_every_kind_of_head_is_found_and_trains_alone(name):
+    backbone = open_backbone(name, 7, pretrained=False)
+    network, size = backbone.network, backbone.input_spec.size
+    freeze(network, backbone.head, "feature-extractor")
+    train_mode(network)
+    logits = network(torch.randn(2, 3, size, size))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    trained = {name for name, p in network.named_parameters() if p.grad is not None}
+    assert trained == backbone.head
 
 
 def test_the_builtin_backbone_is_small_and_sound():
