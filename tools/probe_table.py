@@ -14,8 +14,9 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ Array = np.ndarray
 Transform = Callable[[Image.Image], Tensor]
 
 BEGIN, END = "<!-- probe table: begin -->", "<!-- probe table: end -->"
+BATCH = 64
 RANDOM_SEEDS = (0, 1, 2)
 SUBSET_SEED = 0
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -68,13 +70,17 @@ class Part:
             labels += [label] * len(found)
         return cls(paths, np.array(labels))
 
-    def tensors(self, transform: Transform) -> Tensor:
-        """All images through a network's own preprocessing."""
-        return torch.stack([transform(picture) for picture in self.pictures()])
-
-    def pictures(self) -> list[Image.Image]:
+    def pictures(self) -> Iterator[Image.Image]:
         """All images, upright RGB."""
-        return [ImageOps.exif_transpose(Image.open(p)).convert("RGB") for p in self.paths]
+        for path in self.paths:
+            with Image.open(path) as image:
+                yield ImageOps.exif_transpose(image).convert("RGB")
+
+    def batches(self, transform: Transform) -> Iterator[Tensor]:
+        """All images through a network's own preprocessing, a batch at a time."""
+        tensors = map(transform, self.pictures())
+        while batch := list(islice(tensors, BATCH)):
+            yield torch.stack(batch)
 
 
 @dataclass
@@ -103,9 +109,9 @@ def probe(data: DataSet, train: Array, test: Array) -> float:
 
 
 @torch.inference_mode()
-def features(model: nn.Module, images: Tensor) -> Array:
+def features(model: nn.Module, batches: Iterable[Tensor]) -> Array:
     """Globally average-pooled output of a network without classifier."""
-    return torch.cat([model(batch) for batch in images.split(64)]).numpy()
+    return torch.cat([model(batch) for batch in batches]).numpy()
 
 
 def random_network(folder: Path, seed: int, images: Tensor) -> nn.Module:
@@ -123,7 +129,7 @@ def random_network(folder: Path, seed: int, images: Tensor) -> nn.Module:
             layer.momentum = None  # the plain average over all batches
     model.train()
     with torch.no_grad():
-        for batch in images[torch.randperm(len(images))].split(64):
+        for batch in images[torch.randperm(len(images))].split(BATCH):
             model(batch)
     return model.eval()
 
@@ -156,23 +162,22 @@ def measure(data: DataSet, builtin: Path, imagenet: Path) -> list[str]:
     column = [cell(np.bincount(data.test.labels).max() / count, count)]
 
     model, transform = pretrained(builtin)
-    train, test = data.train.tensors(transform), data.test.tensors(transform)
+    train, test = list(data.train.batches(transform)), list(data.test.batches(transform))
     scores = []
     for seed in RANDOM_SEEDS:
-        network = random_network(builtin, seed, train)
+        network = random_network(builtin, seed, torch.cat(train))
         scores.append(probe(data, features(network, train), features(network, test)))
     spread = f"{100 * min(scores):.1f} to {100 * max(scores):.1f}"
     column.append(f"{cell(float(np.mean(scores)), count)}<br>seeds: {spread}")
 
-    described = [
-        np.stack([hand_made(p) for p in part.pictures()]) for part in (data.train, data.test)
-    ]
+    parts = (data.train, data.test)
+    described = [np.stack([hand_made(picture) for picture in p.pictures()]) for p in parts]
     column.append(cell(probe(data, *described), count))
     column.append(cell(probe(data, features(model, train), features(model, test)), count))
 
     model, transform = pretrained(imagenet)
-    train, test = data.train.tensors(transform), data.test.tensors(transform)
-    column.append(cell(probe(data, features(model, train), features(model, test)), count))
+    seen = [features(model, part.batches(transform)) for part in parts]
+    column.append(cell(probe(data, *seen), count))
     return column
 
 
@@ -182,7 +187,12 @@ def name_of(folder: Path) -> str:
     side = timm.data.resolve_model_data_config(model)["input_size"][-1]
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     architecture = json.loads((folder / "config.json").read_text())["architecture"]
-    return f"{architecture}, {millions:.1f} M parameters, {side} px"
+    return f"{architecture}, {millions:.2f} M parameters, {side} px"
+
+
+def sha256(folder: Path) -> str:
+    """The first digits of the weights' hash."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:12]
 
 
 def machine() -> str:
@@ -212,6 +222,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     started, columns, sets = time.monotonic(), [], []
+    digest = sha256(options.builtin)
     for name, test, per_class in REAL_SETS:
         folder = options.data / name
         sets.append(DataSet(name, Part.read(folder / "train", per_class), Part.read(folder / test)))
@@ -221,6 +232,8 @@ def main() -> None:
         columns.append(measure(data, options.builtin, options.imagenet))
         print(data.name, *columns[-1], sep=" | ", file=sys.stderr)
 
+    if sha256(options.builtin) != digest:
+        sys.exit(f"{options.builtin}: the weights changed while they were measured; run again")
     rows = [
         "largest class",
         f"random weights, mean of {len(RANDOM_SEEDS)} seeds",
@@ -232,7 +245,6 @@ def main() -> None:
     table.append("|---" * (len(sets) + 1) + "|")
     for row, cells in zip(rows, zip(*columns, strict=True), strict=True):
         table.append(f"| {row} | " + " | ".join(cells) + " |")
-    digest = hashlib.sha256((options.builtin / "model.safetensors").read_bytes()).hexdigest()[:12]
     minutes = (time.monotonic() - started) / 60
     facts = (
         f"Measured with `python tools/probe_table.py --data DIR --imagenet DIR` in {minutes:.0f} "
