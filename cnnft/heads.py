@@ -17,17 +17,11 @@ def head_tensors(network: nn.Module, rebuild: Callable[[int], nn.Module]) -> fro
     try:
         with torch.device("meta"):  # costs no memory
             other = rebuild(classes + 1).state_dict()
-    except NotImplementedError:  # torchvision's RegNets compute their widths with tensors
+    except RuntimeError:  # torchvision's RegNets compute their widths with tensors
         other = rebuild(classes + 1).state_dict()
     return frozenset(
         name for name in shapes if name not in other or other[name].shape != shapes[name]
     )
-
-
-def is_linear(network: nn.Module, head: frozenset[str]) -> bool:
-    """Whether the head is one fully connected layer, which timm can rebuild from a config file."""
-    modules = {name.rpartition(".")[0] for name in head}
-    return len(modules) == 1 and isinstance(network.get_submodule(modules.pop()), nn.Linear)
 
 
 def without_head(state: dict[str, Tensor], head: frozenset[str]) -> dict[str, Tensor]:
