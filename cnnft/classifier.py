@@ -225,7 +225,7 @@ def _load_file(path: Path, weights: str | Path | None) -> Classifier:
             "cnnft export"
         ) from error
     classifier = from_description(config, path)
-    if state.keys() <= classifier.head:
+    if state.keys() == classifier.head:
         source = weights if weights is not None else _file_of(classifier)
         load_weights(classifier.network, classifier.head, classifier.identity, source)
         if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:

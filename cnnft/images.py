@@ -28,7 +28,7 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         ImageError: the file is missing, no image, truncated, or too large.
     """
-    return _to_rgb(_open(path, _read_bytes(path), draft=False))
+    return _open(path, _read_bytes(path), draft=False)
 
 
 def find_problem(path: str | Path, content: bytes) -> str | None:
@@ -61,6 +61,7 @@ def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
             if draft:
                 image.draft("RGB", (1, 1))
             image.load()
+            return _to_rgb(image)
     except UnidentifiedImageError as error:
         raise ImageError(path, "is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
@@ -70,7 +71,6 @@ def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
         raise ImageError(path, "does not fit in memory") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise ImageError(path, f"is damaged ({error})") from error
-    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """finetune: data -> model -> freeze -> train -> save. Reads top to bottom."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,6 +160,11 @@ def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
             continue
         log_probs = infer_all(classifier.network, val_batches, plan.val.paths)
         val = score(log_probs, torch.tensor(plan.val.labels))
+        if not math.isfinite(event.loss + val.loss):
+            raise CnnftError(
+                f"training diverged in epoch {event.epoch + 1} (the loss is not finite): lower "
+                f"--lr or --head-lr; {run.path} keeps the best epoch before it, if there was one"
+            )
         epoch = _row(event, val, optimizer)
         history.append(epoch)
         if best is None or (-val.accuracy, val.loss) < (-best[1].accuracy, best[1].loss):

@@ -76,8 +76,8 @@ class EvaluationViews:
         # Corners need a margin; a spec that keeps the whole image has none, so 8/7 is the least
         # (256 for 224, the classic choice).
         resized = _resize(image, self.spec, max(self.spec.resize, round(size * 8 / 7)))
-        *corners, center = F.five_crop(resized, [size, size])
-        return [center, *corners]
+        *corners, _ = F.five_crop(resized, [size, size])
+        return [F.center_crop(_resize(image, self.spec, self.spec.resize), [size, size]), *corners]
 
 
 def _resize(image: Image.Image, spec: InputSpec, side: int) -> Image.Image:

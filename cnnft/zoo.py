@@ -19,6 +19,11 @@ _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     for name in ("googlenet", "inception_v3")
 }
 
+_FORBIDDEN_ARGS = frozenset(
+    {"cache_dir", "checkpoint_path", "num_classes", "pretrained", "pretrained_cfg"}
+    | {"pretrained_cfg_overlay", "weights"}
+)
+
 _FIT_OF_CROP_MODE: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
 
 
@@ -98,9 +103,12 @@ def described_beside(weights: Path, identity: Identity) -> Identity:
     It may say what the tensors cannot, such as TensorFlow's padding and normalisation: ignoring it
     costs accuracy without any error.
     """
-    if not (weights.parent / "config.json").is_file():
+    if identity.library != "timm":
         return identity
-    found = _from_folder(identity.name, weights.parent)
+    try:
+        found = _from_folder(identity.name, weights.parent)
+    except CnnftError:  # no description, or of something else
+        return identity
     return found if found.architecture == identity.architecture else identity
 
 
@@ -134,7 +142,14 @@ def _near(name: str, known: list[str]) -> str:
 
 
 def build(identity: Identity, classes: int) -> nn.Module:
-    """The network with random weights and a head for `classes` classes."""
+    """The network with random weights and a head for `classes` classes.
+
+    Raises:
+        CnnftError: constructor arguments that would read files or fetch weights: a description may
+            come from anywhere, and must not do more than describe.
+    """
+    if forbidden := sorted(_FORBIDDEN_ARGS & identity.model_args.keys()):
+        raise CnnftError(f"{identity.name}: a model description may not set {forbidden[0]}")
     network: nn.Module
     if identity.library == "torchvision":
         from torchvision.models import get_model

@@ -69,8 +69,8 @@ def main() -> None:
         print(f"{mode:<20}{texts[0]:>28}{texts[1]:>28}")
     size = Path(head).stat().st_size
     print(
-        f"\nFour runs trained in {training:.0f} s; they are in {RUNS}/. The trained head alone is in "
-        f"{head} ({size / 1000:.0f} kB).\nNext, your own images, one folder per class:\n\n"
+        f"\nFour runs trained in {training:.0f} s; they are in {RUNS}/. The trained head alone is "
+        f"in {head} ({size / 1000:.0f} kB).\nNext, your own images, one folder per class:\n\n"
         "    .venv/bin/cnnft finetune PATH/TO/YOUR/IMAGES --backbone builtin\n"
     )
 

@@ -85,17 +85,16 @@ def _expand(arguments: list[str]) -> list[Path]:
 
     files: list[Path] = []
     for argument in arguments:
-        path = Path(argument)
-        if path.is_dir():
-            found = image_files(path)
-            if not found:
-                raise CnnftError(f"{path} holds no images")
-        elif path.exists() or path.is_symlink():
-            found = [path]
+        named = Path(argument)
+        if named.exists() or named.is_symlink():
+            matches = [named]
         else:
-            found = sorted(Path(name) for name in glob.glob(argument, recursive=True))  # noqa: PTH207
-            if not found:
-                raise UsageError(f"{argument}: no such file or folder")
+            matches = sorted(Path(m) for m in glob.glob(argument, recursive=True))  # noqa: PTH207
+        if not matches:
+            raise UsageError(f"{argument}: no such file or folder")
+        found = [f for m in matches for f in (image_files(m) if m.is_dir() else [m])]
+        if not found:
+            raise CnnftError(f"{argument} holds no images")
         files += found
     return files
 
