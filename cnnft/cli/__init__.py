@@ -12,7 +12,8 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
-        app.app(arguments, prog_name="cnnft")
+        # Typer vendors Click and exports few of its exceptions, so they are known by their shape.
+        sys.exit(app.app(arguments, prog_name="cnnft", standalone_mode=False) or 0)
     except CnnftError as error:
         if app.debug:
             raise
@@ -22,6 +23,12 @@ def main(arguments: list[str] | None = None) -> None:
         console.error("interrupted")
         sys.exit(130)
     except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # ClickException
+            console.error(error.format_message().replace("\n", " "))
+            sys.exit(error.exit_code)
+        if type(error).__name__ == "Abort":
+            console.error("interrupted")
+            sys.exit(130)
         if app.debug:
             raise
         reason = str(error).split("\n")[0]
