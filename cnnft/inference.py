@@ -54,7 +54,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()
     except Exception as error:  # torch raises a different kind for every backend it lacks
         reason = str(error).split("\n")[0].rstrip(".")
         raise UsageError(
