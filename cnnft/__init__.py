@@ -3,7 +3,7 @@
 from cnnft import finetune, load
 
 run = finetune("photos", mode="feature-extractor")
-predictions = load(run.path).predict(["new.jpg"])
+predictions = load(run.path).predict("new.jpg")
 """
 
 from typing import TYPE_CHECKING, Any

@@ -54,12 +54,14 @@ class Classifier:
     """Names of the head's tensors in the network's state dict."""
     weights_source: str | None
     """Where the pretrained weights came from; None: there were none."""
+    missing: tuple[str, ...]
+    """Backbone tensors that the pretrained weights lacked: random when training began."""
     pretrained_hash: str
     """`backbone_hash` before training."""
 
     def predict(
         self,
-        images: Sequence[str | Path],
+        images: str | Path | Sequence[str | Path],
         *,
         tta: TestTimeViews = "none",
         top: int | None = None,
@@ -71,7 +73,7 @@ class Classifier:
 
     def stream(
         self,
-        images: Sequence[str | Path],
+        images: str | Path | Sequence[str | Path],
         *,
         tta: TestTimeViews = "none",
         top: int | None = None,
@@ -79,7 +81,7 @@ class Classifier:
         workers: int | None = None,
     ) -> Iterator[Prediction]:
         """`predict`, yielding as batches are done."""
-        paths = [Path(image) for image in images]
+        paths = [Path(images)] if isinstance(images, str | Path) else [Path(i) for i in images]
         top = min(top or len(self.classes), len(self.classes))
         workers = default_workers() if workers is None else workers
         workers = workers if len(paths) > batch_size else 0  # one batch: a worker only adds time
@@ -125,6 +127,7 @@ class Classifier:
             "backbone": {
                 **identity,
                 "weights_source": self.weights_source,
+                "missing": list(self.missing),
                 "sha256": self.pretrained_hash,
             },
         }
@@ -155,6 +158,7 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
             raise CnnftError(f"{source} was written by cnnft {own['version']}: update cnnft")
         backbone = dict(own["backbone"])
         weights_source, pretrained_hash = backbone.pop("weights_source"), backbone.pop("sha256")
+        missing = tuple(backbone.pop("missing"))
         identity = Identity(
             architecture=config["architecture"],
             model_args=config["model_args"],
@@ -172,7 +176,9 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
         network = build(identity, len(classes))
     except Exception as error:  # whatever the library says of arguments that it does not know
         raise CnnftError(f"{source}: {identity.architecture} cannot be built ({error})") from error
-    return Classifier(network, classes, spec, identity, head, weights_source, pretrained_hash)
+    return Classifier(
+        network, classes, spec, identity, head, weights_source, missing, pretrained_hash
+    )
 
 
 def load(

@@ -48,6 +48,7 @@ class Config:
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             _check_type(f.name, getattr(self, f.name), f.type)
+            _check_text(f.name, getattr(self, f.name))
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.step_epochs >= 1, "step_epochs", self.step_epochs, "at least 1")
@@ -114,6 +115,14 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
         allowed += (int,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         raise UsageError(f"{_flag(name)} {value!r} is not of the right type")
+
+
+def _check_text(name: str, value: object) -> None:
+    """A run's files are UTF-8; a path may be any bytes, which Python holds as surrogates."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{_flag(name)} {value!s} is not UTF-8: rename it") from error
 
 
 def _flag(name: str) -> str:

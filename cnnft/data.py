@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from cnnft.errors import CnnftError, UsageError
-from cnnft.images import SUFFIXES, find_problem
+from cnnft.images import SUFFIXES, find_problem, ignoring_oddities
 
-SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""Names of the folders that hold a split, in lower case: Train and VAL are meant as well."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +63,17 @@ def image_files(folder: Path) -> list[Path]:
     """Image files below `folder`, in the order of torchvision's ImageFolder; hidden ones excluded.
 
     Symbolic links are followed, each real folder once, so that a loop ends.
+
+    Raises:
+        CnnftError: a folder cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise CnnftError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
     found: list[Path] = []
     seen: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
@@ -92,8 +104,17 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def find_split(data: Path, split: str) -> Path | None:
-    """The folder `data`/train, val (or valid) or test, if there is one."""
-    return next((data / n for n in SPLIT_FOLDERS[split] if (data / n).is_dir()), None)
+    """The folder of `data` that holds the split train, val or test, if there is one.
+
+    Raises:
+        CnnftError: there are two, such as val and valid.
+    """
+    names = SPLIT_FOLDERS[split]
+    found = [entry for entry in sorted(data.iterdir()) if entry.name.lower() in names]
+    found = [entry for entry in found if entry.is_dir()]
+    if len(found) > 1:
+        raise CnnftError(f"{found[0]} and {found[1]} are both a {split} folder: remove one")
+    return found[0] if found else None
 
 
 def require_folder(data: str | Path) -> Path:
@@ -117,6 +138,11 @@ def scan(folder: Path, classes: tuple[str, ...] | None = None) -> Samples:
             f"{folder} holds no class folders: put the images into one folder per class, "
             f"such as {folder / 'cats'} and {folder / 'dogs'}"
         )
+    for name in found:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise CnnftError(f"class folder {folder / name} is not UTF-8: rename it") from error
     if classes is None:
         classes = found
     elif unknown := sorted(set(found) - set(classes)):
@@ -141,8 +167,11 @@ def scan_training_data(data: Path) -> tuple[Samples, Samples | None]:
     """
     folder = find_split(data, "train") or data
     val_folder = find_split(data, "val")
-    if folder == data and val_folder is not None:
-        raise CnnftError(f"{data} has {val_folder.name} but no train folder: add {data / 'train'}")
+    if folder == data and (other := val_folder or find_split(data, "test")):
+        raise CnnftError(
+            f"{data} has {other.name} but no train folder: put the training images into "
+            f"{data / 'train'}, or rename {other.name} if it is a class"
+        )
     train = scan(folder)
     if len(train.classes) < 2:
         raise CnnftError(
@@ -189,7 +218,7 @@ def check(
     good: list[int] = []
     hashes: list[str] = []
     skipped: list[Skipped] = []
-    with ThreadPoolExecutor() as pool:
+    with ignoring_oddities(), ThreadPoolExecutor() as pool:
         for i, (digest, reason) in enumerate(pool.map(_inspect, samples.paths)):
             if reason is None:
                 good.append(i)

@@ -51,7 +51,7 @@ def evaluate_folder(
     workers: int | None = None,
     on_file: Callable[[int], object] = lambda total: None,
 ) -> Evaluation:
-    """Evaluate on a split of `folder`; where it has none, on all of it.
+    """Evaluate on a split of `folder`; where it has none, on all of it (val: on train).
 
     Images whose hash is in `trained_on` are left out; `selected_on` are only counted.
 
@@ -97,6 +97,8 @@ def _find(folder: Path, split: Split, classes: tuple[str, ...]) -> Samples:
     part = data.find_split(folder, split)
     if part is not None:
         return data.scan(part, classes)
+    if split == "val" and (train := data.find_split(folder, "train")):
+        return data.scan(train, classes)  # finetune splits val off this folder
     if parts or split == "test":
         found = ", ".join(part.name for part in parts) or "class folders only"
         raise UsageError(f"{folder} has no {split} folder ({found}): choose another --split")

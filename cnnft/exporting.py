@@ -49,6 +49,11 @@ def _head(classifier: Classifier, run: Run) -> bytes:
     way_out = f"use: cnnft export {run.path} --format safetensors"
     if classifier.weights_source is None:
         raise UsageError(f"{run.path} has a random backbone, which exists nowhere else: {way_out}")
+    if classifier.missing:
+        raise UsageError(
+            f"{len(classifier.missing)} backbone tensors of {run.path}, such as "
+            f"{classifier.missing[0]}, were not in the weights file and are random: {way_out}"
+        )
     if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
         raise UsageError(
             f"{run.path} trained its backbone too, so the head alone would not be enough: {way_out}"
@@ -77,15 +82,22 @@ def _onnx(classifier: Classifier, run: Run) -> bytes:
             f"--format onnx needs the package {error.name}: pip install 'cnnft[onnx]'"
         ) from error
     pixels = _real_pixels(classifier, run)
-    program = torch.onnx.export(
-        classifier.network,
-        (pixels[:2],),
-        dynamo=True,
-        input_names=["pixels"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
+    try:
+        program = torch.onnx.export(
+            classifier.network,
+            (pixels[:2],),
+            dynamo=True,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        raise CnnftError(
+            f"PyTorch cannot express {classifier.identity.architecture} as ONNX ({reason}); use "
+            "--format safetensors"
+        ) from error
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, _metadata(classifier))

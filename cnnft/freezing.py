@@ -12,13 +12,24 @@ def freeze(network: nn.Module, head: frozenset[str], mode: Mode) -> None:
 
 
 def train_mode(network: nn.Module) -> None:
-    """Like `network.train()`, but a module whose parameters are all frozen stays in eval mode.
+    """Like `network.train()`, but all that comes before the last frozen parameter stays in eval.
 
     Frozen BatchNorm layers then use, and keep, their pretrained statistics, and dropout or
-    stochastic depth inside a frozen backbone stay off: its features are a function of the image.
+    stochastic depth among frozen layers stay off: their features are a function of the image. A
+    layer whose own parameters train is in train mode wherever it stands. A container is in train
+    mode if nothing in it is frozen.
     """
-    network.train()
-    for module in network.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
+    modules = list(network.modules())
+    frozen = [
+        position
+        for position, module in enumerate(modules)
+        if any(not parameter.requires_grad for parameter in module.parameters(recurse=False))
+    ]
+    last_frozen = max(frozen, default=-1)
+    for position, module in enumerate(modules):
+        if own := list(module.parameters(recurse=False)):
+            module.training = any(parameter.requires_grad for parameter in own)
+        elif inner := list(module.parameters()):
+            module.training = all(parameter.requires_grad for parameter in inner)
+        else:
+            module.training = position > last_frozen

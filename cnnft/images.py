@@ -2,6 +2,8 @@
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -28,14 +30,26 @@ def read_image(path: str | Path) -> Image.Image:
     Raises:
         ImageError: the file is missing, no image, truncated, or too large.
     """
-    return _open(path, _read_bytes(path), draft=False)
+    with ignoring_oddities():
+        return _open(path, _read_bytes(path), draft=False)
+
+
+@contextmanager
+def ignoring_oddities() -> Iterator[None]:
+    """No warnings of odd metadata, which harm nobody; what matters raises.
+
+    Changes the process's filters, so threads share one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def find_problem(path: str | Path, content: bytes) -> str | None:
     """Why `content` cannot be decoded, or None.
 
     A JPEG is decoded at an eighth of its size: the whole stream is still parsed, so a truncated
-    file is found, at a fraction of the cost.
+    file is found, at a fraction of the cost. Many threads may call it, `ignoring_oddities`.
     """
     try:
         _open(path, content, draft=True)
@@ -55,13 +69,11 @@ def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
     if not content:
         raise ImageError(path, "is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd metadata harms nobody; what matters raises
-            image = Image.open(io.BytesIO(content))
-            if draft:
-                image.draft("RGB", (1, 1))
-            image.load()
-            return _to_rgb(image)
+        image = Image.open(io.BytesIO(content))
+        if draft:
+            image.draft("RGB", (1, 1))
+        image.load()
+        return _to_rgb(image)
     except UnidentifiedImageError as error:
         raise ImageError(path, "is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cnnft.downloads import DownloadError, patiently
 from cnnft.errors import CnnftError, UsageError
 from cnnft.heads import without_head
+from cnnft.hub import weights_file
 from cnnft.zoo import Identity, local_folder
 
 MIN_MATCH = 0.9
 """A weights file that fits fewer of the backbone's tensors belongs to another architecture."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ def load_weights(
     """
     if weights is None and (folder := local_folder(identity.name)):
         weights = folder / "model.safetensors"
-    state = read_weights(weights) if weights is not None else _download(identity)
+    state = read_weights(weights) if weights is not None else _library_weights(identity)
     source = identity.name if weights is None or identity.name == "builtin" else str(weights)
     wanted = without_head(network.state_dict(), head)
     fitting = {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
@@ -70,37 +67,15 @@ def load_weights(
     )
 
 
-def _download(identity: Identity) -> dict[str, Tensor]:
-    """The library's weights under the library's names, from its cache or its hub."""
-    _log.info("fetching the weights of %s: kept on this machine from then on", identity.name)
-    fetch = _torchvision_state if identity.library == "torchvision" else _timm_state
-    try:
-        return patiently(lambda: fetch(identity))
-    except UsageError:
-        raise
-    except Exception as error:  # the hub libraries raise many kinds, few of them documented
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
-        raise DownloadError(
-            f"cannot download the weights of {identity.name}: {reason}. Give a file that you have "
-            "with --weights FILE, or use --backbone builtin, which needs no network"
-        ) from error
-
-
-def _timm_state(identity: Identity) -> dict[str, Tensor]:
-    if not timm.models.is_model_pretrained(identity.name):
-        raise UsageError(
-            f"timm has no pretrained weights for {identity.name}: give --weights, or "
-            "--no-pretrained to train from scratch"
-        )
-    state: dict[str, Tensor] = timm.create_model(identity.name, pretrained=True).state_dict()
-    return state
-
-
-def _torchvision_state(identity: Identity) -> dict[str, Tensor]:
-    from torchvision.models import get_model_weights
-
-    weights = get_model_weights(identity.architecture)[identity.tag]
-    state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+def _library_weights(identity: Identity) -> dict[str, Tensor]:
+    """The library's weights under the library's names."""
+    file = weights_file(identity)
+    if identity.library == "torchvision":
+        return read_weights(file)
+    # timm converts what other projects published as it loads it, which takes a whole network.
+    overlay = {"source": "", "file": str(file)}
+    network = timm.create_model(identity.name, pretrained=True, pretrained_cfg_overlay=overlay)
+    state: dict[str, Tensor] = network.state_dict()
     return state
 
 

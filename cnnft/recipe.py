@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.run import Epoch, Run
 from cnnft.training import EpochDone, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews, training_transform
-from cnnft.zoo import resolve
+from cnnft.zoo import local_folder, resolve
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
             identity=backbone.identity,
             head=backbone.head,
             weights_source=backbone.weights.source if backbone.weights else None,
+            missing=backbone.weights.missing if backbone.weights else (),
             pretrained_hash=backbone_hash(network, backbone.head),
         ),
         weights=backbone.weights,
@@ -165,9 +167,10 @@ def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
                 f"training diverged in epoch {event.epoch + 1} (the loss is not finite): lower "
                 f"--lr or --head-lr; {run.path} keeps the best epoch before it, if there was one"
             )
-        epoch = _row(event, val, optimizer)
+        better = best is None or (-val.accuracy, val.loss) < (-best[1].accuracy, best[1].loss)
+        epoch = _row(event, val, optimizer, better)
         history.append(epoch)
-        if best is None or (-val.accuracy, val.loss) < (-best[1].accuracy, best[1].loss):
+        if best is None or better:
             best = epoch, val
             run.save_classifier(classifier)
         run.save_history(history)
@@ -211,8 +214,12 @@ def finetune(*args: Any, **kwargs: Any) -> Run:
 
 def _with_absolute_paths(config: Config) -> Config:
     """So that the run can be read from another working directory."""
+    # Not Path.resolve: a run is named after the link that the user gave, not after its target.
+    data = Path(os.path.abspath(config.data))  # noqa: PTH100
     weights = None if config.weights is None else Path(config.weights).absolute()
-    return replace(config, data=Path(config.data).absolute(), weights=weights)
+    folder = local_folder(config.backbone) if config.backbone != "builtin" else None
+    backbone = f"local-dir:{folder.absolute()}" if folder else config.backbone
+    return replace(config, data=data, weights=weights, backbone=backbone)
 
 
 def _refuse_skipped(skipped: list[Skipped], strict: bool) -> None:
@@ -235,7 +242,7 @@ def _default_name(config: Config) -> str:
     return f"{Path(config.data).name}-{Path(backbone).name}"
 
 
-def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer) -> Epoch:
+def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
     return Epoch(
         epoch=event.epoch + 1,
@@ -246,6 +253,7 @@ def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer) -> Epoc
         val_loss=val.loss,
         val_accuracy=val.accuracy,
         seconds=event.seconds,
+        best=best,
     )
 
 

@@ -49,6 +49,8 @@ class Epoch:
     val_accuracy: float
     seconds: float
     """Training only."""
+    best: bool
+    """The best up to here, so the run holds its weights: by val accuracy, then by val loss."""
 
     @property
     def gap(self) -> float:
@@ -148,6 +150,14 @@ class Run:
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         self._write("metrics.json", _json(metrics))
 
+    def metrics(self) -> dict[str, Any]:
+        path = self.path / "metrics.json"
+        try:
+            values: dict[str, Any] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CnnftError(f"{path} cannot be read ({error})") from error
+        return values
+
     def _write(self, name: str, content: bytes) -> None:
         write_whole(self.path / name, content)
 
@@ -175,6 +185,9 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     temporary: str | None = None
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
+            path.write_bytes(content)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:

@@ -61,11 +61,9 @@ def train(
     precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     total = torch.zeros(2, dtype=precision, device=device)  # loss, correct
     seen, start = 0, time.monotonic()
-    state.network.eval()  # a fresh network is in train mode throughout, its frozen layers too
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        if not state.network.training:
-            train_mode(state.network)
+        train_mode(state.network)  # the caller may have evaluated
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule(state.step)
         torch.manual_seed(keyed_seed("step", state.seed, state.step))

@@ -17,6 +17,7 @@ LAYERS = [
     {"data"},
     {"batches", "heads", "freezing", "optim", "metrics"},
     {"zoo"},
+    {"hub"},
     {"pretrained"},
     {"backbones"},
     {"inference", "training"},
@@ -49,6 +50,7 @@ def imported_rooms(path: Path) -> set[str]:
             node.body = []
     found = set()
     for node in ast.walk(tree):
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: a relative import"
         if isinstance(node, ast.ImportFrom) and node.module == "cnnft":
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cnnft."):

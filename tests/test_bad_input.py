@@ -95,7 +95,15 @@ SEPARATED: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda d: (shutil.rmtree(d / "val"), shutil.copytree(d / "train", d / "val")),
         ("no readable validation image",),
     ),
-    "val without train": (lambda d: rename(d / "train", "Training"), ("no train folder",)),
+    "val without train": (lambda d: shutil.rmtree(d / "train"), ("no train folder",)),
+    "test without train": (
+        lambda d: (rename(d / "train", "bees"), rename(d / "val", "test")),
+        ("has test but no train folder", "if it is a class"),
+    ),
+    "two folders for val": (
+        lambda d: shutil.copytree(d / "val", d / "valid"),
+        ("val and", "valid are both a val folder"),
+    ),
 }
 
 
@@ -497,3 +505,64 @@ def test_debug_shows_the_traceback(cnnft: Cli, flat: Path) -> None:
     with pytest.raises(UsageError):
         main(["--debug", "finetune", str(flat / "nowhere")])
     cnnft("finetune", flat / "nowhere").fails_with(2)
+
+
+# ---------------------------------------------------------------- the machine
+
+
+@pytest.mark.parametrize(
+    ("failure", "parts"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), ("lower --batch-size",)),
+        (MemoryError(), ("out of memory",)),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ("--workers",)),
+        (PermissionError(13, "Permission denied", "/photos/x"), ("/photos/x", "Permission denied")),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_machine_refuses(
+    cnnft: Cli,
+    flat: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    parts: tuple[str, ...],
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise failure
+
+    monkeypatch.setattr("cnnft.recipe.prepare", fail)
+    cnnft("finetune", flat).fails_with(1, *parts)
+
+
+def test_a_folder_that_cannot_be_listed(
+    refused: Refused, flat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = os.scandir
+
+    def scandir(path: str | Path = ".") -> object:
+        if Path(path).name == "bees":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    refused(1, (str(flat / "bees"), "Permission denied"), flat)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="names are Unicode")
+def test_names_that_a_run_could_not_record(refused: Refused, flat: Path) -> None:
+    odd = os.fsdecode(b"b\xff")
+    shutil.copytree(flat, flat.with_name(odd))
+    refused(2, ("--data", "is not UTF-8"), flat.with_name(odd))
+    (flat / "bees").rename(flat / odd)
+    refused(1, ("class folder", "is not UTF-8"), flat)
+
+
+def test_a_description_may_not_make_timm_read_files(
+    refused: Refused, flat: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "backbone"
+    shutil.copytree(BUILTIN.parent, folder)
+    description = json.loads((folder / "config.json").read_text())
+    description["model_args"] = {"checkpoint_path": "/etc/passwd"}
+    (folder / "config.json").write_text(json.dumps(description))
+    refused(1, ("may not set checkpoint_path",), flat, "--backbone", f"local-dir:{folder}")

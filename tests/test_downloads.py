@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
+from cnnft.backbones import open_backbone
 from cnnft.downloads import PATIENCE, DownloadError, patiently
+from cnnft.errors import UsageError
 
 BODY = b"x" * 40
 
@@ -107,7 +111,7 @@ def test_sockets_are_as_before_afterwards(server):
 def no_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    monkeypatch.setattr("cnnft.pretrained.patiently", lambda f: patiently(f, patience=2))
+    monkeypatch.setattr("cnnft.hub.patiently", lambda f: patiently(f, patience=2))
 
 
 def assert_one_sentence(outcome, name: str) -> None:
@@ -156,11 +160,36 @@ def test_torchvision_weights_are_downloaded_and_loaded(
     weights = SqueezeNet1_1_Weights.IMAGENET1K_V1
     monkeypatch.setattr(type(weights), "url", f"{server}/squeezenet.pth")
 
-    from cnnft.backbones import open_backbone
-
     backbone = open_backbone("torchvision/squeezenet1_1", 3)
     ours, original = backbone.network.state_dict(), theirs.state_dict()
     assert backbone.head == {"classifier.1.weight", "classifier.1.bias"}
     assert backbone.weights.missing == ()
     assert all(torch.equal(ours[k], original[k]) for k in ours if k not in backbone.head)
     assert Path(torch.hub.get_dir(), "checkpoints", "squeezenet.pth").exists()
+
+
+def test_cached_weights_ask_no_network(monkeypatch, tmp_path, no_cache, caplog):
+    """A file in the hub's cache, as the hub library lays it out, is read by timm's own loader."""
+    theirs = timm.create_model("resnet10t.c3_in1k")
+    repository = tmp_path / "hf" / "models--timm--resnet10t.c3_in1k"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    save_file(theirs.state_dict(), snapshot / "model.safetensors")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket.socket, "connect", fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with caplog.at_level("INFO", "cnnft"):
+        backbone = open_backbone("resnet10t", 3)
+    assert "fetching" not in caplog.text
+    ours, original = backbone.network.state_dict(), theirs.state_dict()
+    assert all(torch.equal(ours[k], original[k]) for k in ours if k not in backbone.head)
+
+
+def test_a_backbone_without_weights_says_so(monkeypatch, no_cache):
+    with pytest.raises(UsageError, match="timm has no pretrained weights for regnetz_005"):
+        open_backbone("regnetz_005", 3)

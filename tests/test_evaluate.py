@@ -256,8 +256,19 @@ def test_valid_serves_as_val(evaluate: Evaluate, parts: Path) -> None:
 def test_a_part_that_is_missing_names_those_that_are_there(
     cnnft: Cli, trained: Path, parts: Path
 ) -> None:
-    shutil.rmtree(parts / "val")
-    cnnft("evaluate", parts, "-m", trained).fails_with(2, "no val folder", "train, test")
+    shutil.rmtree(parts / "test")
+    cnnft("evaluate", parts, "-m", trained, "--split", "test").fails_with(
+        2, "no test folder", "train, val"
+    )
+
+
+def test_without_a_val_folder_val_is_what_was_held_out_of_train(
+    evaluate: Evaluate, trained: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(trained.parents[1] / "data", data / "train")
+    told = evaluate(data)
+    assert (told["n"], told["left_out"], told["selected_on_val"]) == (4, 16, 4)
 
 
 # ---------------------------------------------------------------- class folders

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,50 @@ def test_a_finetuned_run_has_no_head_of_its_own(cnnft: Cli, finetuned: Path) -> 
     outcome = cnnft("export", finetuned, "--format", "head")
     outcome.fails_with(2, f"cnnft export {finetuned} --format safetensors")
     assert listing(finetuned) == before
+
+
+def test_a_backbone_with_random_tensors_is_found_nowhere_else(
+    cnnft: Cli, images: Path, tmp_path: Path
+) -> None:
+    """Weights files may lack a few tensors; what filled them is in no file."""
+    state = load_file(BUILTIN)
+    del state["layer1.0.bn1.weight"]
+    save_file(state, tmp_path / "most.safetensors")
+    shutil.copy(BUILTIN.with_name("config.json"), tmp_path)
+    run = finetune(
+        images, backbone="resnet10t", weights=tmp_path / "most.safetensors", workers=0, epochs=1,
+        mode="feature-extractor", runs_dir=tmp_path / "runs",
+    ).path  # fmt: skip
+    cnnft("export", run, "--format", "head").fails_with(
+        2, "layer1.0.bn1.weight", "--format safetensors"
+    )
+
+
+def test_a_network_that_onnx_cannot_express(
+    cnnft: Cli, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise torch.onnx.errors.OnnxExporterError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    cnnft("export", copied, "--format", "onnx").fails_with(
+        1, "as ONNX (no such operator)", "--format safetensors"
+    )
+
+
+def test_an_export_into_a_pipe_replaces_nothing(cnnft: Cli, copied: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        received = pool.submit(pipe.read_bytes)
+        assert cnnft("export", copied, "--format", "head", "--output", pipe).code == 0
+    assert pipe.is_fifo() and load(received_file(tmp_path, received.result())).classes
+
+
+def received_file(folder: Path, content: bytes) -> Path:
+    path = folder / "received.safetensors"
+    path.write_bytes(content)
+    return path
 
 
 def test_a_random_backbone_is_found_nowhere_else(cnnft: Cli, images: Path, tmp_path: Path) -> None:

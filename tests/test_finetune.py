@@ -55,7 +55,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def history(run: Path) -> list[dict[str, float]]:
     with (run / "history.csv").open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: float({"True": 1, "False": 0}.get(value, value)) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def head_of(run: Path) -> set[str]:
@@ -127,9 +130,8 @@ def test_json_is_one_document_that_agrees_with_the_run(train: Finetune, flat: Pa
     told = json.loads(train(flat, "--json", "--epochs", 2).out)
     run = Path(told["run"])
     metrics = json.loads((run / "metrics.json").read_text())
-    assert told["best"]["epoch"] == metrics["best_epoch"]
-    assert told["val"]["accuracy"] == metrics["val"]["accuracy"]
-    assert told["val"]["n"] == metrics["val"]["n"] == 4
+    assert told == {"run": str(run), **metrics}
+    assert told["val"]["n"] == 4
     assert "selected on val" in told["val"]["note"]
 
 
@@ -407,3 +409,40 @@ def test_other_image_formats_are_trained_on(train: Finetune, tmp_path: Path) -> 
         assert sorted(Path(row["file"]).suffix for row in csv.DictReader(file)) == sorted(
             suffixes * 2
         )
+
+
+def test_the_screen_calls_best_what_the_run_keeps(train: Finetune, flat: Path) -> None:
+    """At equal accuracy the lower loss wins: on the screen, in the history and in the metrics."""
+    run = succeed(outcome := train(flat, "--epochs", 4, "--head-lr", 0.5))
+    lines = [line for line in outcome.err.splitlines() if "/4 " in line]
+    told = [number for number, line in enumerate(lines, 1) if line.endswith("best so far")]
+    rows = history(run)
+    order = [(-row["val_accuracy"], row["val_loss"]) for row in rows]
+    assert told == [n for n, key in enumerate(order, 1) if key == min(order[:n])]
+    assert told == [int(row["epoch"]) for row in rows if row["best"]]
+    assert told[-1] == json.loads((run / "metrics.json").read_text())["best_epoch"]
+
+
+def test_a_run_is_named_after_the_folder_that_a_dot_means(
+    cnnft: Cli, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(flat / "ants")
+    outcome = cnnft(
+        "finetune", "..", "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+        "--workers=0", "--runs-dir", tmp_path / "runs",
+    )  # fmt: skip
+    assert succeed(outcome).name == "flat-builtin"
+
+
+def test_training_that_diverges_stops_with_a_sentence(
+    train: Finetune, flat: Path, tmp_path: Path
+) -> None:
+    outcome = train(flat, "--mode", "finetune", "--lr", 1e30, "--epochs", 3)
+    outcome.fails_with(1, "training diverged", "lower --lr or --head-lr")
+
+
+def test_split_folders_are_known_in_any_case(train: Finetune, separated: Path) -> None:
+    (separated / "train").rename(separated / "Train")
+    (separated / "val").rename(separated / "Validation")
+    told = json.loads(train(separated, "--dry-run", "--json").out)
+    assert told["classes"]["bees"] == {"train": 6, "val": 3}

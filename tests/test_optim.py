@@ -73,6 +73,19 @@ def test_frozen_batchnorm_stays_in_eval_mode(network):
     assert all(module.training for module in network.modules())
 
 
+def test_dropout_is_off_among_frozen_layers_and_on_before_the_head():
+    """As in AlexNet, whose first dropout comes before a frozen linear layer."""
+    dropouts = [torch.nn.Dropout(), torch.nn.Dropout()]
+    plain = torch.nn.BatchNorm1d(4, affine=False)
+    network = torch.nn.Sequential(
+        plain, dropouts[0], torch.nn.Linear(4, 4), dropouts[1], torch.nn.Linear(4, 2)
+    )
+    freeze(network, frozenset({"4.weight", "4.bias"}), "feature-extractor")
+    train_mode(network)
+    assert [module.training for module in network] == [False, False, False, True, True]
+    assert not network.training
+
+
 @pytest.mark.parametrize("name", ["step", "cosine"])
 def test_schedules_equal_torchs(name):
     """torch steps its cosine by epoch and ours by step: compare with one step an epoch."""

@@ -297,3 +297,8 @@ def test_mirrored_images_predict_alike_with_flips(
         probabilities(row)["ants"] for row in predict(straight, mirrored, "--tta", tta, "--top", 2)
     )
     assert (one == pytest.approx(other, abs=1e-6)) == symmetric
+
+
+def test_one_path_is_as_good_as_a_list(trained: Path, images: Path) -> None:
+    classifier = load(trained, device="cpu")
+    assert classifier.predict(str(images / "0.png")) == classifier.predict([images / "0.png"])

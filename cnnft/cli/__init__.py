@@ -31,9 +31,24 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(130)
         if app.debug:
             raise
-        reason = str(error).split("\n")[0]
-        console.error(
-            f"unexpected {type(error).__name__}: {reason} "
-            "(this is a bug: cnnft --debug COMMAND … shows where)"
-        )
+        console.error(_explain(error))
         sys.exit(1)
+
+
+def _explain(error: Exception) -> str:
+    """A sentence for what the machine refused; the rest is our mistake."""
+    reason = str(error).split("\n")[0].rstrip(".")
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return "out of memory: lower --batch-size, or take a smaller --backbone"
+    if "DataLoader worker" in reason:
+        return (
+            f"a process that loads images died ({reason}), most often for lack of memory: lower "
+            "--workers, or 0 for none"
+        )
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return (
+        f"unexpected {type(error).__name__}: {reason} "
+        "(this is a bug: cnnft --debug COMMAND … shows where)"
+    )

@@ -84,7 +84,7 @@ def command(
         ),
     ] = None,
     seed: Annotated[
-        int | None, _option(_TRAINING, Config.seed, "Same seed, same machine: same weights.")
+        int | None, _option(_TRAINING, Config.seed, "Same seed, same CPU: same weights.")
     ] = None,
     val_fraction: Annotated[
         float | None,
@@ -156,7 +156,7 @@ def command(
     assert isinstance(finished, Finished)
     _show_end(plan, finished)
     if json:
-        console.result_json(_finished_json(finished))
+        console.result_json({"run": str(finished.run.path), **finished.run.metrics()})
     else:
         console.result(str(finished.run.path))
 
@@ -183,7 +183,6 @@ def _train(plan: "Plan") -> "Finished":
 
     epochs = plan.config.epochs
     console.say(" epoch   train loss     acc    val loss     acc      gap", style="bold")
-    best = -1.0
     with console.progress("loss {task.fields[loss]}", "{task.fields[speed]} images/s") as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
         drawn, images = time.monotonic(), 0
@@ -196,19 +195,18 @@ def _train(plan: "Plan") -> "Finished":
                     bar.update(task, completed=event.step, loss=loss, speed=speed)
                     drawn, images = time.monotonic(), 0
             elif isinstance(event, Epoch):
-                console.say(_epoch_line(event, epochs, event.val_accuracy > best))
-                best = max(best, event.val_accuracy)
+                console.say(_epoch_line(event, epochs))
             else:
                 assert isinstance(event, Finished)
                 return event
     raise AssertionError("training ends with Finished")
 
 
-def _epoch_line(epoch: "Epoch", epochs: int, best: bool) -> str:
+def _epoch_line(epoch: "Epoch", epochs: int) -> str:
     return (
         f"{epoch.epoch:>3}/{epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
         f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%} {100 * epoch.gap:+8.1f}"
-        f"{'  best so far' if best else ''}"
+        f"{'  best so far' if epoch.best else ''}"
     )
 
 
@@ -222,16 +220,3 @@ def _show_end(plan: "Plan", finished: "Finished") -> None:
         style="bold",
     )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")
-
-
-def _finished_json(finished: "Finished") -> dict[str, Any]:
-    return {
-        "run": str(finished.run.path),
-        "best": dataclasses.asdict(finished.best),
-        "val": {
-            "note": "selected on val",
-            "n": finished.val.n,
-            "accuracy": finished.val.accuracy,
-            "interval95": finished.val.interval,
-        },
-    }

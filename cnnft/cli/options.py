@@ -28,7 +28,9 @@ Tta = Annotated[
         help="Test-time augmentation: average the probabilities of several views.",
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images that are computed at once.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Images that are computed at once, each with all its views.")
+]
 Workers = Annotated[
     int | None,
     typer.Option(
