@@ -1,15 +1,25 @@
 """A name -> a backbone: the network with a new head, its pretrained weights, its `InputSpec`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from cnnft.errors import UsageError
 from cnnft.heads import head_tensors
 from cnnft.pretrained import LoadedWeights, load_weights
+from cnnft.stages import stages
 from cnnft.transforms import InputSpec
-from cnnft.zoo import Identity, build, described_beside, input_spec, resolve
+from cnnft.zoo import (
+    Identity,
+    at_size,
+    build,
+    described_beside,
+    input_spec,
+    resolve,
+    with_auxiliary,
+)
 
 
 @dataclass
@@ -19,6 +29,8 @@ class Backbone:
     network: nn.Module
     head: frozenset[str]
     """Names of the head's tensors in the state dict."""
+    stages: tuple[tuple[str, ...], ...]
+    """Names of the backbone's parameters, input side first."""
     input_spec: InputSpec
     identity: Identity
     weights: LoadedWeights | None
@@ -26,7 +38,13 @@ class Backbone:
 
 
 def open_backbone(
-    name: str, classes: int, *, pretrained: bool = True, weights: str | Path | None = None
+    name: str,
+    classes: int,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    auxiliary: bool = False,
 ) -> Backbone:
     """Build `name` with a new head for `classes` classes and load its weights.
 
@@ -34,6 +52,8 @@ def open_backbone(
         name: a timm name (resnet18, resnet50.a1_in1k), torchvision/NAME, builtin, or
             local-dir:PATH (a folder with timm's config.json and model.safetensors).
         weights: a file to take the backbone's weights from, .safetensors or .pth.
+        image_size: side in pixels, if another than the one of the pretraining.
+        auxiliary: with the auxiliary classifiers that were pretrained, if there are any.
 
     Raises:
         UsageError: an unknown name, a missing file, weights asked for where there are none.
@@ -42,11 +62,30 @@ def open_backbone(
     identity = resolve(name)
     if weights is not None:
         identity = described_beside(Path(weights), identity)
+    spec = input_spec(identity)
+    if image_size is not None:
+        identity = at_size(identity, image_size)
+        spec = replace(spec, size=image_size)
+    if auxiliary:
+        identity = with_auxiliary(identity)
     network = build(identity, classes)
     head = head_tensors(network, lambda other: build(identity, other))
     if not head:
         raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
-    backbone = Backbone(network, head, input_spec(identity), identity, None)
+    if image_size is not None:
+        _require_size(network, identity, image_size)
+    backbone = Backbone(network, head, stages(network, head), spec, identity, None)
     if pretrained:
         backbone.weights = load_weights(network, head, identity, weights)
     return backbone
+
+
+def _require_size(network: nn.Module, identity: Identity, size: int) -> None:
+    try:
+        with torch.inference_mode():
+            network.eval()(torch.zeros(1, 3, size, size))
+    except Exception as error:  # whatever the network says of a shape that does not fit
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(
+            f"--image-size {size}: backbone {identity.name} cannot take it ({reason})"
+        ) from error

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cnnft.config import Channels
 from cnnft.data import Samples
 from cnnft.errors import CnnftError
 from cnnft.images import ImageError, read_image
+from cnnft.transforms import EvaluationViews, InputSpec
 
 Key = tuple[int, int]
 """(epoch, index): names one random view of one training image."""
@@ -160,6 +162,28 @@ def _stack_views(items: list[tuple[int, Tensor | str]]) -> Views:
     unreadable = {i: reason for i, reason in items if isinstance(reason, str)}
     pixels = torch.stack(list(readable.values())) if readable else None
     return Views(list(readable), pixels, unreadable)
+
+
+def channel_statistics(
+    paths: Sequence[Path], spec: InputSpec, batch_size: int, workers: int
+) -> tuple[Channels, Channels]:
+    """(mean, std) of red, green and blue over the images as evaluation sees them, 255 being 1.
+
+    Raises:
+        CnnftError: a file cannot be read.
+    """
+    plain = EvaluationViews(replace(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    total, squares, count = torch.zeros(3).double(), torch.zeros(3).double(), 0
+    for batch in view_batches(paths, plain, batch_size, workers):
+        for index, reason in batch.unreadable.items():
+            raise CnnftError(f"{paths[index]} {reason}: the data changed meanwhile")
+        assert batch.pixels is not None
+        pixels = batch.pixels.double().transpose(0, 2).flatten(1)
+        total, squares = total + pixels.sum(dim=1), squares + pixels.square().sum(dim=1)
+        count += pixels.shape[1]
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=1e-8).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def keyed_seed(*key: object) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cnnft import __version__
 from cnnft.batches import default_workers, view_batches
-from cnnft.config import TestTimeViews
+from cnnft.config import Head, TestTimeViews
 from cnnft.errors import CnnftError, UsageError
+from cnnft.heads import head_tensors, replace_by_mlp
 from cnnft.inference import choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
@@ -52,6 +53,7 @@ class Classifier:
     identity: Identity
     head: frozenset[str]
     """Names of the head's tensors in the network's state dict."""
+    head_kind: Head
     weights_source: str | None
     """Where the pretrained weights came from; None: there were none."""
     missing: tuple[str, ...]
@@ -124,6 +126,7 @@ class Classifier:
             "classes": list(self.classes),
             "input_spec": asdict(self.input_spec),
             "head": sorted(self.head),
+            "head_kind": self.head_kind,
             "backbone": {
                 **identity,
                 "weights_source": self.weights_source,
@@ -169,15 +172,17 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
         statistics = {name: tuple(values[name]) for name in ("mean", "std")}
         spec = InputSpec(**values | statistics)
         classes = tuple(own["classes"])
-        head = frozenset(own["head"])
+        head, head_kind = frozenset(own["head"]), own["head_kind"]
     except (KeyError, TypeError, AttributeError) as error:
         raise CnnftError(f"{source} does not describe a cnnft classifier ({error!r})") from error
     try:
         network = build(identity, len(classes))
+        if head_kind == "mlp":
+            replace_by_mlp(network, head_tensors(network, lambda other: build(identity, other)))
     except Exception as error:  # whatever the library says of arguments that it does not know
         raise CnnftError(f"{source}: {identity.architecture} cannot be built ({error})") from error
     return Classifier(
-        network, classes, spec, identity, head, weights_source, missing, pretrained_hash
+        network, classes, spec, identity, head, head_kind, weights_source, missing, pretrained_hash
     )
 
 

@@ -8,7 +8,11 @@ from typing import Any, Literal, Self, get_args, get_origin
 from cnnft.errors import UsageError
 
 # The closed choices of the command line and of Python, with the names that users type.
-Mode = Literal["finetune", "feature-extractor"]
+Mode = Literal["finetune", "feature-extractor", "bn-only", "auto"]
+BatchNorm = Literal["auto", "train", "frozen"]
+Head = Literal["linear", "mlp"]
+HeadInit = Literal["default", "xavier", "kaiming", "zeros"]
+Fit = Literal["crop", "squash", "pad"]
 Schedule = Literal["cosine", "step"]
 TestTimeViews = Literal["none", "hflip", "five-crop", "ten-crop"]
 Split = Literal["val", "test", "all"]
@@ -27,6 +31,16 @@ class Config:
     weights: str | Path | None = None  # a file with the backbone's weights
     pretrained: bool = True
     mode: Mode = "finetune"
+    train_stages: int | None = None  # mode finetune: this many last stages; None: all
+    probe_first: bool = False  # fit the head on frozen features before anything else trains
+    batchnorm: BatchNorm = "auto"  # of trained layers: their statistics; auto: by the batch size
+    layer_decay: float | None = None  # each stage towards the input learns at this times the next
+    head: Head = "linear"
+    head_init: HeadInit = "default"
+    dropout: float = 0.0  # on what enters the head
+    image_size: int | None = None  # None: as pretrained
+    fit: Fit | None = None  # None: as the backbone's authors did
+    normalize: str = "pretrained"  # or dataset, or MEAN/STD
     epochs: int = 25  # as PyTorch's transfer-learning tutorial
     batch_size: int = 32
     lr: float | None = None  # of the pretrained layers; None: the 1/10 rule
@@ -60,6 +74,17 @@ class Config:
         for rate in ("lr", "head_lr"):
             value = getattr(self, rate)
             _require(value is None or 0 < value < float("inf"), rate, value, "above 0 and finite")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, below 1")
+        decay = self.layer_decay
+        _require(decay is None or 0 < decay <= 1, "layer_decay", decay, "above 0, at most 1")
+        stages = self.train_stages
+        _require(stages is None or stages >= 0, "train_stages", stages, "at least 0")
+        size = self.image_size
+        _require(size is None or size >= 16, "image_size", size, "at least 16 pixels")
+        if self.normalize not in ("pretrained", "dataset"):
+            parse_statistics(self.normalize)
+        if stages is not None and self.mode != "finetune":
+            raise UsageError("--train-stages goes with --mode finetune")
         if self.lr is not None and self.mode == "feature-extractor":
             raise UsageError(
                 "--lr sets the rate of the pretrained layers, which feature-extractor mode "
@@ -98,6 +123,29 @@ class Config:
         return cls(**values)
 
 
+Channels = tuple[float, float, float]
+
+
+def parse_statistics(text: str) -> tuple[Channels, Channels]:
+    """ "0.5,0.5,0.5/0.2,0.2,0.2" -> (mean, std) of red, green and blue, as shares of 255.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    try:
+        mean, std = (tuple(float(value) for value in part.split(",")) for part in text.split("/"))
+        if len(mean) != 3 or len(std) != 3 or not all(0 < s < float("inf") for s in std):
+            raise ValueError
+        if not all(abs(m) < float("inf") for m in mean):
+            raise ValueError
+    except ValueError as error:
+        raise UsageError(
+            f"--normalize {text!r}: give pretrained, dataset, or three means and three standard "
+            "deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
+        ) from error
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
 def _require(holds: bool, name: str, value: object, bounds: str) -> None:
     if not holds:
         raise UsageError(f"{_flag(name)} {value} is out of range: it must be {bounds}")
@@ -105,16 +153,22 @@ def _require(holds: bool, name: str, value: object, bounds: str) -> None:
 
 def _check_type(name: str, value: object, annotation: Any) -> None:
     """A config file may hold anything: check against the field's annotation."""
-    if get_origin(annotation) is Literal:
-        if value not in get_args(annotation):
-            choices = ", ".join(get_args(annotation))
-            raise UsageError(f"{_flag(name)} {value!r} is unknown: choose one of {choices}")
+    is_literal = get_origin(annotation) is Literal
+    options = (annotation,) if is_literal else get_args(annotation) or (annotation,)
+    literals = [option for option in options if get_origin(option) is Literal]
+    choices = [choice for literal in literals for choice in get_args(literal)]
+    types = tuple(option for option in options if option not in literals)
+    if float in types:
+        types += (int,)
+    if value in choices if choices and isinstance(value, str) else _is_a(value, types):
         return
-    allowed = get_args(annotation) or (annotation,)
-    if float in allowed:
-        allowed += (int,)
-    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-        raise UsageError(f"{_flag(name)} {value!r} is not of the right type")
+    if choices:
+        raise UsageError(f"{_flag(name)} {value!r} is unknown: choose one of {', '.join(choices)}")
+    raise UsageError(f"{_flag(name)} {value!r} is not of the right type")
+
+
+def _is_a(value: object, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and (not isinstance(value, bool) or bool in types)
 
 
 def _check_text(name: str, value: object) -> None:

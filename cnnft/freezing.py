@@ -1,23 +1,66 @@
 """Which parameters train, and what frozen layers do meanwhile."""
 
+from collections.abc import Sequence
+
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnft.config import Mode
+from cnnft.errors import UsageError
+
+_NORMALISATIONS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def freeze(network: nn.Module, head: frozenset[str], mode: Mode) -> None:
-    """Set `requires_grad`: of all parameters, or in feature-extractor mode of the head's alone."""
+def freeze(
+    network: nn.Module,
+    head: frozenset[str],
+    stages: Sequence[Sequence[str]],
+    mode: Mode,
+    train_stages: int | None = None,
+) -> None:
+    """Set `requires_grad` of all parameters; the head always trains.
+
+    finetune trains the last `train_stages` stages (None: all), bn-only the scales and shifts of
+    normalisation layers (Frankle, Schwab and Morcos, 2021), feature-extractor nothing more.
+
+    Raises:
+        UsageError: there are fewer stages, or no normalisation layer.
+    """
+    if train_stages is not None and train_stages > len(stages):
+        raise UsageError(
+            f"--train-stages {train_stages} is out of range: this backbone has {len(stages)} stages"
+        )
+    if mode == "bn-only":
+        trained = _normalisations(network) - head
+        if not trained:
+            raise UsageError("--mode bn-only: this backbone has no normalisation layers to train")
+    elif mode == "finetune":
+        first = 0 if train_stages is None else len(stages) - train_stages
+        trained = {name for stage in stages[first:] for name in stage}
+    else:
+        trained = set()
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(mode == "finetune" or name in head)
+        parameter.requires_grad_(name in head or name in trained)
 
 
-def train_mode(network: nn.Module) -> None:
+def _normalisations(network: nn.Module) -> set[str]:
+    return {
+        f"{path}.{name}"
+        for path, module in network.named_modules()
+        if isinstance(module, _NORMALISATIONS)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+
+
+def train_mode(network: nn.Module, *, frozen_statistics: bool = False) -> None:
     """Like `network.train()`, but all that comes before the last frozen parameter stays in eval.
 
     Frozen BatchNorm layers then use, and keep, their pretrained statistics, and dropout or
     stochastic depth among frozen layers stay off: their features are a function of the image. A
     layer whose own parameters train is in train mode wherever it stands. A container is in train
     mode if nothing in it is frozen.
+
+    `frozen_statistics` keeps the statistics of trained BatchNorm layers too.
     """
     modules = list(network.modules())
     frozen = [
@@ -33,3 +76,5 @@ def train_mode(network: nn.Module) -> None:
             module.training = all(parameter.requires_grad for parameter in inner)
         else:
             module.training = position > last_frozen
+        if frozen_statistics and isinstance(module, _BatchNorm):
+            module.training = False

@@ -1,7 +1,7 @@
 """The learning-rate rule, parameter groups, and the schedule as a function of the step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,9 @@ def learning_rates(config: Config, architecture: str) -> LearningRates:
     if config.head_lr is not None:
         head = config.head_lr
         steps.append(f"head: {head:g} (--head-lr)")
+    elif config.probe_first:
+        head = scratch / 10
+        steps.append(f"head: {scratch:g} / 10 = {head:g} (probed)")
     else:
         steps.append(f"head: {head:g} (new)")
     if config.mode == "feature-extractor":
@@ -60,23 +63,34 @@ def learning_rates(config: Config, architecture: str) -> LearningRates:
 
 
 def make_optimizer(
-    network: nn.Module, head: frozenset[str], rates: LearningRates, momentum: float
+    network: nn.Module,
+    head: frozenset[str],
+    stages: Sequence[Sequence[str]],
+    rates: LearningRates,
+    config: Config,
 ) -> torch.optim.SGD:
-    """SGD over two groups, backbone and head, of the parameters that train.
+    """SGD over the parameters that train: a group for the head, and one for the backbone.
 
-    Every parameter is frozen or in exactly one group; this is asserted.
+    With `config.layer_decay` each stage is a group of its own, and the rates fall towards the
+    input (Howard and Ruder, 2018). Every parameter is frozen or in exactly one group; this is
+    asserted.
     """
-    trained = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if config.layer_decay is None:
+        stages = [[name for stage in stages for name in stage]]
+    decay = config.layer_decay or 1.0
     groups = [
         {
             "name": "backbone",
-            "params": [p for name, p in trained if name not in head],
-            "lr": rates.backbone,
-        },
-        {"name": "head", "params": [p for name, p in trained if name in head], "lr": rates.head},
+            "params": [trained[name] for name in stage if name in trained],
+            "lr": rates.backbone * decay**distance,
+        }
+        for distance, stage in enumerate(reversed(stages))
     ]
+    head_parameters = [p for name, p in trained.items() if name in head]
+    groups.append({"name": "head", "params": head_parameters, "lr": rates.head})
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.SGD(groups, momentum=momentum)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum)
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     frozen = [id(p) for p in network.parameters() if not p.requires_grad]
     assert sorted(grouped + frozen) == sorted(id(p) for p in network.parameters())
@@ -100,3 +114,14 @@ def make_schedule(config: Config, steps_per_epoch: int) -> Multiplier:
 def cosine(step: int, total: int) -> float:
     """Half a period, from 1 towards 0 (Loshchilov and Hutter, 2017, without restarts)."""
     return (1 + math.cos(math.pi * step / total)) / 2
+
+
+SMALL_BATCH = 8
+"""Below this the statistics of a batch are too noisy for BatchNorm (Wu and He, 2018)."""
+
+
+def freezes_statistics(config: Config) -> bool:
+    """Whether BatchNorm layers that train keep their pretrained statistics."""
+    if config.batchnorm == "auto":
+        return config.pretrained and config.batch_size < SMALL_BATCH
+    return config.batchnorm == "frozen"

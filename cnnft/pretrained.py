@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from cnnft.errors import CnnftError, UsageError
 from cnnft.heads import without_head
-from cnnft.hub import weights_file
-from cnnft.zoo import Identity, local_folder
+from cnnft.zoo import Identity, local_folder, remote_weights
 
 MIN_MATCH = 0.9
 """A weights file that fits fewer of the backbone's tensors belongs to another architecture."""
@@ -69,12 +68,18 @@ def load_weights(
 
 def _library_weights(identity: Identity) -> dict[str, Tensor]:
     """The library's weights under the library's names."""
-    file = weights_file(identity)
+    file = remote_weights(identity).fetch()
     if identity.library == "torchvision":
         return read_weights(file)
     # timm converts what other projects published as it loads it, which takes a whole network.
-    overlay = {"source": "", "file": str(file)}
-    network = timm.create_model(identity.name, pretrained=True, pretrained_cfg_overlay=overlay)
+    config = identity.pretrained_cfg | {"source": "", "file": str(file)}
+    network = timm.create_model(
+        identity.architecture,
+        pretrained=True,
+        pretrained_cfg=config,
+        num_classes=config["num_classes"],
+        **identity.model_args,
+    )
     state: dict[str, Tensor] = network.state_dict()
     return state
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cnnft import data
@@ -16,23 +17,32 @@ from cnnft.backbones import open_backbone
 from cnnft.batches import (
     KeyedBatches,
     TrainingImages,
+    channel_statistics,
     default_workers,
     keyed_seed,
     training_batches,
     view_batches,
 )
 from cnnft.classifier import Classifier
-from cnnft.config import Config
+from cnnft.config import Config, parse_statistics
 from cnnft.data import Samples, Skipped
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, UsageError
+from cnnft.features import Probe, embed, install, probe
 from cnnft.freezing import freeze
+from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device, infer_all
 from cnnft.metrics import Score, score
-from cnnft.optim import LearningRates, learning_rates, make_optimizer, make_schedule
+from cnnft.optim import (
+    LearningRates,
+    freezes_statistics,
+    learning_rates,
+    make_optimizer,
+    make_schedule,
+)
 from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.run import Epoch, Run
 from cnnft.training import EpochDone, StepDone, TrainState, train
-from cnnft.transforms import EvaluationViews, training_transform
+from cnnft.transforms import EvaluationViews, InputSpec, training_transform
 from cnnft.zoo import local_folder, resolve
 
 
@@ -47,7 +57,10 @@ class Plan:
     leaked: int
     """Validation images left out because training has the same file."""
     classifier: Classifier
+    stages: tuple[tuple[str, ...], ...]
     weights: LoadedWeights | None
+    probe: Probe | None
+    """The linear classifier on frozen features that the head starts from, or mode auto asked."""
     rates: LearningRates
     batches: KeyedBatches
     device: torch.device
@@ -103,13 +116,29 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     if not len(val_samples):
         raise CnnftError(f"{folder}: no readable validation image remains that is not in train too")
 
-    torch.manual_seed(keyed_seed("head", config.seed))
     classes = train_samples.classes
     backbone = open_backbone(
-        config.backbone, len(classes), pretrained=config.pretrained, weights=config.weights
+        config.backbone,
+        len(classes),
+        pretrained=config.pretrained,
+        weights=config.weights,
+        image_size=config.image_size,
+        auxiliary=config.mode == "finetune" and config.train_stages is None,
     )
-    network = backbone.network.to(device)
-    freeze(network, backbone.head, config.mode)
+    network, head = backbone.network, backbone.head
+    if config.head == "mlp":
+        head = replace_by_mlp(network, head)
+    torch.manual_seed(keyed_seed("head", config.seed))
+    initialise(network, head, config.head_init)
+    network.to(device)
+    workers = default_workers() if config.workers is None else config.workers
+    spec = _input_spec(config, backbone.input_spec, train_samples, workers)
+    freeze(network, head, backbone.stages, config.mode, config.train_stages)
+    fitted = None
+    if config.probe_first or config.mode == "auto":
+        fitted = _probe(config, network, head, spec, train_samples, workers)
+    if config.dropout:
+        add_dropout(network, head, config.dropout)
     return Plan(
         config=config,
         train=train_samples,
@@ -119,18 +148,21 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
         classifier=Classifier(
             network=network,
             classes=classes,
-            input_spec=backbone.input_spec,
+            input_spec=spec,
             identity=backbone.identity,
-            head=backbone.head,
+            head=head,
+            head_kind=config.head,
             weights_source=backbone.weights.source if backbone.weights else None,
             missing=backbone.weights.missing if backbone.weights else (),
-            pretrained_hash=backbone_hash(network, backbone.head),
+            pretrained_hash=backbone_hash(network, head),
         ),
+        stages=backbone.stages,
+        probe=fitted,
         weights=backbone.weights,
         rates=learning_rates(config, identity.architecture),
         batches=KeyedBatches(len(train_samples), config.batch_size, config.seed, config.epochs),
         device=device,
-        workers=default_workers() if config.workers is None else config.workers,
+        workers=workers,
     )
 
 
@@ -145,9 +177,15 @@ def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
     run.save_data(plan.train, plan.val, plan.skipped)
 
     steps_per_epoch = plan.batches.steps_per_epoch
-    optimizer = make_optimizer(classifier.network, classifier.head, plan.rates, config.momentum)
-    schedule = make_schedule(config, steps_per_epoch)
-    state = TrainState(classifier.network, optimizer, schedule, steps_per_epoch, config.seed)
+    optimizer = make_optimizer(classifier.network, classifier.head, plan.stages, plan.rates, config)
+    state = TrainState(
+        network=classifier.network,
+        optimizer=optimizer,
+        schedule=make_schedule(config, steps_per_epoch),
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+        frozen_statistics=freezes_statistics(config),
+    )
     training_images = TrainingImages(plan.train, training_transform(spec), config.seed)
     batches = training_batches(training_images, plan.batches, plan.workers)
     val_batches = view_batches(
@@ -210,6 +248,36 @@ def finetune(*args: Any, **kwargs: Any) -> Run:
         finished = event
     assert isinstance(finished, Finished)
     return finished.run
+
+
+def _input_spec(config: Config, spec: InputSpec, samples: Samples, workers: int) -> InputSpec:
+    """The backbone's, but for what the user asked to be otherwise."""
+    spec = spec if config.fit is None else replace(spec, fit=config.fit)
+    if config.normalize == "dataset":
+        mean, std = channel_statistics(samples.paths, spec, config.batch_size, workers)
+        return replace(spec, mean=mean, std=std)
+    if config.normalize != "pretrained":
+        mean, std = parse_statistics(config.normalize)
+        return replace(spec, mean=mean, std=std)
+    return spec
+
+
+def _probe(
+    config: Config,
+    network: nn.Module,
+    head: frozenset[str],
+    spec: InputSpec,
+    samples: Samples,
+    workers: int,
+) -> Probe:
+    batches = view_batches(samples.paths, EvaluationViews(spec), config.batch_size, workers)
+    features = embed(network, head, batches, samples.paths)
+    fitted = probe(features.values, torch.tensor(samples.labels), len(samples.classes), config.seed)
+    if config.probe_first:
+        if not features.linear:
+            raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
+        install(network, head, fitted)
+    return fitted
 
 
 def _with_absolute_paths(config: Config) -> Config:

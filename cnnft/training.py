@@ -11,6 +11,9 @@ from cnnft.batches import keyed_seed
 from cnnft.freezing import train_mode
 from cnnft.optim import Multiplier
 
+AUXILIARY_WEIGHT = 0.4
+"""Of the loss of an auxiliary classifier (as PyTorch's tutorial weighs Inception v3's)."""
+
 Objective = Callable[[Tensor, Tensor], Tensor]
 """(logits (B, C), labels (B,)) -> mean loss over the batch."""
 
@@ -24,6 +27,8 @@ class TrainState:
     schedule: Multiplier
     steps_per_epoch: int
     seed: int
+    frozen_statistics: bool = False
+    """Whether trained BatchNorm layers keep their pretrained statistics."""
     step: int = 0
     """Steps taken so far."""
 
@@ -63,13 +68,16 @@ def train(
     seen, start = 0, time.monotonic()
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        train_mode(state.network)  # the caller may have evaluated
+        # At every step, because the caller may have evaluated.
+        train_mode(state.network, frozen_statistics=state.frozen_statistics)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule(state.step)
         torch.manual_seed(keyed_seed("step", state.seed, state.step))
 
-        logits = state.network(pixels)
+        logits, *auxiliary = all_logits(state.network(pixels))
         loss = objective(logits, labels)
+        for other in auxiliary:
+            loss = loss + AUXILIARY_WEIGHT * objective(other, labels)
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
@@ -85,3 +93,10 @@ def train(
             yield EpochDone(epoch, mean_loss, accuracy, time.monotonic() - start)
             total.zero_()
             seen, start = 0, time.monotonic()
+
+
+def all_logits(output: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:
+    """The logits, and those of auxiliary classifiers, which some networks give while they train."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [logits for logits in output if logits is not None]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -11,9 +10,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from cnnft.config import TestTimeViews
-
-Fit = Literal["crop", "squash", "pad"]
+from cnnft.config import Fit, TestTimeViews
 
 
 @dataclass(frozen=True)

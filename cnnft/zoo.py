@@ -2,7 +2,8 @@
 
 import difflib
 import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +11,19 @@ from typing import Any, Literal
 import timm
 from torch import nn
 
+from cnnft.config import Fit
 from cnnft.errors import CnnftError, UsageError
-from cnnft.transforms import Fit, InputSpec
+from cnnft.hub import Remote
+from cnnft.transforms import InputSpec
 
 _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     # The weights were trained on TensorFlow's normalisation, which transform_input restores.
     name: {"transform_input": True, "aux_logits": False, "init_weights": True}
     for name in ("googlenet", "inception_v3")
 }
+
+_PRETRAINED_AUXILIARY = {"inception_v3"}
+"""torchvision's weights of GoogLeNet come with auxiliary classifiers that were never trained."""
 
 _FORBIDDEN_ARGS = frozenset(
     {"cache_dir", "checkpoint_path", "num_classes", "pretrained", "pretrained_cfg"}
@@ -52,6 +58,8 @@ def resolve(name: str) -> Identity:
         return _from_folder(name, folder)
     if name.startswith("torchvision/"):
         return _from_torchvision(name)
+    if name.startswith("hf-hub:"):
+        return _from_hub(name)
     if ":" in name or not timm.is_model(name.partition(".")[0]):
         known = timm.list_models() + [f"torchvision/{other}" for other in _torchvision_names()]
         raise UsageError(f"unknown backbone {name!r}{_near(name, [*known, 'builtin'])}")
@@ -84,6 +92,26 @@ def _from_folder(name: str, folder: Path) -> Identity:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise UsageError(f"{config_file}: no such file; local-dir: takes a folder in timm's layout")
+    if name.startswith("local-dir:"):
+        name = f"local-dir:{folder.absolute()}"
+    return _described(name, config_file)
+
+
+def _from_hub(name: str) -> Identity:
+    repository = name.removeprefix("hf-hub:")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", repository):
+        raise UsageError(
+            f"backbone {name!r}: give hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION"
+        )
+    identity = _described(
+        name, Remote(f"the description of {name}", repository, ("config.json",)).fetch()
+    )
+    config = identity.pretrained_cfg | {"hf_hub_id": repository}
+    return replace(identity, pretrained_cfg=config)
+
+
+def _described(name: str, config_file: Path) -> Identity:
+    """From a config.json as timm writes it."""
     try:
         description = json.loads(config_file.read_text(encoding="utf-8"))
         architecture, config = description["architecture"], dict(description["pretrained_cfg"])
@@ -92,8 +120,7 @@ def _from_folder(name: str, folder: Path) -> Identity:
         raise CnnftError(f"{config_file} is not a timm model description ({error!r})") from error
     if not timm.is_model(architecture):
         raise CnnftError(f"{config_file} describes {architecture!r}, which this timm does not know")
-    if name.startswith("local-dir:"):
-        name = f"local-dir:{folder.absolute()}"
+    config.setdefault("num_classes", description.get("num_classes", 1000))
     return Identity(name, "timm", architecture, config.get("tag", ""), model_args, config)
 
 
@@ -195,4 +222,49 @@ def input_spec(identity: Identity) -> InputSpec:
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         fit=_FIT_OF_CROP_MODE[config["crop_mode"]],
+    )
+
+
+def at_size(identity: Identity, size: int) -> Identity:
+    """The same backbone for images of `size` pixels: some networks are built for one size."""
+    if not identity.pretrained_cfg.get("fixed_input_size"):
+        return identity
+    return replace(identity, model_args=identity.model_args | {"img_size": size})
+
+
+def with_auxiliary(identity: Identity) -> Identity:
+    """With the auxiliary classifiers, where pretrained weights have them."""
+    if identity.library == "timm" or identity.architecture not in _PRETRAINED_AUXILIARY:
+        return identity
+    return replace(identity, model_args=identity.model_args | {"aux_logits": True})
+
+
+_DEFAULT_FILE = "pytorch_model.bin"
+_SAFER_FILE = {
+    _DEFAULT_FILE: "model.safetensors",
+    "open_clip_pytorch_model.bin": "open_clip_model.safetensors",
+}
+"""timm prefers the safetensors file that lies beside one of these."""
+
+
+def remote_weights(identity: Identity) -> Remote:
+    """Where the library's weights of a named backbone come from.
+
+    Raises:
+        UsageError: the library has none.
+    """
+    what, config = f"the weights of {identity.name}", identity.pretrained_cfg
+    if identity.library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        return Remote(what, get_model_weights(identity.architecture)[identity.tag].url)
+    if repository := config.get("hf_hub_id"):
+        name = config.get("hf_hub_filename") or _DEFAULT_FILE
+        safer = _SAFER_FILE.get(name, re.sub(r"\.bin$", ".safetensors", name))
+        return Remote(what, repository, tuple(dict.fromkeys([safer, name])))
+    if url := config.get("url"):
+        return Remote(what, url)
+    raise UsageError(
+        f"timm has no pretrained weights for {identity.name}: give --weights, or "
+        "--no-pretrained to train from scratch"
     )

@@ -133,7 +133,7 @@ def test_the_hash_covers_everything_but_the_head():
 def test_every_kind_of_head_is_found_and_trains_alone(name):
     backbone = open_backbone(name, 7, pretrained=False)
     network, size = backbone.network, backbone.input_spec.size
-    freeze(network, backbone.head, "feature-extractor")
+    freeze(network, backbone.head, backbone.stages, "feature-extractor")
     train_mode(network)
     logits = network(torch.randn(2, 3, size, size))
     assert logits.shape == (2, 7)

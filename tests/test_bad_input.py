@@ -218,7 +218,7 @@ def test_a_runs_dir_that_is_a_file(cnnft: Cli, flat: Path, tmp_path: Path) -> No
         ("buildin", "builtin"),
         ("resnet18.a1_in2k", "resnet18.a1_in1k"),
         ("torchvision/resnet18@V3", "IMAGENET1K_V1"),
-        ("hf-hub:someone/something", ""),
+        ("hf-hub:someone", "OWNER/NAME"),
     ],
 )
 def test_unknown_backbones_name_the_nearest(

@@ -50,12 +50,14 @@ def network() -> torch.nn.Sequential:
 
 
 HEAD = frozenset({"4.weight", "4.bias"})
+STAGES = (("0.weight", "0.bias"), ("1.weight", "1.bias"))
 
 
 @pytest.mark.parametrize(("mode", "groups"), [("finetune", [4, 2]), ("feature-extractor", [2])])
 def test_every_parameter_is_frozen_or_in_exactly_one_group(network, mode, groups):
-    freeze(network, HEAD, mode)
-    optimizer = make_optimizer(network, HEAD, learning_rates(Config("-"), "resnet18"), 0.9)
+    freeze(network, HEAD, STAGES, mode)
+    config = Config("-")
+    optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
     assert [len(group["params"]) for group in optimizer.param_groups] == groups
     in_groups = {id(p) for group in optimizer.param_groups for p in group["params"]}
     frozen = {id(p) for p in network.parameters() if not p.requires_grad}
@@ -65,10 +67,10 @@ def test_every_parameter_is_frozen_or_in_exactly_one_group(network, mode, groups
 
 
 def test_frozen_batchnorm_stays_in_eval_mode(network):
-    freeze(network, HEAD, "feature-extractor")
+    freeze(network, HEAD, STAGES, "feature-extractor")
     train_mode(network)
     assert not network[1].training and network[4].training
-    freeze(network, HEAD, "finetune")
+    freeze(network, HEAD, STAGES, "finetune")
     train_mode(network)
     assert all(module.training for module in network.modules())
 
@@ -80,7 +82,9 @@ def test_dropout_is_off_among_frozen_layers_and_on_before_the_head():
     network = torch.nn.Sequential(
         plain, dropouts[0], torch.nn.Linear(4, 4), dropouts[1], torch.nn.Linear(4, 2)
     )
-    freeze(network, frozenset({"4.weight", "4.bias"}), "feature-extractor")
+    freeze(
+        network, frozenset({"4.weight", "4.bias"}), (("2.weight", "2.bias"),), "feature-extractor"
+    )
     train_mode(network)
     assert [module.training for module in network] == [False, False, False, True, True]
     assert not network.training

@@ -22,6 +22,7 @@ from cnnft.freezing import freeze
 from cnnft.heads import head_tensors
 from cnnft.images import read_image
 from cnnft.optim import LearningRates, make_optimizer, make_schedule
+from cnnft.stages import stages
 from cnnft.training import StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews
 from cnnft.zoo import input_spec, resolve
@@ -69,11 +70,13 @@ def test_train_takes_the_steps_of_the_tutorial_loop(network, mode):
         )
 
     network.load_state_dict(start)
-    freeze(network, HEAD, mode)
+    freeze(network, HEAD, stages(network, HEAD), mode)
     config = Config("-", mode=mode, epochs=EPOCHS, schedule="step", step_epochs=STEP_EPOCHS)
     state = TrainState(
         network=network,
-        optimizer=make_optimizer(network, HEAD, LearningRates(0.001, 0.001, ""), 0.9),
+        optimizer=make_optimizer(
+            network, HEAD, stages(network, HEAD), LearningRates(0.001, 0.001, ""), Config("-")
+        ),
         schedule=make_schedule(config, steps_per_epoch=5),
         steps_per_epoch=5,
         seed=0,

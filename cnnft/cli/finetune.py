@@ -8,7 +8,7 @@ import typer
 
 from cnnft.cli import console, options
 from cnnft.cli.plan import plan_json, show_plan
-from cnnft.config import Config, Mode, Schedule
+from cnnft.config import BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
 from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cnnft.run import Epoch
 
 _MODEL, _TRAINING, _DATA, _RUN = "Model", "Training", "Data", "Run and machine"
+_MUCH, _IMAGES = "How much to train", "How the network sees images"
 
 
 def _option(panel: str, default: object, help: str, **more: Any) -> Any:
@@ -35,7 +36,10 @@ def command(
     mode: Annotated[
         Mode | None,
         _option(
-            _MODEL, Config.mode, "Train everything, or only a new head on the frozen backbone."
+            _MODEL,
+            Config.mode,
+            "Train everything, only a new head on the frozen backbone, that and the "
+            "normalisation layers, or what suits the data.",
         ),
     ] = None,
     backbone: Annotated[
@@ -59,6 +63,46 @@ def command(
     pretrained: Annotated[
         bool | None,
         _option(_MODEL, "pretrained", "Start from pretrained or from random weights."),
+    ] = None,
+    train_stages: Annotated[
+        int | None,
+        _option(_MUCH, "all", "Train the last N stages only (see cnnft backbones).", metavar="N"),
+    ] = None,
+    probe_first: Annotated[
+        bool | None,
+        _option(_MUCH, "probe first", "Fit the head on frozen features before training."),
+    ] = None,
+    batchnorm: Annotated[
+        BatchNorm | None,
+        _option(_MUCH, Config.batchnorm, "Statistics of BatchNorm layers that train."),
+    ] = None,
+    layer_decay: Annotated[
+        float | None,
+        _option(_MUCH, "none", "Each stage learns at this times the rate of the next one."),
+    ] = None,
+    head: Annotated[Head | None, _option(_MUCH, Config.head, "Kind of the new head.")] = None,
+    head_init: Annotated[
+        HeadInit | None, _option(_MUCH, Config.head_init, "How its weights are drawn.")
+    ] = None,
+    dropout: Annotated[
+        float | None, _option(_MUCH, Config.dropout, "Share of features dropped before the head.")
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        _option(_IMAGES, "as pretrained", "Side in pixels of what the network sees."),
+    ] = None,
+    fit: Annotated[
+        Fit | None,
+        _option(_IMAGES, "as pretrained", "Images that are not square: crop, squash or pad them."),
+    ] = None,
+    normalize: Annotated[
+        str | None,
+        _option(
+            _IMAGES,
+            Config.normalize,
+            "Mean and std: the pretraining's, the training images', or given per channel.",
+            metavar="pretrained|dataset|MEAN/STD",
+        ),
     ] = None,
     epochs: Annotated[
         int | None, _option(_TRAINING, Config.epochs, "Passes over the data.")
