@@ -1,38 +1,81 @@
 """How much to train: the size × similarity table of transfer learning, read with evidence."""
 
 from dataclasses import dataclass
+from typing import Any
 
-SMALL = 100
+SMALL = 40
 """Images per class below which a dataset counts as small."""
-SIMILAR = 0.8
-"""Share of what chance leaves to be learned that a linear probe must learn on frozen features."""
+SIMILAR = 0.7
+"""Share of what chance leaves to be learned that a linear probe learns on similar data."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One of the table's four: what to do there, in words and as settings."""
+
+    size: str
+    similarity: str
+    words: str
+    settings: dict[str, Any]
+
+
+TABLE = (
+    Cell(
+        "small",
+        "similar",
+        "frozen backbone, new head",
+        {"mode": "feature-extractor", "probe_first": False},
+    ),
+    Cell(
+        "small",
+        "different",
+        "probe first, then train the last stage",
+        {"mode": "finetune", "train_stages": 1, "probe_first": True},
+    ),
+    Cell(
+        "larger",
+        "similar",
+        "probe first, then train everything",
+        {"mode": "finetune", "probe_first": True},
+    ),
+    Cell(
+        "larger",
+        "different",
+        "probe first, then train everything",
+        {"mode": "finetune", "probe_first": True},
+    ),
+)
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A cell of the table, what it means here, and on what evidence."""
+    """A cell of the table, and the evidence that led there."""
 
+    cell: Cell
     images_per_class: float
     probe_accuracy: float
     """Of a linear classifier on frozen features, in cross-validation over the training images."""
     chance: float
     """Share of the largest class."""
-    small: bool
-    similar: bool
 
     @property
     def learned(self) -> float:
         """What the probe learned of what chance leaves: 0 is chance, 1 is perfect."""
-        return (self.probe_accuracy - self.chance) / max(1 - self.chance, 1e-9)
+        return _learned(self.probe_accuracy, self.chance)
 
 
 def advise(images_per_class: float, probe_accuracy: float, chance: float) -> Advice:
     """Place a dataset in the table.
 
-    Similarity to the pretraining data is measured by what its features are worth as they are
-    (Kornblith, Shlens and Le, 2019, relate the two).
+    How similar it is to the pretraining data is measured by what the pretrained features are worth
+    as they are: a linear probe's accuracy predicts what transfer learning gains (Kornblith, Shlens
+    and Le, 2019).
     """
-    learned = (probe_accuracy - chance) / max(1 - chance, 1e-9)
-    return Advice(
-        images_per_class, probe_accuracy, chance, images_per_class < SMALL, learned >= SIMILAR
-    )
+    size = "small" if images_per_class < SMALL else "larger"
+    similarity = "similar" if _learned(probe_accuracy, chance) >= SIMILAR else "different"
+    (cell,) = (cell for cell in TABLE if (cell.size, cell.similarity) == (size, similarity))
+    return Advice(cell, images_per_class, probe_accuracy, chance)
+
+
+def _learned(accuracy: float, chance: float) -> float:
+    return (accuracy - chance) / (1 - chance) if chance < 1 else 0.0

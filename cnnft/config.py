@@ -32,7 +32,9 @@ class Config:
     pretrained: bool = True
     mode: Mode = "finetune"
     train_stages: int | None = None  # mode finetune: this many last stages; None: all
-    probe_first: bool = False  # fit the head on frozen features before anything else trains
+    # Fit the head on frozen features before anything else trains. None: where pretrained layers
+    # train and the head is one linear layer.
+    probe_first: bool | None = None
     batchnorm: BatchNorm = "auto"  # of trained layers: their statistics; auto: by the batch size
     layer_decay: float | None = None  # each stage towards the input learns at this times the next
     head: Head = "linear"

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cnnft.batches import Views, keyed_seed
-from cnnft.errors import UsageError
 from cnnft.heads import classifier_layer
 from cnnft.inference import infer_all
 
@@ -56,7 +55,7 @@ def embed(
     finally:
         handle.remove()
     values = torch.cat(entering)
-    linear = isinstance(layer, nn.Linear) and values.ndim == 2
+    linear = isinstance(layer, nn.Linear) and layer.bias is not None and values.ndim == 2
     if linear:
         with torch.no_grad():
             logits = layer(values.to(next(layer.parameters()).device)).float().cpu()
@@ -82,8 +81,6 @@ def install(network: nn.Module, head: frozenset[str], fitted: Probe) -> None:
     assert isinstance(layer, nn.Linear)
     with torch.no_grad():
         layer.weight.copy_(fitted.weight)
-        if layer.bias is None:
-            raise UsageError("--probe-first: this backbone's classifier has no bias")
         layer.bias.copy_(fitted.bias)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from cnnft import data
+from cnnft.advice import Advice, advise
 from cnnft.backbones import open_backbone
 from cnnft.batches import (
     KeyedBatches,
@@ -27,7 +28,7 @@ from cnnft.classifier import Classifier
 from cnnft.config import Config, parse_statistics
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
-from cnnft.features import Probe, embed, install, probe
+from cnnft.features import embed, install, probe
 from cnnft.freezing import freeze
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device, infer_all
@@ -59,8 +60,8 @@ class Plan:
     classifier: Classifier
     stages: tuple[tuple[str, ...], ...]
     weights: LoadedWeights | None
-    probe: Probe | None
-    """The linear classifier on frozen features that the head starts from, or mode auto asked."""
+    advice: Advice | None
+    """What a probe of the frozen features says of the data, where there was one."""
     rates: LearningRates
     batches: KeyedBatches
     device: torch.device
@@ -133,10 +134,8 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     network.to(device)
     workers = default_workers() if config.workers is None else config.workers
     spec = _input_spec(config, backbone.input_spec, train_samples, workers)
+    config, advice = _probe(config, network, head, spec, train_samples, workers)
     freeze(network, head, backbone.stages, config.mode, config.train_stages)
-    fitted = None
-    if config.probe_first or config.mode == "auto":
-        fitted = _probe(config, network, head, spec, train_samples, workers)
     if config.dropout:
         add_dropout(network, head, config.dropout)
     return Plan(
@@ -157,7 +156,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
             pretrained_hash=backbone_hash(network, head),
         ),
         stages=backbone.stages,
-        probe=fitted,
+        advice=advice,
         weights=backbone.weights,
         rates=learning_rates(config, identity.architecture),
         batches=KeyedBatches(len(train_samples), config.batch_size, config.seed, config.epochs),
@@ -269,15 +268,33 @@ def _probe(
     spec: InputSpec,
     samples: Samples,
     workers: int,
-) -> Probe:
+) -> tuple[Config, Advice | None]:
+    """Fit a linear probe on frozen features if it is wanted, settle mode auto by it, and let it be
+    the head if that is to start from it. Returns the settled config.
+    """
+    wanted = config.probe_first
+    if wanted is None:
+        wanted = config.pretrained and config.mode in ("finetune", "bn-only")
+        wanted = wanted and config.head == "linear" and config.train_stages != 0
+    if not wanted and config.mode != "auto":
+        return replace(config, probe_first=False), None
     batches = view_batches(samples.paths, EvaluationViews(spec), config.batch_size, workers)
     features = embed(network, head, batches, samples.paths)
-    fitted = probe(features.values, torch.tensor(samples.labels), len(samples.classes), config.seed)
-    if config.probe_first:
-        if not features.linear:
+    labels = torch.tensor(samples.labels)
+    fitted = probe(features.values, labels, len(samples.classes), config.seed)
+    counts = samples.counts()
+    advice = advise(len(samples) / len(counts), fitted.accuracy, max(counts) / len(samples))
+    if config.mode == "auto":
+        settings = advice.cell.settings
+        config = replace(config, **settings)
+        wanted = settings["probe_first"]
+    if wanted and not features.linear:
+        if config.probe_first:
             raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
+        wanted = False
+    if wanted:
         install(network, head, fitted)
-    return fitted
+    return replace(config, probe_first=wanted), advice
 
 
 def _with_absolute_paths(config: Config) -> Config:

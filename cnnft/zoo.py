@@ -61,8 +61,7 @@ def resolve(name: str) -> Identity:
     if name.startswith("hf-hub:"):
         return _from_hub(name)
     if ":" in name or not timm.is_model(name.partition(".")[0]):
-        known = timm.list_models() + [f"torchvision/{other}" for other in _torchvision_names()]
-        raise UsageError(f"unknown backbone {name!r}{_near(name, [*known, 'builtin'])}")
+        raise UsageError(f"unknown backbone {name!r}{_near(name, [*names(), 'builtin'])}")
     architecture, _, tag = name.partition(".")
     tags = timm.list_pretrained(f"{architecture}.*") + timm.list_pretrained(architecture)
     if tag and name not in tags:
@@ -78,6 +77,11 @@ def resolve(name: str) -> Identity:
         tag=tag,
         pretrained_cfg=config.to_dict(),
     )
+
+
+def names() -> list[str]:
+    """Every architecture of timm, then every classifier of torchvision, as resolve takes them."""
+    return [*timm.list_models(), *(f"torchvision/{name}" for name in _torchvision_names())]
 
 
 def local_folder(name: str) -> Path | None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -32,24 +33,28 @@ from cnnft import Config, load
 from cnnft.batches import view_batches
 from cnnft.images import read_image
 from cnnft.inference import infer_all
-from cnnft.recipe import carry_out, prepare
+from cnnft.recipe import Plan, carry_out, prepare
 from cnnft.transforms import EvaluationViews, InputSpec, training_transform
 
 SETS = ("hymenoptera", "textures", "flowers")
 PER_CLASS = (20, 60)
 SIDE = 128  # of the reduced files, in pixels: decoding is not what is measured
 
-METHODS: dict[str, dict[str, object] | None] = {
-    "tutorial loop": None,
+METHODS: dict[str, dict[str, object] | int] = {
+    "tutorial loop": 4,  # its size of a batch
+    "tutorial loop, batches of 32": 32,
     "feature-extractor": {"mode": "feature-extractor"},
-    "feature-extractor, probe first": {"mode": "feature-extractor", "probe_first": True},
-    "finetune": {"mode": "finetune"},
-    "finetune, probe first": {"mode": "finetune", "probe_first": True},
-    "bn-only, probe first": {"mode": "bn-only", "probe_first": True},
-    "1 stage, probe first": {"train_stages": 1, "probe_first": True},
-    "3 stages, probe first": {"train_stages": 3, "probe_first": True},
+    "finetune, no probe": {"mode": "finetune", "probe_first": False},
+    "finetune, probe first (default)": {},
+    "bn-only": {"mode": "bn-only"},
+    "last stage": {"train_stages": 1},
+    "last 3 stages": {"train_stages": 3},
     "auto": {"mode": "auto"},
 }
+
+
+Row = dict[str, Any]
+"""set, per_class, seed, method, the settings it came to, seconds, correct (0 or 1 per image)."""
 
 
 @dataclass(frozen=True)
@@ -86,40 +91,38 @@ def _reduce(files: list[Path], folder: Path) -> None:
         image.save(folder / f"{path.stem}.jpg", quality=95)
 
 
-def train_cnnft(
-    drawn: Draw, options: argparse.Namespace, settings: dict[str, object], runs: Path
-) -> tuple[torch.nn.Module, InputSpec, str]:
-    config = Config(
-        drawn.folder,
-        backbone=f"local-dir:{options.weights}",
-        image_size=options.size,
-        epochs=options.epochs,
-        seed=drawn.seed,
-        workers=0,
-        runs_dir=runs,
-        device="cpu",
-        **settings,  # type: ignore[arg-type]
+def settle(drawn: Draw, options: argparse.Namespace, settings: dict[str, object]) -> Plan:
+    return prepare(
+        Config(
+            drawn.folder,
+            backbone=f"local-dir:{options.weights}",
+            image_size=options.size,
+            epochs=options.epochs,
+            seed=drawn.seed,
+            workers=0,
+            runs_dir=drawn.folder.parent / "runs",
+            device="cpu",
+            **settings,  # type: ignore[arg-type]
+        )
     )
-    plan = prepare(config)
+
+
+def train_cnnft(plan: Plan) -> torch.nn.Module:
     for event in carry_out(plan):
         finished = event
-    classifier = load(finished.run.path, device="cpu")
-    chosen = plan.config
-    return (
-        classifier.network,
-        classifier.input_spec,
-        f"{chosen.mode}, stages {chosen.train_stages}, probe {chosen.probe_first}",
-    )
+    return load(finished.run.path, device="cpu").network
 
 
 def train_by_hand(
-    drawn: Draw, options: argparse.Namespace, spec: InputSpec
-) -> tuple[torch.nn.Module, InputSpec, str]:
-    """The tutorial loop with its rates, schedule and batches of 4, and the best epoch on val."""
+    drawn: Draw, options: argparse.Namespace, spec: InputSpec, batch_size: int
+) -> torch.nn.Module:
+    """The tutorial loop with its rate and schedule, and the best epoch on val."""
     torch.manual_seed(drawn.seed)
     loaders = {
         part: DataLoader(
-            ImageFolder(str(drawn.folder / part), transform), batch_size=4, shuffle=part == "train"
+            ImageFolder(str(drawn.folder / part), transform),
+            batch_size=batch_size,
+            shuffle=part == "train",
         )
         for part, transform in (
             ("train", training_transform(spec)),
@@ -140,7 +143,7 @@ def train_by_hand(
         if current > best:
             best, kept = current, {k: v.clone() for k, v in network.state_dict().items()}
     network.load_state_dict(kept)
-    return network, spec, ""
+    return network
 
 
 def is_correct(network: torch.nn.Module, spec: InputSpec, folder: Path) -> list[int]:
@@ -153,59 +156,51 @@ def is_correct(network: torch.nn.Module, spec: InputSpec, folder: Path) -> list[
 
 
 def measure(options: argparse.Namespace) -> None:
-    done = {_key(row) for row in _rows(options.results)}
-    spec = None
     for seed in range(options.seeds):
         for name in SETS:
             for per_class in PER_CLASS:
-                missing = [m for m in options.methods if (name, per_class, seed, m) not in done]
-                if not missing:
+                rows = [r for r in _rows(options.results) if _key(r) == (name, per_class, seed)]
+                if {row["method"] for row in rows} >= set(options.methods):
                     continue
                 with tempfile.TemporaryDirectory() as temporary:
-                    scratch = Path(temporary)
-                    drawn = draw(
-                        options.data / name, scratch / "data", per_class, seed, options.pilot
-                    )
-                    for method in missing:
-                        started = time.monotonic()
-                        settings = METHODS[method]
-                        if spec is None:
-                            plan = prepare(
-                                Config(
-                                    drawn.folder,
-                                    backbone=f"local-dir:{options.weights}",
-                                    image_size=options.size,
-                                )
-                            )
-                            spec = plan.classifier.input_spec
-                        network, its_spec, chosen = (
-                            train_by_hand(drawn, options, spec)
-                            if settings is None
-                            else train_cnnft(drawn, options, settings, scratch / "runs")
-                        )
-                        row = {
-                            "set": name,
-                            "per_class": per_class,
-                            "seed": seed,
-                            "method": method,
-                            "chosen": chosen,
-                            "seconds": round(time.monotonic() - started, 1),
-                            "correct": is_correct(network, its_spec, drawn.folder / "test"),
-                        }
-                        with options.results.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
-                        accuracy = np.mean(row["correct"])
-                        print(name, per_class, seed, method, chosen, row["seconds"],
-                              f"{accuracy:.3f}", flush=True)  # fmt: skip
+                    folder = Path(temporary, "data")
+                    drawn = draw(options.data / name, folder, per_class, seed, options.pilot)
+                    for method in options.methods:
+                        if method not in {row["method"] for row in rows}:
+                            rows.append(_row(method, drawn, options, rows))
+                            with options.results.open("a") as file:
+                                file.write(json.dumps(rows[-1]) + "\n")
 
 
-def _rows(path: Path) -> Iterator[dict[str, object]]:
+def _row(method: str, drawn: Draw, options: argparse.Namespace, others: list[Row]) -> Row:
+    started, settings = time.monotonic(), METHODS[method]
+    row: Row = {"set": drawn.name, "per_class": drawn.per_class, "seed": drawn.seed}
+    row |= {"method": method, "settled": None}
+    plan = settle(drawn, options, settings if isinstance(settings, dict) else {})
+    spec = plan.classifier.input_spec
+    if isinstance(settings, int):
+        network = train_by_hand(drawn, options, spec, settings)
+    else:
+        config = plan.config
+        row["settled"] = [config.mode, config.train_stages, config.probe_first]
+        if twin := next((r for r in others if r["settled"] == row["settled"]), None):
+            # The same settings give the same weights: auto chose what was trained already.
+            return row | {"correct": twin["correct"], "seconds": twin["seconds"]}
+        network = train_cnnft(plan)
+    row["seconds"] = round(time.monotonic() - started, 1)
+    row["correct"] = is_correct(network, spec, drawn.folder / "test")
+    print(*(value for key, value in row.items() if key != "correct"),
+          f"{np.mean(row['correct']):.3f}", flush=True)  # fmt: skip
+    return row
+
+
+def _rows(path: Path) -> Iterator[Row]:
     if path.exists():
         yield from map(json.loads, path.read_text().splitlines())
 
 
-def _key(row: dict[str, object]) -> tuple[object, ...]:
-    return row["set"], row["per_class"], row["seed"], row["method"]
+def _key(row: Row) -> tuple[str, int, int]:
+    return row["set"], row["per_class"], row["seed"]
 
 
 def main() -> None:

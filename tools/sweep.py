@@ -1,0 +1,194 @@
+"""Try every backbone of timm and torchvision and write docs/backbones.csv: supported, or why not.
+
+    python tools/sweep.py [--only PATTERN] [--jobs 2] [--train 30]
+
+Each network is built with a head for 7 classes, without memory where it can (torch's meta device),
+and `examine` checks what cnnft promises of it. `--train N` takes a real training step, on noise
+images, with N networks drawn at random among those of fewer than 30 million parameters.
+"""
+
+import argparse
+import csv
+import fnmatch
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cnnft.config import Config
+from cnnft.errors import CnnftError
+from cnnft.freezing import freeze
+from cnnft.heads import head_tensors
+from cnnft.optim import learning_rates, make_optimizer, make_schedule
+from cnnft.stages import stages
+from cnnft.training import StepDone, TrainState, train
+from cnnft.zoo import build, input_spec, names, resolve, with_auxiliary
+
+TABLE = Path(__file__).parents[1] / "docs" / "backbones.csv"
+CLASSES = 7
+SMALL = 30_000_000  # parameters of a network that takes a training step
+SEED = 0
+
+
+@dataclass
+class Row:
+    name: str
+    parameters: int = 0
+    input_size: int = 0
+    stages: int = 0
+    head_tensors: int = 0
+    result: str = "ok"
+    step: str = ""
+    """"ok" where a training step was taken too."""
+
+
+def examine(name: str) -> Row:
+    """Build `name` with a head for 7 classes and check every promise; says which one fails."""
+    row = Row(name)
+    try:
+        identity = with_auxiliary(resolve(name))
+        size = row.input_size = input_spec(identity).size
+        network, device = _build(identity)
+        head = head_tensors(network, lambda classes: build(identity, classes))
+        groups = stages(network, head)
+        parameters = dict(network.named_parameters())
+        row.parameters = sum(p.numel() for p in parameters.values())
+        row.stages, row.head_tensors = len(groups), len(head)
+        row.result = _broken_promise(identity, network, head, groups, size, device) or "ok"
+    except CnnftError as error:
+        row.result = f"refused: {error}"
+    except Exception as error:
+        row.result = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return row
+
+
+def _build(identity):
+    try:
+        with torch.device("meta"):
+            return build(identity, CLASSES), "meta"
+    except (RuntimeError, NotImplementedError):  # some compute their widths with tensors
+        return build(identity, CLASSES), "cpu"
+
+
+def _broken_promise(identity, network, head, groups, size: int, device: str) -> str | None:
+    parameters = dict(network.named_parameters())
+    if not head:
+        return "no head to replace"
+    staged = [name for group in groups for name in group]
+    if sorted(staged) != sorted(parameters.keys() - head):
+        return "the stages do not hold every backbone parameter once"
+    shapes = {n: t.shape for n, t in network.state_dict().items() if n not in head}
+    with torch.device(device):
+        original = build(identity, 1000).state_dict()
+    if any(n not in original or original[n].shape != shape for n, shape in shapes.items()):
+        return "a backbone tensor changes with the head"
+    freeze(network, head, groups, "feature-extractor")
+    if {n for n, p in parameters.items() if p.requires_grad} != head & parameters.keys():
+        return "feature-extractor mode trains something else than the head"
+    for train_stages in (None, 1):
+        freeze(network, head, groups, "finetune", train_stages)
+        config = Config("-", layer_decay=0.5)
+        make_optimizer(network, head, groups, learning_rates(config, identity.architecture), config)
+    try:
+        logits = _forward(network, size, device)
+    except Exception:  # some need values, not only shapes
+        network = build(identity, CLASSES)
+        logits = _forward(network, size, "cpu")
+    if logits.shape != (2, CLASSES):
+        return f"the output is {tuple(logits.shape)}"
+    return None
+
+
+def _forward(network, size: int, device: str):
+    network.eval()
+    with torch.no_grad():
+        return network(torch.zeros(2, 3, size, size, device=device))
+
+
+def take_step(name: str) -> str:
+    """One training step of all layers on four noise images, through cnnft's own `train`."""
+    try:
+        identity = with_auxiliary(resolve(name))
+        size = input_spec(identity).size
+        torch.manual_seed(SEED)
+        network = build(identity, CLASSES)
+        head = head_tensors(network, lambda classes: build(identity, classes))
+        groups = stages(network, head)
+        freeze(network, head, groups, "finetune")
+        config = Config("-", epochs=1)
+        rates = learning_rates(config, identity.architecture)
+        state = TrainState(
+            network=network,
+            optimizer=make_optimizer(network, head, groups, rates, config),
+            schedule=make_schedule(config, 1),
+            steps_per_epoch=1,
+            seed=SEED,
+        )
+        before = {n: p.detach().clone() for n, p in network.named_parameters() if n in head}
+        batch = torch.randn(4, 3, size, size), torch.arange(4) % CLASSES
+        event = next(iter(train(state, [batch], torch.nn.functional.cross_entropy)))
+        assert isinstance(event, StepDone)
+        if not event.loss.isfinite():
+            return "the loss is not finite"
+        after = dict(network.named_parameters())
+        if any(torch.equal(tensor, after[name]) for name, tensor in before.items()):
+            return "a tensor of the head did not move"
+        return "ok"
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _quiet() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="*", help="names that match, such as 'torchvision/*'")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--train", type=int, default=30, help="networks that take a step")
+    parser.add_argument("--output", type=Path, default=TABLE)
+    options = parser.parse_args()
+
+    started = time.monotonic()
+    chosen = fnmatch.filter(names(), options.only)
+    rows: list[Row] = []
+    with ProcessPoolExecutor(options.jobs, initializer=_quiet) as pool:
+        for row in pool.map(examine, chosen, chunksize=4):
+            rows.append(row)
+            if row.result != "ok":
+                print(f"{row.name}: {row.result}", flush=True)
+        fit = [row for row in rows if row.result == "ok" and row.parameters < SMALL]
+        drawn = random.Random(SEED).sample(fit, min(options.train, len(fit)))
+        for row, step in zip(drawn, pool.map(take_step, [r.name for r in drawn]), strict=True):
+            row.step = step
+            print(f"step {row.name}: {step}", flush=True)
+    with options.output.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(asdict(row).values() for row in rows)
+    for library in ("torchvision", "timm"):
+        of = [
+            r.result == "ok"
+            for r in rows
+            if r.name.startswith("torchvision/") == (library != "timm")
+        ]
+        if of:
+            print(f"{library}: {sum(of)} of {len(of)} ({sum(of) / len(of):.1%})")
+    print(
+        Counter(row.step for row in drawn),
+        f"{time.monotonic() - started:.0f} s, timm {timm.__version__}",
+    )
+
+
+if __name__ == "__main__":
+    main()
