@@ -68,24 +68,26 @@ def open_backbone(
         spec = replace(spec, size=image_size)
     if auxiliary:
         identity = with_auxiliary(identity)
-    network = build(identity, classes)
+    network = build(identity, classes) if image_size is None else _sized(identity, classes, spec)
     head = head_tensors(network, lambda other: build(identity, other))
     if not head:
         raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
-    if image_size is not None:
-        _require_size(network, identity, image_size)
     backbone = Backbone(network, head, stages(network, head), spec, identity, None)
     if pretrained:
         backbone.weights = load_weights(network, head, identity, weights)
     return backbone
 
 
-def _require_size(network: nn.Module, identity: Identity, size: int) -> None:
+def _sized(identity: Identity, classes: int, spec: InputSpec) -> nn.Module:
+    """Build the network and make sure that it takes images of another size than pretrained."""
+    size = spec.size
     try:
+        network = build(identity, classes)
         with torch.inference_mode():
             network.eval()(torch.zeros(1, 3, size, size))
     except Exception as error:  # whatever the network says of a shape that does not fit
-        reason = str(error).split("\n")[0].rstrip(".")
+        reason = str(error).split("\n")[0].rstrip(".!")
         raise UsageError(
             f"--image-size {size}: backbone {identity.name} cannot take it ({reason})"
         ) from error
+    return network

@@ -2,17 +2,38 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cnnft.errors import CnnftError, UsageError
 from cnnft.heads import without_head
-from cnnft.zoo import Identity, local_folder, remote_weights
+from cnnft.zoo import Identity, build, local_folder, remote_weights, resolve
+
+_POSITIONS = ("pos_embed", "pos_embedding")
+
+_WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Keys under which checkpoints keep their weights; averaged ones are meant to be used."""
+
+_POPULAR = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"),
+    *("efficientnet_b0", "mobilenetv2_100", "mobilenetv3_large_100", "convnext_tiny"),
+    *("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
+    *("regnety_016", "densenet121", "vgg16"),
+    *("torchvision/mobilenet_v2", "torchvision/mobilenet_v3_large", "torchvision/efficientnet_b0"),
+    *("torchvision/convnext_tiny", "torchvision/vit_b_16", "torchvision/swin_t"),
+    *("torchvision/densenet121", "torchvision/densenet161", "torchvision/vgg16"),
+    *("torchvision/alexnet", "torchvision/squeezenet1_0", "torchvision/shufflenet_v2_x1_0"),
+    *("torchvision/mnasnet1_0", "torchvision/inception_v3", "torchvision/googlenet"),
+)
+"""Architectures that a weights file of an unknown one is compared with."""
 
 MIN_MATCH = 0.9
 """A weights file that fits fewer of the backbone's tensors belongs to another architecture."""
@@ -48,6 +69,8 @@ def load_weights(
     state = read_weights(weights) if weights is not None else _library_weights(identity)
     source = identity.name if weights is None or identity.name == "builtin" else str(weights)
     wanted = without_head(network.state_dict(), head)
+    state = _without_prefix(state, wanted)
+    state = {name: _at_shape(name, tensor, wanted) for name, tensor in state.items()}
     fitting = {n: t for n, t in state.items() if n in wanted and t.shape == wanted[n].shape}
     # A counter that BatchNorm does not need: files converted from other frameworks lack it.
     counted = {name for name in wanted if not name.endswith("num_batches_tracked")}
@@ -56,6 +79,7 @@ def load_weights(
         raise CnnftError(
             f"{source} does not hold weights of {identity.architecture}: {matched} of the "
             f"backbone's {len(counted)} tensors match; give the --backbone that it was made with"
+            f"{_likeliest(state)}"
         )
     network.load_state_dict(fitting, strict=False)
     return LoadedWeights(
@@ -64,6 +88,32 @@ def load_weights(
         missing=tuple(sorted(counted - fitting.keys())),
         unused=tuple(sorted(state.keys() - fitting.keys())),
     )
+
+
+def _likeliest(state: dict[str, Tensor]) -> str:
+    """Which popular architecture has most tensors of these names and shapes."""
+    shapes = {(name, tensor.shape) for name, tensor in state.items()}
+    best, share = "", MIN_MATCH
+    for name in _POPULAR:
+        with torch.device("meta"):
+            theirs = build(resolve(name), 1000).state_dict()
+        expected = {(n, t.shape) for n, t in theirs.items()}
+        found = len(expected & shapes) / len(expected)
+        if found > share:
+            best, share = name, found
+    return f": it looks like {best}" if best else ""
+
+
+def _at_shape(name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> Tensor:
+    """A position embedding (1, class token + grid², D) for another size of image is resampled."""
+    place = wanted.get(name)
+    if place is None or place.shape == tensor.shape or not name.endswith(_POSITIONS):
+        return tensor
+    if tensor.ndim != 3 or place.ndim != 3 or place.shape[::2] != tensor.shape[::2]:
+        return tensor
+    grid = math.isqrt(place.shape[1])
+    prefix = place.shape[1] - grid**2
+    return resample_abs_pos_embed(tensor, [grid, grid], num_prefix_tokens=prefix)
 
 
 def _library_weights(identity: Identity) -> dict[str, Tensor]:
@@ -102,13 +152,25 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} cannot be read as weights ({reason}): it must be a safetensors file, or a "
             ".pth file that holds tensors only"
         ) from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise CnnftError(f"{path} holds no state dict (names and tensors)")
-    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-    return {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def _without_prefix(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+    """The names under which most tensors are wanted: training wraps networks in prefixes."""
+    wanted = set(wanted)
+    first = {name.partition(".")[0] + "." for name in state}
+    nested = {prefix + name.split(".")[1] + "." for prefix in first for name in state
+              if name.startswith(prefix) and name.count(".") > 1}  # fmt: skip
+    candidates = [
+        {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        for prefix in ("", *sorted(first), *sorted(nested))
+    ]
+    return max(candidates, key=lambda names: len(names.keys() & wanted))
 
 
 def backbone_hash(network: nn.Module, head: frozenset[str]) -> str:

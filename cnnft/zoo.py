@@ -25,6 +25,9 @@ _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
 _PRETRAINED_AUXILIARY = {"inception_v3"}
 """torchvision's weights of GoogLeNet come with auxiliary classifiers that were never trained."""
 
+_ONE_SIZE = "vit_"
+"""torchvision's networks that are built for one size of image."""
+
 _FORBIDDEN_ARGS = frozenset(
     {"cache_dir", "checkpoint_path", "num_classes", "pretrained", "pretrained_cfg"}
     | {"pretrained_cfg_overlay", "weights"}
@@ -157,6 +160,8 @@ def _from_torchvision(name: str) -> Identity:
     tag = options[tag or "DEFAULT"].name
     full = f"torchvision/{architecture}@{tag}"
     model_args = _TORCHVISION_ARGS.get(architecture, {})
+    if architecture.startswith(_ONE_SIZE):
+        model_args = {"image_size": options[tag].transforms().crop_size[0]}
     return Identity(full, "torchvision", architecture, tag, model_args)
 
 
@@ -231,9 +236,11 @@ def input_spec(identity: Identity) -> InputSpec:
 
 def at_size(identity: Identity, size: int) -> Identity:
     """The same backbone for images of `size` pixels: some networks are built for one size."""
-    if not identity.pretrained_cfg.get("fixed_input_size"):
-        return identity
-    return replace(identity, model_args=identity.model_args | {"img_size": size})
+    if identity.library == "torchvision":
+        fixed, name = identity.architecture.startswith(_ONE_SIZE), "image_size"
+    else:
+        fixed, name = bool(identity.pretrained_cfg.get("fixed_input_size")), "img_size"
+    return replace(identity, model_args=identity.model_args | {name: size}) if fixed else identity
 
 
 def with_auxiliary(identity: Identity) -> Identity:

@@ -18,7 +18,7 @@ LAYERS = [
     {"batches", "heads", "stages", "freezing", "optim", "metrics", "advice"},
     {"zoo"},
     {"pretrained"},
-    {"backbones"},
+    {"backbones", "catalogue"},
     {"inference", "training"},
     {"features"},
     {"classifier"},

@@ -1,4 +1,4 @@
-"""Try every backbone of timm and torchvision and write docs/backbones.csv: supported, or why not.
+"""Try every backbone of timm and torchvision and write cnnft/backbones.csv: supported, or why not.
 
     python tools/sweep.py [--only PATTERN] [--jobs 2] [--train 30]
 
@@ -32,7 +32,7 @@ from cnnft.stages import stages
 from cnnft.training import StepDone, TrainState, train
 from cnnft.zoo import build, input_spec, names, resolve, with_auxiliary
 
-TABLE = Path(__file__).parents[1] / "docs" / "backbones.csv"
+TABLE = Path(__file__).parents[1] / "cnnft" / "backbones.csv"
 CLASSES = 7
 SMALL = 30_000_000  # parameters of a network that takes a training step
 SEED = 0
@@ -160,7 +160,7 @@ def main() -> None:
     options = parser.parse_args()
 
     started = time.monotonic()
-    chosen = fnmatch.filter(names(), options.only)
+    chosen = fnmatch.filter(["builtin", *names()], options.only)
     rows: list[Row] = []
     with ProcessPoolExecutor(options.jobs, initializer=_quiet) as pool:
         for row in pool.map(examine, chosen, chunksize=4):
