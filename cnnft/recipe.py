@@ -25,7 +25,7 @@ from cnnft.batches import (
     view_batches,
 )
 from cnnft.classifier import Classifier
-from cnnft.config import Config, parse_statistics
+from cnnft.config import Config, Mode, parse_statistics
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.features import embed, install, probe
@@ -52,6 +52,8 @@ class Plan:
     """Everything that is settled before the first step; nothing has been written yet."""
 
     config: Config
+    """Settled: no mode auto any more."""
+    asked: Mode
     train: Samples
     val: Samples
     skipped: tuple[Skipped, ...]
@@ -134,12 +136,14 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     network.to(device)
     workers = default_workers() if config.workers is None else config.workers
     spec = _input_spec(config, backbone.input_spec, train_samples, workers)
+    asked = config.mode
     config, advice = _probe(config, network, head, spec, train_samples, workers)
     freeze(network, head, backbone.stages, config.mode, config.train_stages)
     if config.dropout:
         add_dropout(network, head, config.dropout)
     return Plan(
         config=config,
+        asked=asked,
         train=train_samples,
         val=val_samples,
         skipped=tuple(skipped),

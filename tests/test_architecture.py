@@ -23,7 +23,7 @@ LAYERS = [
     {"features"},
     {"classifier"},
     {"run"},
-    {"recipe", "evaluation", "exporting"},
+    {"recipe", "evaluation", "exporting", "datacheck"},
     {"cli"},
 ]
 """Bottom to top: a module imports from lower layers only."""

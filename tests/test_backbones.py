@@ -1,15 +1,28 @@
-"""Names, local weights, and the hash of a backbone."""
+"""Names, local weights, the hash of a backbone, and how it sees images."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
+from cnnft import Config, load
 from cnnft.backbones import open_backbone
 from cnnft.errors import CnnftError, UsageError
 from cnnft.freezing import freeze, train_mode
+from cnnft.images import read_image
 from cnnft.pretrained import backbone_hash, read_weights
+from cnnft.run import Run
+from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.zoo import build, resolve
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.sweep import examine
 
 
 @pytest.mark.parametrize(
@@ -54,7 +67,11 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "form", ["safetensors", "bare.pth", "state_dict.pth", "model.pth", "module.pth"]
+    "form",
+    [
+        *("safetensors", "bare.pth", "state_dict.pth", "model.pth", "module.pth", "ema.pth"),
+        *("backbone.pth", "lightning.pth"),
+    ],
 )
 def test_local_weights_in_the_forms_that_people_have(form, weights, tmp_path):
     path = tmp_path / f"weights.{form}"
@@ -65,6 +82,15 @@ def test_local_weights_in_the_forms_that_people_have(form, weights, tmp_path):
             "bare.pth": weights,
             "state_dict.pth": {"state_dict": weights, "epoch": 3},
             "model.pth": {"model": weights},
+            "ema.pth": {
+                "model": {name: torch.zeros_like(tensor) for name, tensor in weights.items()},
+                "model_ema": weights,
+            },
+            "backbone.pth": {f"backbone.{name}": tensor for name, tensor in weights.items()}
+            | {"neck.weight": torch.zeros(3)},
+            "lightning.pth": {
+                "state_dict": {f"model.backbone.{name}": t for name, t in weights.items()}
+            },
             "module.pth": {f"module.{name}": tensor for name, tensor in weights.items()},
         }
         torch.save(wrapped[form], path)
@@ -72,7 +98,7 @@ def test_local_weights_in_the_forms_that_people_have(form, weights, tmp_path):
     state = backbone.network.state_dict()
     assert backbone.head == {"classifier.1.weight", "classifier.1.bias"}
     assert backbone.weights.matched == len(weights) - 2 and not backbone.weights.missing
-    assert set(backbone.weights.unused) == backbone.head
+    assert set(backbone.weights.unused) >= backbone.head
     assert all(torch.equal(state[k], weights[k]) for k in weights if k not in backbone.head)
     assert state["classifier.1.weight"].shape[0] == 7
 
@@ -90,6 +116,117 @@ def test_weights_of_another_architecture_are_refused(weights, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     with pytest.raises(CnnftError, match=r"w\.safetensors does not hold weights of resnet18"):
         open_backbone("torchvision/resnet18", 3, weights=tmp_path / "w.safetensors")
+
+
+def test_the_likeliest_architecture_is_named(tmp_path):
+    save_file(timm.create_model("mobilenetv2_100").state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(CnnftError, match="it looks like mobilenetv2_100"):
+        open_backbone("resnet18", 3, weights=tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("name", ["test_vit", "torchvision/vit_b_16"])
+def test_position_embeddings_are_resampled_for_another_size(name, tmp_path):
+    torch.save(open_backbone(name, 3, pretrained=False).network.state_dict(), tmp_path / "w.pth")
+    backbone = open_backbone(name, 3, weights=tmp_path / "w.pth", image_size=64)
+    assert backbone.weights.missing == () and backbone.input_spec.size == 64
+    assert backbone.network(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("test_vit", 50), ("torchvision/vit_b_16", 50), ("torchvision/alexnet", 20)]
+)
+def test_sizes_that_a_network_cannot_take(name, size):
+    with pytest.raises(UsageError, match=f"--image-size {size}: backbone {name}"):
+        open_backbone(name, 3, pretrained=False, image_size=size)
+
+
+def test_a_backbone_from_the_hugging_face_hub(tmp_path, monkeypatch):
+    """A repository in the hub's cache, laid out as its library does; nothing is downloaded."""
+    theirs = timm.create_model("test_resnet", num_classes=11)
+    repository = tmp_path / "models--someone--birds"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    save_file(theirs.state_dict(), snapshot / "model.safetensors")
+    description = {
+        "architecture": "test_resnet",
+        "num_classes": 11,
+        "pretrained_cfg": {**theirs.pretrained_cfg, "num_classes": 11, "mean": [0.1, 0.2, 0.3]},
+    }
+    (snapshot / "config.json").write_text(json.dumps(description))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    backbone = open_backbone("hf-hub:someone/birds", 3)
+    assert backbone.input_spec.mean == (0.1, 0.2, 0.3) and backbone.weights.missing == ()
+    ours, original = backbone.network.state_dict(), theirs.state_dict()
+    assert all(torch.equal(ours[k], original[k]) for k in ours if k not in backbone.head)
+
+
+# A sample of what tools/sweep.py does for all of them.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torchvision/resnet18", "torchvision/googlenet", "torchvision/maxvit_t"),
+        *(
+            "levit_128s",
+            "deit_tiny_distilled_patch16_224",
+            "convnext_tiny",
+            "mobilenetv3_small_100",
+        ),
+        *("xcit_nano_12_p16_224", "mixer_s32_224", "test_nfnet"),
+    ],
+)
+def test_a_sample_of_the_sweep(name):
+    row = examine(name)
+    assert row.result == "ok" and row.stages >= 2
+
+
+def test_a_normalisation_that_goes_with_the_classifier_is_head():
+    backbone = open_backbone("levit_128s", 3, pretrained=False)
+    assert {name.rpartition(".")[0] for name in backbone.head} == {
+        *("head.bn", "head.linear", "head_dist.bn", "head_dist.linear"),
+    }
+
+
+# ---------------------------------------------------------------- how the network sees images
+
+
+def summary_of(cnnft, *arguments):
+    outcome = cnnft("finetune", "--backbone=builtin", "--workers=0", "--epochs=1", *arguments)
+    assert outcome.code == 0, outcome.err
+    return json.loads((Path(outcome.out.strip()) / "config.json").read_text())
+
+
+def test_size_fit_and_normalisation_are_saved_and_used_later(cnnft, flat, tmp_path):
+    config = summary_of(
+        cnnft, flat, "--image-size=64", "--fit=pad", "--normalize=0.1,0.2,0.3/0.4,0.5,0.6",
+        "--mode=feature-extractor", "--runs-dir", tmp_path / "runs",
+    )  # fmt: skip
+    spec = config["cnnft"]["input_spec"]
+    assert (spec["size"], spec["fit"]) == (64, "pad")
+    assert (spec["mean"], spec["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    classifier = load(tmp_path / "runs" / "flat-builtin", device="cpu")
+    assert classifier.input_spec == InputSpec(**spec | {k: tuple(spec[k]) for k in ("mean", "std")})
+
+
+def test_dataset_statistics_are_those_of_the_training_images(cnnft, flat, tmp_path):
+    config = summary_of(
+        cnnft, flat, "--normalize=dataset", "--mode=feature-extractor", "--batch-size=3",
+        "--runs-dir", tmp_path / "runs",
+    )  # fmt: skip
+    run = tmp_path / "runs" / "flat-builtin"
+    spec = load(run, device="cpu").input_spec
+    views = EvaluationViews(replace(spec, mean=(0.0,) * 3, std=(1.0,) * 3))
+    pixels = torch.stack([views(read_image(path))[0] for path in Run.open(run).files("train")])
+    pixels = pixels.double().transpose(0, 1).flatten(1)
+    assert config["cnnft"]["input_spec"]["mean"] == pytest.approx(pixels.mean(dim=1).tolist())
+    assert spec.std == pytest.approx(pixels.std(dim=1, correction=0).tolist())
+
+
+@pytest.mark.parametrize("text", ["mean", "1,2,3", "1,2/3,4", "1,2,3/0,1,1", "1,2,nan/1,1,1", "/"])
+def test_statistics_of_another_form(text):
+    with pytest.raises(UsageError, match="--normalize"):
+        Config("-", normalize=text)
 
 
 def test_nothing_in_a_weights_file_is_run(tmp_path):

@@ -80,7 +80,10 @@ def test_summary_says_what_will_be_trained_on_what_and_how_fast(
     matched = sum(not name.endswith("num_batches_tracked") for name in builtin)
     assert f"builtin, {matched} pretrained tensors" in err
     assert "0.1 (original, per 256 images) × 16 / 256 = 0.00625" in err
-    assert "head: 0.00625 (new)" in err and "0.00625 / 10 = 0.000625 (pretrained)" in err
+    assert (
+        "head: 0.00625 / 10 = 0.000625 (probed)" in err
+        and "0.00625 / 10 = 0.000625 (pretrained)" in err
+    )
     assert "1 epochs of 2 steps" in err and "cosine schedule" in err
 
 

@@ -42,6 +42,7 @@ SEED = 0
 class Row:
     name: str
     parameters: int = 0
+    """Of the backbone, without the head."""
     input_size: int = 0
     stages: int = 0
     head_tensors: int = 0
@@ -60,7 +61,7 @@ def examine(name: str) -> Row:
         head = head_tensors(network, lambda classes: build(identity, classes))
         groups = stages(network, head)
         parameters = dict(network.named_parameters())
-        row.parameters = sum(p.numel() for p in parameters.values())
+        row.parameters = sum(p.numel() for n, p in parameters.items() if n not in head)
         row.stages, row.head_tensors = len(groups), len(head)
         row.result = _broken_promise(identity, network, head, groups, size, device) or "ok"
     except CnnftError as error:

@@ -1,5 +1,6 @@
 """The summary that finetune shows before training."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -7,37 +8,100 @@ from rich.table import Table
 from cnnft.cli import console
 
 if TYPE_CHECKING:
+    from cnnft.advice import Advice
     from cnnft.recipe import Plan
+
+_MOST_CLASSES = 20
 
 
 def show_plan(plan: "Plan") -> None:
-    classes = Table(box=None, pad_edge=False)
-    for column in ("class", "train", "val"):
-        classes.add_column(column, justify="left" if column == "class" else "right")
-    counts = list(zip(plan.train.classes, plan.train.counts(), plan.val.counts(), strict=True))
-    shown = counts if len(counts) <= 20 else counts[:20]
-    for name, train, val in shown:
-        classes.add_row(name, str(train), str(val))
-    if len(counts) > len(shown):
-        classes.add_row(f"… {len(counts) - len(shown)} more", "", "")
-    classes.add_row(f"{len(counts)} classes", str(len(plan.train)), str(len(plan.val)))
-    console.say(classes)
+    counts = {"train": plan.train, "val": plan.val}
+    table = class_table(
+        {
+            split: dict(zip(samples.classes, samples.counts(), strict=True))
+            for split, samples in counts.items()
+        }
+    )
+    console.say(table)
     console.say()
     _show_skipped(plan)
 
+    if plan.advice is not None and plan.asked == "auto":
+        show_advice(plan.advice, console.say)
+        console.say()
     trained, frozen = plan.parameters
     spec = plan.classifier.input_spec
     console.say(f"backbone        {_backbone_line(plan)}")
     console.say(f"input           {spec.size} × {spec.size} px, {spec.fit}, {spec.interpolation}")
     console.say(
-        f"mode            {plan.config.mode}: {trained:,} parameters train, {frozen:,} frozen"
+        f"mode            {_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"
     )
+    if plan.advice is not None and plan.config.probe_first:
+        console.say(
+            "probe           the head starts from a linear probe, right in "
+            f"{plan.advice.probe_accuracy:.1%} of the training images in cross-validation"
+        )
     for i, step in enumerate(plan.rates.derivation.split("; ")):
         console.say(f"{'' if i else 'learning rates':<16}{step}")
     console.say(
         f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
         f"{plan.config.schedule} schedule, on {plan.device}\n"
     )
+
+
+def class_table(counts: dict[str, dict[str, int]]) -> Table:
+    """`counts`: split -> class -> images."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("class")
+    for split in counts:
+        table.add_column(split, justify="right")
+    classes = list(next(iter(counts.values())))
+    for name in classes[:_MOST_CLASSES]:
+        table.add_row(name, *(str(of[name]) for of in counts.values()))
+    if len(classes) > _MOST_CLASSES:
+        table.add_row(f"… {len(classes) - _MOST_CLASSES} more", *("" for _ in counts))
+    table.add_row(f"{len(classes)} classes", *(str(sum(of.values())) for of in counts.values()))
+    return table
+
+
+def show_advice(advice: "Advice", say: Callable[[Any], None]) -> None:
+    """The size × similarity table, with this dataset's cell marked, and the evidence."""
+    from cnnft.advice import SIMILAR, SMALL, TABLE
+
+    table = Table(pad_edge=False)
+    table.add_column("data")
+    similarities = list(dict.fromkeys(cell.similarity for cell in TABLE))
+    for similarity in similarities:
+        word, sign = ("to", "at least") if similarity == "similar" else ("from", "less than")
+        table.add_column(
+            f"{similarity} {word} the pretraining's\n(probe learns {sign} {SIMILAR:.0%})"
+        )
+    for size in dict.fromkeys(cell.size for cell in TABLE):
+        sign = "fewer than" if size == "small" else "at least"
+        row = {cell.similarity: cell for cell in TABLE if cell.size == size}
+        cells = [
+            ("→ " if row[similarity] == advice.cell else "  ") + row[similarity].words
+            for similarity in similarities
+        ]
+        table.add_row(f"{size}\n({sign} {SMALL} images per class)", *cells)
+    say(table)
+    say(
+        f"{advice.images_per_class:.0f} training images per class; a linear probe on frozen "
+        f"features is right in {advice.probe_accuracy:.1%} (cross-validated; the commonest class "
+        f"has {advice.chance:.1%}), so it learns {advice.learned:.0%} of what there is to learn"
+    )
+
+
+def advice_json(advice: "Advice") -> dict[str, Any]:
+    return {
+        "size": advice.cell.size,
+        "similarity": advice.cell.similarity,
+        "settings": advice.cell.settings,
+        "images_per_class": advice.images_per_class,
+        "probe_accuracy": advice.probe_accuracy,
+        "chance": advice.chance,
+        "learned": advice.learned,
+    }
 
 
 def _show_skipped(plan: "Plan") -> None:
@@ -50,6 +114,12 @@ def _show_skipped(plan: "Plan") -> None:
         console.warn(
             f"{plan.leaked} validation image(s) left out: the same file is in the training data"
         )
+
+
+def _mode_line(plan: "Plan") -> str:
+    stages = plan.config.train_stages
+    last = "" if stages is None else f", last {stages} of {len(plan.stages)} stages"
+    return plan.config.mode + last
 
 
 def _backbone_line(plan: "Plan") -> str:
@@ -73,6 +143,10 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
                 plan.train.classes, plan.train.counts(), plan.val.counts(), strict=True
             )
         },
+        "mode": plan.config.mode,
+        "train_stages": plan.config.train_stages,
+        "probe_first": plan.config.probe_first,
+        "advice": None if plan.advice is None else advice_json(plan.advice),
         "backbone": plan.classifier.identity.name,
         "parameters": {"trained": trained, "frozen": frozen},
         "learning_rates": {"backbone": plan.rates.backbone, "head": plan.rates.head},

@@ -1,0 +1,105 @@
+"""cnnft check DATA: what is wrong with a dataset, and how much to train on it."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cnnft.cli import console, options
+from cnnft.cli.plan import advice_json, class_table, show_advice
+from cnnft.config import Channels, Config, Fit
+
+if TYPE_CHECKING:
+    from cnnft.datacheck import DataCheck
+
+_MOST = 5  # groups and files shown of each finding; --json has all
+
+
+def command(
+    data: Annotated[str, typer.Argument(help="Image folder, as for finetune.")],
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", show_default="no advice", help="Advise how much of it to train."
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The backbone's weights.")
+    ] = None,
+    fit: Annotated[Fit | None, typer.Option(help="As for finetune.")] = None,
+    workers: options.Workers = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Check a folder of images, and advise how much to train on it."""
+    from cnnft.batches import default_workers
+    from cnnft.datacheck import PLAIN, check_folder
+    from cnnft.recipe import prepare
+
+    advice, spec = None, PLAIN
+    if backbone is not None:
+        plan = prepare(
+            Config(
+                data=data, backbone=backbone, weights=weights, mode="auto", fit=fit,
+                workers=workers, device=device,
+            )
+        )  # fmt: skip
+        advice, spec = plan.advice, plan.classifier.input_spec
+    with console.progress() as bar:
+        task = bar.add_task("checking the images", total=None)
+        found = check_folder(
+            data,
+            spec,
+            workers=default_workers() if workers is None else workers,
+            on_file=lambda total: bar.update(task, total=total, advance=1),
+        )
+    if json:
+        advised = None if advice is None else advice_json(advice)
+        console.result_json({**_json(found), "advice": advised})
+        return
+    _show(found)
+    if advice is not None:
+        console.result("")
+        show_advice(advice, console.result)
+
+
+def _show(found: "DataCheck") -> None:
+    console.result(class_table(found.counts))
+    lines = [
+        "",
+        f"imbalance       {found.imbalance:.1f} : 1 between the largest and the smallest class",
+        f"shorter side    {found.sizes['smallest']} to {found.sizes['largest']} px, "
+        f"median {found.sizes['median']}",
+        "modes           " + ", ".join(f"{mode} {n}" for mode, n in found.modes.items()),
+        f"mean / std      {_channels(found.mean)}/{_channels(found.std)}",
+    ]
+    console.result("\n".join(lines))
+    reasons = [f"{file.path}: {file.reason}" for file in found.unreadable]
+    _list("unreadable files", reasons)
+    for name, groups in (
+        ("the same file more than once", found.duplicates),
+        ("images that look the same", found.near_duplicates),
+        ("in train and elsewhere too", found.leaks),
+        ("alike, but of different classes", found.contradictions),
+    ):
+        _list(name, [" = ".join(map(str, group)) for group in groups])
+
+
+def _channels(values: Channels) -> str:
+    return ",".join(f"{value:.3f}" for value in values)
+
+
+def _list(name: str, findings: list[str]) -> None:
+    if not findings:
+        console.result(f"none            {name}")
+        return
+    console.result(f"{len(findings):<15} {name}")
+    for text in findings[:_MOST]:
+        console.result(f"                {text}")
+    if len(findings) > _MOST:
+        console.result(f"                … {len(findings) - _MOST} more: --json lists all")
+
+
+def _json(found: "DataCheck") -> dict[str, Any]:
+    return dataclasses.asdict(found) | {"imbalance": found.imbalance}

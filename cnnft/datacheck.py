@@ -1,0 +1,190 @@
+"""What is wrong with a dataset, found before training on it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cnnft import data
+from cnnft.batches import channel_statistics
+from cnnft.config import Channels
+from cnnft.data import Skipped
+from cnnft.errors import CnnftError
+from cnnft.images import ImageError, ignoring_oddities, read_image
+from cnnft.transforms import InputSpec
+
+NEAR = 6
+"""Two images whose fingerprints differ in so many of 128 bits look the same."""
+_BANDS = 8  # of 16 bits: more than NEAR, so that near fingerprints agree in one of them
+
+PLAIN = InputSpec(224, 0.875, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""How most networks see images, for statistics without a backbone."""
+
+Group = tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Findings on the images of all splits; paths in the order of the folder."""
+
+    counts: dict[str, dict[str, int]]
+    """Split -> class -> images."""
+    unreadable: tuple[Skipped, ...]
+    duplicates: tuple[Group, ...]
+    """Files with the same content."""
+    near_duplicates: tuple[Group, ...]
+    """Files that look the same (resaved, resized), exact duplicates aside."""
+    leaks: tuple[Group, ...]
+    """Groups of either kind that have an image in train and one in another split."""
+    contradictions: tuple[Group, ...]
+    """Groups of either kind whose images are in different classes."""
+    sizes: dict[str, int]
+    """Smallest, median and largest of the shorter sides, in pixels."""
+    modes: dict[str, int]
+    """Colour mode of the files (RGB, L, CMYK, …) -> images."""
+    mean: Channels
+    std: Channels
+    """Of the training images as the network sees them, 255 being 1."""
+
+    @property
+    def imbalance(self) -> float:
+        """Images of the largest training class per image of the smallest."""
+        counts = next(iter(self.counts.values())).values()
+        return max(counts) / max(min(counts), 1)
+
+
+def check_folder(
+    folder: str | Path,
+    spec: InputSpec,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    on_file: Callable[[int], object] = lambda total: None,
+) -> DataCheck:
+    """Look at every image of a folder as finetune takes it, test images included.
+
+    Raises:
+        CnnftError: it is no such folder, or none of its images can be read.
+    """
+    root = data.require_folder(folder)
+    train, val = data.scan_training_data(root)
+    splits = {"train": train}
+    if val is not None:
+        splits["val"] = val
+    if test := data.find_split(root, "test"):
+        splits["test"] = data.scan(test, train.classes)
+    total = sum(map(len, splits.values()))
+    skipped: list[Skipped] = []
+    for name, samples in splits.items():
+        splits[name], bad = data.check(samples, on_file=lambda: on_file(total))
+        skipped += bad
+    if not len(splits["train"]):
+        raise CnnftError(f"{root}: no training image can be read")
+    everything = data.join(list(splits.values()))
+    split_of = {path: name for name, samples in splits.items() for path in samples.paths}
+    class_of = dict(zip(everything.paths, everything.labels, strict=True))
+    looks = _look_at(everything.paths)
+    exact = _groups(zip(everything.paths, everything.hashes, strict=True))
+    near = _near_groups({path: look.fingerprint for path, look in looks.items()}, exact)
+    alike = [*exact, *near]
+    shorter = sorted(min(look.size) for look in looks.values())
+    mean, std = channel_statistics(splits["train"].paths, spec, batch_size, workers)
+    return DataCheck(
+        counts={
+            name: dict(zip(samples.classes, samples.counts(), strict=True))
+            for name, samples in splits.items()
+        },
+        unreadable=tuple(skipped),
+        duplicates=tuple(exact),
+        near_duplicates=tuple(near),
+        leaks=tuple(
+            group
+            for group in alike
+            if len({split_of[path] for path in group}) > 1
+            and any(split_of[path] == "train" for path in group)
+        ),
+        contradictions=tuple(
+            group for group in alike if len({class_of[path] for path in group}) > 1
+        ),
+        sizes={
+            "smallest": shorter[0],
+            "median": shorter[len(shorter) // 2],
+            "largest": shorter[-1],
+        },
+        modes=dict(Counter(look.mode for look in looks.values())),
+        mean=mean,
+        std=std,
+    )
+
+
+@dataclass(frozen=True)
+class _Look:
+    size: tuple[int, int]
+    mode: str
+    fingerprint: int
+
+
+def _look_at(paths: Iterable[Path]) -> dict[Path, _Look]:
+    def look(path: Path) -> tuple[Path, _Look] | None:
+        try:
+            image = read_image(path)
+            with Image.open(path) as file:
+                return path, _Look(image.size, file.mode, fingerprint(image))
+        except (ImageError, OSError):  # it was readable a moment ago
+            return None
+
+    with ignoring_oddities(), ThreadPoolExecutor() as pool:
+        return dict(found for found in pool.map(look, paths) if found)
+
+
+def fingerprint(image: Image.Image) -> int:
+    """128 bits: whether each of 8 × 8 cells is brighter than its right, and its lower neighbour.
+
+    Survives resizing and resaving (the difference hash of N. Krawetz, 2013, in both directions).
+    """
+    small = image.convert("L").resize((9, 9), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.int16)
+    bits = np.concatenate(
+        [(grey[:-1, :-1] > grey[:-1, 1:]).ravel(), (grey[:-1, :-1] > grey[1:, :-1]).ravel()]
+    )
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _groups(keyed: Iterable[tuple[Path, object]]) -> list[Group]:
+    found: dict[object, list[Path]] = {}
+    for path, key in keyed:
+        found.setdefault(key, []).append(path)
+    return [tuple(paths) for paths in found.values() if len(paths) > 1]
+
+
+def _near_groups(fingerprints: dict[Path, int], exact: list[Group]) -> list[Group]:
+    """Groups connected by near fingerprints; of exact duplicates only the first one counts."""
+    others = {path for group in exact for path in group[1:]}
+    # Flat pictures have hardly a bit set and all look alike.
+    kept = [
+        (path, bits)
+        for path, bits in fingerprints.items()
+        if path not in others and 16 <= bits.bit_count() <= 112
+    ]
+    parent = list(range(len(kept)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for band in range(_BANDS):
+        buckets: dict[int, list[int]] = {}
+        for i, (_, bits) in enumerate(kept):
+            buckets.setdefault(bits >> (16 * band) & 0xFFFF, []).append(i)
+        for bucket in buckets.values():
+            for position, i in enumerate(bucket):
+                for j in bucket[position + 1 :]:
+                    if (kept[i][1] ^ kept[j][1]).bit_count() <= NEAR:
+                        parent[root(j)] = root(i)
+    return _groups((path, root(i)) for i, (path, _) in enumerate(kept))

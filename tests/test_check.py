@@ -1,0 +1,166 @@
+"""cnnft check and cnnft backbones: what they find, and what they say when nothing is there."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Outcome, draw
+from PIL import Image
+
+from cnnft.datacheck import NEAR, fingerprint
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def check(cnnft: Cli, tmp_path: Path) -> Callable[..., dict]:
+    def run(*arguments: object) -> dict:
+        outcome = cnnft("check", "--json", "--workers", 0, *arguments)
+        assert outcome.code == 0, outcome.err
+        return json.loads(outcome.out)
+
+    return run
+
+
+def names(groups: list[list[str]]) -> list[set[str]]:
+    return [{"/".join(Path(path).parts[-3:]) for path in group} for group in groups]
+
+
+def photo(path: Path, seed: int) -> Path:
+    """Blots, unlike each other: stripes all look alike to a fingerprint."""
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 255, (7, 9, 3), dtype=np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small.resize((180, 140), Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    data = tmp_path / "photos"
+    for i, part in enumerate(("train/ants", "train/bees", "val/ants", "val/bees")):
+        for n in range(4):
+            photo(data / part / f"{n}.png", 10 * i + n)
+    return data
+
+
+def test_nothing_is_found_where_nothing_is(check, photos: Path) -> None:
+    found = check(photos)
+    assert found["counts"] == {"train": {"ants": 4, "bees": 4}, "val": {"ants": 4, "bees": 4}}
+    for finding in ("unreadable", "duplicates", "near_duplicates", "leaks", "contradictions"):
+        assert found[finding] == [], finding
+    assert found["sizes"] == {"smallest": 140, "median": 140, "largest": 140}
+    assert found["modes"] == {"RGB": 16} and found["imbalance"] == 1 and found["advice"] is None
+
+
+def test_every_kind_of_finding(check, photos: Path) -> None:
+    shutil.copy(photos / "train/ants/0.png", photos / "train/bees/copy.png")
+    Image.open(photos / "train/ants/1.png").resize((90, 70)).save(photos / "val/ants/resaved.jpg")
+    Image.open(photos / "train/ants/2.png").convert("L").save(photos / "train/ants/grey.png")
+    (photos / "val/bees/broken.jpg").write_bytes(b"no image")
+    found = check(photos)
+    assert names(found["duplicates"]) == [{"train/ants/0.png", "train/bees/copy.png"}]
+    assert names(found["near_duplicates"]) == [
+        {"train/ants/1.png", "val/ants/resaved.jpg"},
+        {"train/ants/2.png", "train/ants/grey.png"},
+    ]
+    assert names(found["leaks"]) == [{"train/ants/1.png", "val/ants/resaved.jpg"}]
+    assert names(found["contradictions"]) == [{"train/ants/0.png", "train/bees/copy.png"}]
+    assert [Path(file["path"]).name for file in found["unreadable"]] == ["broken.jpg"]
+    assert found["modes"] == {"RGB": 18, "L": 1}
+
+
+def test_the_test_folder_is_looked_at_too(check, photos: Path) -> None:
+    (photos / "test" / "bees").mkdir(parents=True)
+    shutil.copy(photos / "train/bees/0.png", photos / "test/bees/seen before.png")
+    found = check(photos)
+    assert found["counts"]["test"] == {"ants": 0, "bees": 1}
+    assert names(found["leaks"]) == [{"train/bees/0.png", "test/bees/seen before.png"}]
+
+
+def test_fingerprints_survive_resaving_and_tell_pictures_apart(tmp_path: Path) -> None:
+    images = [Image.open(photo(tmp_path / f"{n}.png", n)) for n in range(20)]
+    prints = [fingerprint(image) for image in images]
+    for image, bits in zip(images, prints, strict=True):
+        image.resize((90, 70)).save(tmp_path / "again.jpg", quality=70)
+        assert (bits ^ fingerprint(Image.open(tmp_path / "again.jpg"))).bit_count() <= NEAR
+    distances = [(a ^ b).bit_count() for i, a in enumerate(prints) for b in prints[:i]]
+    assert min(distances) > 3 * NEAR
+
+
+def test_flat_pictures_are_not_all_the_same(check, photos: Path) -> None:
+    for n in range(3):
+        Image.new("RGB", (60, 60), (n * 80, 90, 120)).save(photos / f"train/ants/flat{n}.png")
+    assert check(photos)["near_duplicates"] == []
+
+
+def test_text_says_what_json_says(cnnft: Cli, photos: Path) -> None:
+    shutil.copy(photos / "train/ants/0.png", photos / "val/ants/again.png")
+    outcome = cnnft("check", photos, "--backbone", "builtin", "--workers", 0)
+    assert outcome.code == 0, outcome.err
+    assert "1               the same file more than once" in outcome.out
+    assert "1               in train and elsewhere too" in outcome.out
+    assert "none            unreadable files" in outcome.out
+    assert "→ " in outcome.out and "4 training images per class" in outcome.out
+
+
+def test_advice_is_that_of_mode_auto(cnnft: Cli, check, flat: Path, tmp_path: Path) -> None:
+    advice = check(flat, "--backbone", "builtin")["advice"]
+    told = json.loads(
+        cnnft(
+            "finetune", flat, "--backbone=builtin", "--mode=auto", "--dry-run", "--json",
+            "--workers", 0, "--runs-dir", tmp_path,
+        ).out
+    )  # fmt: skip
+    assert advice == told["advice"]
+
+
+def test_check_of_what_is_not_there(cnnft: Cli, tmp_path: Path, flat: Path) -> None:
+    cnnft("check", tmp_path / "nothing").fails_with(2, "no such folder")
+    cnnft("check", flat, "--backbone", "resnet81").fails_with(2, "did you mean resnet")
+    draw(tmp_path / "one" / "ants" / "0.png", 0, 0)
+    cnnft("check", tmp_path / "one").fails_with(1, "one class only")
+
+
+# ---------------------------------------------------------------- backbones
+
+
+def test_backbones_lists_what_matches(cnnft: Cli) -> None:
+    found = json.loads(cnnft("backbones", "torchvision/resnet*", "--json").out)
+    assert [entry["name"] for entry in found] == [
+        f"torchvision/resnet{depth}" for depth in (101, 152, 18, 34, 50)
+    ]
+    fifty = found[-1]
+    assert (fifty["parameters"], fifty["input_size"], fifty["stages"]) == (23508032, 224, 5)
+    assert [w["name"] for w in fifty["weights"]] == [
+        "torchvision/resnet50@IMAGENET1K_V2",
+        "torchvision/resnet50@IMAGENET1K_V1",
+    ]
+
+
+def test_a_part_of_the_name_is_enough(cnnft: Cli) -> None:
+    found = json.loads(cnnft("backbones", "resnet18", "--json").out)
+    assert {"resnet18", "resnet18d", "seresnet18", "torchvision/resnet18"} <= {
+        entry["name"] for entry in found
+    }
+    (timms,) = (entry for entry in found if entry["name"] == "resnet18")
+    assert timms["weights"][0]["name"] == "resnet18.a1_in1k"
+    assert timms["weights"][0]["licence"] == "apache-2.0"
+
+
+def test_the_builtin_one_is_here(cnnft: Cli) -> None:
+    (entry,) = json.loads(cnnft("backbones", "builtin", "--json").out)
+    assert entry["weights"][0]["local"] is True and entry["refused"] is None
+
+
+def test_backbones_as_text(cnnft: Cli) -> None:
+    outcome = cnnft("backbones", "torchvision/alexnet")
+    assert "torchvision/alexnet" in outcome.out and "224 px" in outcome.out
+    assert "1 backbones" in outcome.err
+
+
+def test_backbones_that_do_not_exist(cnnft: Cli) -> None:
+    cnnft("backbones", "resnet1800").fails_with(2, "resnet1800", "lists all")
