@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -84,6 +84,12 @@ class Classifier:
     ) -> Iterator[Prediction]:
         """`predict`, yielding as batches are done."""
         paths = [Path(images)] if isinstance(images, str | Path) else [Path(i) for i in images]
+        if tta not in get_args(TestTimeViews):
+            choices = ", ".join(get_args(TestTimeViews))
+            raise UsageError(f"--tta {tta!r} is unknown: choose one of {choices}")
+        for name, value in (("--top", top), ("--batch-size", batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value} is out of range: it must be at least 1")
         top = min(top or len(self.classes), len(self.classes))
         workers = default_workers() if workers is None else workers
         workers = workers if len(paths) > batch_size else 0  # one batch: a worker only adds time
@@ -200,8 +206,12 @@ def load(
         CnnftError: it cannot be read, or the backbone is not the one that the head was trained on.
     """
     path = Path(model)
-    if not path.exists():
-        raise UsageError(f"{path}: no such run or exported file")
+    if not str(model) or not path.exists():
+        raise UsageError(f"{str(model) or '(empty)'}: no such run or exported file")
+    if path.suffix == ".onnx":
+        raise UsageError(
+            f"{path} is for programs that run ONNX: give the run that it was made from"
+        )
     place = choose_device(device)
     classifier = _load_run(path, weights) if path.is_dir() else _load_file(path, weights)
     classifier.network.to(place)
@@ -238,6 +248,11 @@ def _load_file(path: Path, weights: str | Path | None) -> Classifier:
     classifier = from_description(config, path)
     if state.keys() == classifier.head:
         source = weights if weights is not None else _file_of(classifier)
+        if weights is None and source is not None and not Path(source).is_file():
+            raise CnnftError(
+                f"{path} was trained on {source}, which is not there any more: give the file with "
+                "--weights FILE"
+            )
         load_weights(classifier.network, classifier.head, classifier.identity, source)
         if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
             raise CnnftError(
@@ -272,4 +287,5 @@ def _fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
+        reason = reason if len(reason) < 200 else reason[:200] + " …"
         raise CnnftError(f"{source} does not fit the network it names: {reason}") from error

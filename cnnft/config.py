@@ -19,6 +19,10 @@ Split = Literal["val", "test", "all"]
 ExportFormat = Literal["head", "safetensors", "onnx"]
 
 
+_LONGEST_NAME = 200  # file systems take 255, and names count up
+_WITHOUT_FLAG = {"data", "momentum", "step_epochs", "step_gamma"}
+
+
 @dataclass(frozen=True)
 class Config:
     """Every choice that `finetune` takes; a value out of range raises `UsageError` on construction.
@@ -100,6 +104,8 @@ class Config:
             self.name in {"", ".", ".."} or Path(self.name).name != self.name
         ):
             raise UsageError(f"--name {self.name!r} must be a plain folder name (see --runs-dir)")
+        if self.name is not None and len(self.name.encode()) > _LONGEST_NAME:
+            raise UsageError(f"--name {self.name[:20]}… is too long: {_LONGEST_NAME} bytes at most")
 
     def to_dict(self) -> dict[str, Any]:
         """What a run saves: plain values only, absent where None; `Config(**...)` reads it back."""
@@ -182,4 +188,5 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    """How the user knows the setting: by its flag, or by its name in a config file."""
+    return name if name in _WITHOUT_FLAG else "--" + name.replace("_", "-")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from cnnft.errors import CnnftError, UsageError
-from cnnft.images import SUFFIXES, find_problem, ignoring_oddities
+from cnnft.images import SUFFIXES, ImageError, find_problem, ignoring_oddities, read_bytes
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -98,9 +98,14 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         sorted(
             entry.name
             for entry in os.scandir(folder)
-            if entry.is_dir() and not _ignored(entry.name)
+            if entry.is_dir() and not _ignored(entry.name) and not _holds_runs(Path(entry))
         )
     )
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether it is our own runs/, which appears inside the data of `cnnft finetune .`."""
+    return any(folder.glob("*/config.toml"))
 
 
 def find_split(data: Path, split: str) -> Path | None:
@@ -231,9 +236,9 @@ def check(
 
 def _inspect(path: Path) -> tuple[str, str | None]:
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        return "", f"cannot be read ({error.strerror})"
+        content = read_bytes(path)
+    except ImageError as error:
+        return "", error.reason
     return hashlib.sha256(content).hexdigest(), find_problem(path, content)
 
 
@@ -258,8 +263,9 @@ def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Sa
         contents = [digest for digest, owner in home.items() if owner == label]
         if len(contents) < 2:
             raise CnnftError(
-                f"class {name} has {len(contents)} different image(s): at least 2 are needed to "
-                "split off a validation part; add images, or give train and val folders"
+                f"class {name} has {len(contents)} different image(s) that no other class has: at "
+                "least 2 are needed to split off a validation part; add images, or give train and "
+                "val folders"
             )
         contents.sort(key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
         count = min(max(round(val_fraction * len(contents)), 1), len(contents) - 1)

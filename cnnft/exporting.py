@@ -11,7 +11,7 @@ from cnnft.config import ExportFormat
 from cnnft.errors import CnnftError, UsageError
 from cnnft.images import ImageError, read_image
 from cnnft.pretrained import backbone_hash
-from cnnft.run import Run, to_safetensors, write_whole
+from cnnft.run import FILES, Run, to_safetensors, write_whole
 from cnnft.transforms import EvaluationViews
 
 SUFFIX: dict[ExportFormat, str] = {
@@ -34,6 +34,8 @@ def export_run(run: Run, format: ExportFormat, output: str | Path | None = None)
     """
     classifier = load(run.path, device="cpu")
     path = Path(output) if output else run.path / (run.path.resolve().name + SUFFIX[format])
+    if path.resolve() in {(run.path / name).resolve() for name in FILES}:
+        raise UsageError(f"--output {path} is one of the run's own files: choose another name")
     if path.is_dir():
         raise UsageError(f"--output {path} is a folder: give the file to write")
     writers: dict[ExportFormat, Callable[[], bytes]] = {

@@ -31,7 +31,7 @@ def read_image(path: str | Path) -> Image.Image:
         ImageError: the file is missing, no image, truncated, or too large.
     """
     with ignoring_oddities():
-        return _open(path, _read_bytes(path), draft=False)
+        return _open(path, read_bytes(path), draft=False)
 
 
 @contextmanager
@@ -58,8 +58,12 @@ def find_problem(path: str | Path, content: bytes) -> str | None:
     return None
 
 
-def _read_bytes(path: str | Path) -> bytes:
+def read_bytes(path: str | Path) -> bytes:
+    """The content of a regular file; raises `ImageError` where there is none to read."""
     try:
+        # A pipe would be waited for without end.
+        if Path(path).exists() and not Path(path).is_file():
+            raise ImageError(path, "is not a regular file")
         return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error

@@ -11,6 +11,10 @@ from cnnft.batches import Views
 from cnnft.errors import CnnftError, UsageError
 
 
+class NotANumberError(CnnftError):
+    """The network's output is NaN."""
+
+
 def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views, Tensor]]:
     """Yields each batch with the log of its mean softmax probability over the views, (B, C), on
     the CPU; B counts the readable images, in the order of `batch.indices`.
@@ -25,6 +29,10 @@ def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views,
             images, views = batch.pixels.shape[:2]
             logits = network(batch.pixels.flatten(0, 1).to(device, non_blocking=True))
             log_probs = logits.float().log_softmax(dim=1).unflatten(0, (images, views))
+            if log_probs.isnan().any():
+                raise NotANumberError(
+                    "the network gives no numbers (NaN): its weights are damaged, or it diverged"
+                )
             yield batch, (log_probs.logsumexp(dim=1) - math.log(views)).cpu()
 
 

@@ -31,7 +31,7 @@ from cnnft.errors import CnnftError, UsageError
 from cnnft.features import embed, install, probe
 from cnnft.freezing import freeze
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
-from cnnft.inference import choose_device, infer_all
+from cnnft.inference import NotANumberError, choose_device, infer_all
 from cnnft.metrics import Score, score
 from cnnft.optim import (
     LearningRates,
@@ -201,13 +201,16 @@ def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
         if isinstance(event, StepDone):
             yield event
             continue
-        log_probs = infer_all(classifier.network, val_batches, plan.val.paths)
-        val = score(log_probs, torch.tensor(plan.val.labels))
-        if not math.isfinite(event.loss + val.loss):
+        try:
+            log_probs = infer_all(classifier.network, val_batches, plan.val.paths)
+            val = score(log_probs, torch.tensor(plan.val.labels))
+            if not math.isfinite(event.loss + val.loss):
+                raise NotANumberError("the loss is not finite")
+        except NotANumberError as error:
             raise CnnftError(
-                f"training diverged in epoch {event.epoch + 1} (the loss is not finite): lower "
-                f"--lr or --head-lr; {run.path} keeps the best epoch before it, if there was one"
-            )
+                f"training diverged in epoch {event.epoch + 1} ({error}): lower --lr or "
+                f"--head-lr; {run.path} keeps the best epoch before it, if there was one"
+            ) from error
         better = best is None or (-val.accuracy, val.loss) < (-best[1].accuracy, best[1].loss)
         epoch = _row(event, val, optimizer, better)
         history.append(epoch)

@@ -18,6 +18,7 @@ import os
 import shutil
 import tempfile
 import tomllib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import count
@@ -32,6 +33,11 @@ from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
+
+FILES = (
+    *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
+    *("data.csv", "skipped.csv"),
+)
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,12 @@ class Run:
                 rows = list(csv.DictReader(file))
         except OSError as error:
             raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
-        if rows and not {"split", "class", "file", "sha256"} <= rows[0].keys():
-            raise CnnftError(f"{path} is damaged: it lacks a column")
+        # What is missing here would be evaluated on although it was trained on.
+        counts = Counter(row.get("split") for row in rows)
+        expected = {split: self.metrics()[split]["n"] for split in ("train", "val")}
+        whole = all(len(row.get("sha256") or "") == 64 for row in rows)
+        if counts != expected or not whole:
+            raise CnnftError(f"{path} is damaged: it does not list the images of the run")
         return rows
 
     def save_classifier(self, classifier: Classifier) -> None:

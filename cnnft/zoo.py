@@ -173,7 +173,7 @@ def _torchvision_names() -> list[str]:
 
 
 def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
     return f": did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -308,9 +308,9 @@ def test_weights_that_are_not_there(refused: Refused, flat: Path, tmp_path: Path
         ("epochs = 2.0", 2, "--epochs"),
         ("epochs = true", 2, "--epochs"),
         ("mode = 'freeze'", 2, "--mode"),
-        ("step_gamma = 0", 2, "--step-gamma"),
-        ("step_epochs = 0", 2, "--step-epochs"),
-        ("momentum = 1.0", 2, "--momentum"),
+        ("step_gamma = 0", 2, "step_gamma"),
+        ("step_epochs = 0", 2, "step_epochs"),
+        ("momentum = 1.0", 2, "momentum"),
         ("pretrained = 'yes'", 2, "--pretrained"),
         ("[training]\nepochs = 3", 2, "'training'"),
         ("epochs = ", 1, "not valid TOML"),
@@ -552,7 +552,7 @@ def test_a_folder_that_cannot_be_listed(
 def test_names_that_a_run_could_not_record(refused: Refused, flat: Path) -> None:
     odd = os.fsdecode(b"b\xff")
     shutil.copytree(flat, flat.with_name(odd))
-    refused(2, ("--data", "is not UTF-8"), flat.with_name(odd))
+    refused(2, ("data", "is not UTF-8"), flat.with_name(odd))
     (flat / "bees").rename(flat / odd)
     refused(1, ("class folder", "is not UTF-8"), flat)
 
@@ -566,3 +566,84 @@ def test_a_description_may_not_make_timm_read_files(
     description["model_args"] = {"checkpoint_path": "/etc/passwd"}
     (folder / "config.json").write_text(json.dumps(description))
     refused(1, ("may not set checkpoint_path",), flat, "--backbone", f"local-dir:{folder}")
+
+
+def test_an_interrupted_command_says_so(
+    cnnft: Cli, flat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cnnft.recipe.prepare", interrupt)
+    cnnft("finetune", flat).fails_with(130, "interrupted")
+
+
+def test_no_command_shows_the_help_and_no_empty_error(cnnft: Cli) -> None:
+    outcome = cnnft()
+    assert outcome.code == 2 and "Commands" in outcome.out + outcome.err
+    assert "error:" not in outcome.err
+
+
+# ---------------------------------------------------------------- what a hostile user found
+
+
+def test_an_export_never_overwrites_the_runs_own_files(cnnft: Cli, copied: Path) -> None:
+    before = (copied / "model.safetensors").read_bytes()
+    cnnft(
+        "export", copied, "--format", "head", "--output", copied / "model.safetensors"
+    ).fails_with(2, "one of the run's own files")
+    assert (copied / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["garbage\n", "split,class,file,sha256\n", None])
+def test_a_damaged_list_of_images_does_not_switch_off_the_leak_protection(
+    cnnft: Cli, copied: Path, flat: Path, content: str | None
+) -> None:
+    path = copied / "data.csv"
+    path.write_text(path.read_text()[:-40] if content is None else content)
+    cnnft("evaluate", flat, "-m", copied).fails_with(1, "data.csv is damaged")
+
+
+@pytest.mark.parametrize("arguments", [{"tta": "HFLIP"}, {"top": 0}, {"batch_size": 0}])
+def test_predict_in_python_checks_its_arguments(
+    trained: Path, flat: Path, arguments: dict[str, object]
+) -> None:
+    with pytest.raises(package.CnnftError, match="--"):
+        package.load(trained, device="cpu").predict(flat / "ants" / "0.png", **arguments)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_not_waited_for(cnnft: Cli, trained: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "image.png")
+    outcome = cnnft("predict", tmp_path / "image.png", "-m", trained, "--json")
+    assert outcome.code == 1 and "is not a regular file" in outcome.out
+
+
+def test_a_model_of_nan_is_an_error(cnnft: Cli, copied: Path, flat: Path) -> None:
+    from safetensors.torch import load_file
+
+    state = load_file(copied / "model.safetensors")
+    state["fc.bias"] *= float("nan")
+    save_file(state, copied / "model.safetensors")
+    cnnft("predict", flat, "-m", copied, "--json").fails_with(1, "NaN")
+
+
+def test_runs_inside_the_data_are_no_class(cnnft: Cli, flat: Path) -> None:
+    for _ in range(2):
+        outcome = cnnft(
+            "finetune", flat, "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+            "--workers=0", "--runs-dir", flat / "runs",
+        )  # fmt: skip
+        assert outcome.code == 0, outcome.err
+
+
+def test_json_with_another_format_is_refused(cnnft: Cli, trained: Path, flat: Path) -> None:
+    cnnft("predict", flat, "-m", trained, "--json", "--format", "csv").fails_with(2, "--json")
+
+
+@pytest.mark.parametrize("arguments", [("predict", "", "-m", "."), ("predict", ".", "-m", "")])
+def test_empty_arguments_are_not_the_current_folder(
+    cnnft: Cli, flat: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(flat)
+    cnnft(*arguments).fails_with(2, "mpty")

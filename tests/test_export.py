@@ -273,7 +273,9 @@ def test_a_head_finds_its_weights_file_from_another_directory(
     monkeypatch.chdir(tmp_path / "other")
     assert predict(head) == expected
     (tmp_path / "my.safetensors").rename(tmp_path / "moved.safetensors")
-    cnnft("predict", images, "-m", head).fails_with(2, "my.safetensors", "no such weights file")
+    cnnft("predict", images, "-m", head).fails_with(
+        1, "my.safetensors", "not there any more", "--weights"
+    )
     assert predict(head, "--weights", tmp_path / "moved.safetensors") == expected
 
 

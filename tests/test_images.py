@@ -215,7 +215,7 @@ def test_quick_check_and_full_read_agree_on_broken_exif(tmp_path: Path) -> None:
 
 def test_a_missing_file_and_a_folder_are_image_errors(tmp_path: Path) -> None:
     for path in (tmp_path / "none.jpg", tmp_path):
-        with pytest.raises(ImageError, match="cannot be read") as raised:
+        with pytest.raises(ImageError, match=r"cannot be read|is not a regular file") as raised:
             read_image(path)
         assert str(path) in str(raised.value)
 

@@ -5,6 +5,9 @@ import sys
 from cnnft.cli import app, console
 from cnnft.errors import CnnftError
 
+INTERRUPTED = 130
+"""128 + SIGINT, as shells have it."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `arguments` (default: the process's) and exit; the one place where errors become text."""
@@ -13,7 +16,10 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     try:
         # Typer vendors Click and exports few of its exceptions, so they are known by their shape.
-        sys.exit(app.app(arguments, prog_name="cnnft", standalone_mode=False) or 0)
+        code = app.app(arguments, prog_name="cnnft", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # Typer turns the exception into this
+            console.error("interrupted")
+        sys.exit(code)
     except CnnftError as error:
         if app.debug:
             raise
@@ -21,14 +27,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.error("interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # ClickException
-            console.error(error.format_message().replace("\n", " "))
+            if message := error.format_message().replace("\n", " "):  # none after showing help
+                console.error(message)
             sys.exit(error.exit_code)
-        if type(error).__name__ == "Abort":
-            console.error("interrupted")
-            sys.exit(130)
         if app.debug:
             raise
         console.error(_explain(error))

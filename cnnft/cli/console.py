@@ -33,7 +33,7 @@ def relay_logs() -> None:
     """What the library logs is said here; the hub's retries, which it would print, are not."""
     log = logging.getLogger("cnnft")
     log.handlers, log.level, log.propagate = [_Say()], logging.INFO, False
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its logger up when imported
 
 
 def say(text: RenderableType = "", style: str | None = None) -> None:

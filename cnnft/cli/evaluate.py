@@ -12,6 +12,9 @@ from cnnft.config import Split
 if TYPE_CHECKING:
     from cnnft.evaluation import Evaluation
 
+_UNKNOWN = {"left_out": None, "selected_on_val": None}
+"""An exported file does not know what it was trained on."""
+
 _MOST_COLUMNS = 20  # of a confusion matrix on a terminal; --json has all
 
 
@@ -52,7 +55,8 @@ def command(
     for file in evaluation.skipped:
         console.warn(f"skipped {file.path}: {file.reason}")
     if json:
-        console.result_json(_json(evaluation))
+        known = run is not None
+        console.result_json(_json(evaluation) | ({} if known else _UNKNOWN))
     else:
         _show(evaluation)
 

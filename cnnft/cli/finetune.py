@@ -128,7 +128,8 @@ def command(
         ),
     ] = None,
     seed: Annotated[
-        int | None, _option(_TRAINING, Config.seed, "Same seed, same CPU: same weights.")
+        int | None,
+        _option(_TRAINING, Config.seed, "Same seed, CPU and number of threads: same weights."),
     ] = None,
     val_fraction: Annotated[
         float | None,

@@ -41,7 +41,9 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Predict the classes of images."""
-    format = "json" if json and format is None else _choose_format(format, output)
+    if json and (output is not None or format not in (None, "json")):
+        raise UsageError("--json prints one document: leave out --output and --format")
+    format = "json" if json else _choose_format(format, output)
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output} is a folder: give the file to write")
     files = _expand(images)
@@ -85,6 +87,8 @@ def _expand(arguments: list[str]) -> list[Path]:
 
     files: list[Path] = []
     for argument in arguments:
+        if not argument:
+            raise UsageError("an empty argument is no image: is a shell variable unset?")
         named = Path(argument)
         if named.exists() or named.is_symlink():
             matches = [named]
