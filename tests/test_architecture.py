@@ -23,6 +23,7 @@ LAYERS = [
     {"features"},
     {"classifier"},
     {"run"},
+    {"planning"},
     {"recipe", "evaluation", "exporting", "datacheck"},
     {"cli"},
 ]

@@ -530,7 +530,7 @@ def test_what_the_machine_refuses(
     def fail(*arguments: object, **options: object) -> None:
         raise failure
 
-    monkeypatch.setattr("cnnft.recipe.prepare", fail)
+    monkeypatch.setattr("cnnft.planning.prepare", fail)
     cnnft("finetune", flat).fails_with(1, *parts)
 
 
@@ -574,7 +574,7 @@ def test_an_interrupted_command_says_so(
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnnft.recipe.prepare", interrupt)
+    monkeypatch.setattr("cnnft.planning.prepare", interrupt)
     cnnft("finetune", flat).fails_with(130, "interrupted")
 
 

@@ -17,7 +17,7 @@ from torchvision.datasets import ImageFolder
 
 import cnnft as package
 from cnnft import Config, finetune, load
-from cnnft.recipe import prepare
+from cnnft.planning import prepare
 
 Cli = Callable[..., Outcome]
 Finetune = Callable[..., Outcome]

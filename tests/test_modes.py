@@ -22,7 +22,8 @@ from cnnft.features import fit, probe
 from cnnft.freezing import freeze, train_mode
 from cnnft.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
 from cnnft.optim import freezes_statistics, learning_rates, make_optimizer
-from cnnft.recipe import carry_out, prepare
+from cnnft.planning import prepare
+from cnnft.recipe import carry_out
 from cnnft.stages import stages
 
 Cli = Callable[..., Outcome]

@@ -33,7 +33,8 @@ from cnnft import Config, load
 from cnnft.batches import view_batches
 from cnnft.images import read_image
 from cnnft.inference import infer_all
-from cnnft.recipe import Plan, carry_out, prepare
+from cnnft.planning import Plan, prepare
+from cnnft.recipe import carry_out
 from cnnft.transforms import EvaluationViews, InputSpec, training_transform
 
 SETS = ("hymenoptera", "textures", "flowers")

@@ -35,7 +35,7 @@ def command(
     """Check a folder of images, and advise how much to train on it."""
     from cnnft.batches import default_workers
     from cnnft.datacheck import PLAIN, check_folder
-    from cnnft.recipe import prepare
+    from cnnft.planning import prepare
 
     advice, spec = None, PLAIN
     if backbone is not None:

@@ -12,7 +12,8 @@ from cnnft.config import BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
 from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
-    from cnnft.recipe import Finished, Plan
+    from cnnft.planning import Plan
+    from cnnft.recipe import Finished
     from cnnft.run import Epoch
 
 _MODEL, _TRAINING, _DATA, _RUN = "Model", "Training", "Data", "Run and machine"
@@ -187,7 +188,8 @@ def command(
     """Train a classifier on a folder of images."""
     settings = _settings(context, config)
 
-    from cnnft.recipe import Finished, prepare
+    from cnnft.planning import prepare
+    from cnnft.recipe import Finished
 
     with console.progress() as bar:
         task = bar.add_task("checking the images", total=None)

@@ -9,7 +9,7 @@ from cnnft.cli import console
 
 if TYPE_CHECKING:
     from cnnft.advice import Advice
-    from cnnft.recipe import Plan
+    from cnnft.planning import Plan
 
 _MOST_CLASSES = 20
 

@@ -1,0 +1,238 @@
+"""Everything that is settled before the first step: data, backbone, what trains and how fast."""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cnnft import data
+from cnnft.advice import Advice, advise
+from cnnft.backbones import Backbone, open_backbone
+from cnnft.batches import (
+    KeyedBatches,
+    channel_statistics,
+    default_workers,
+    keyed_seed,
+    view_batches,
+)
+from cnnft.classifier import Classifier
+from cnnft.config import Config, Mode, parse_statistics
+from cnnft.data import Samples, Skipped
+from cnnft.errors import CnnftError, UsageError
+from cnnft.features import embed, install, probe
+from cnnft.freezing import freeze
+from cnnft.heads import add_dropout, initialise, replace_by_mlp
+from cnnft.inference import choose_device
+from cnnft.optim import LearningRates, learning_rates
+from cnnft.pretrained import LoadedWeights, backbone_hash
+from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.zoo import local_folder, resolve
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is settled before the first step; nothing has been written yet."""
+
+    config: Config
+    """Settled: no mode auto any more."""
+    asked: Mode
+    train: Samples
+    val: Samples
+    skipped: tuple[Skipped, ...]
+    leaked: int
+    """Validation images left out because training has the same file."""
+    classifier: Classifier
+    stages: tuple[tuple[str, ...], ...]
+    weights: LoadedWeights | None
+    advice: Advice | None
+    """What a probe of the frozen features says of the data, where there was one."""
+    rates: LearningRates
+    batches: KeyedBatches
+    device: torch.device
+    workers: int
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """(trained, frozen)."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.classifier.network.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        return trained, sum(size for size, _ in sizes) - trained
+
+
+def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: None) -> Plan:
+    """Read the data, open the backbone, decide what trains and how fast.
+
+    `on_file` is called with the number of files, once for each file that was checked.
+
+    Raises:
+        CnnftError: what the user has to mend, in a sentence.
+    """
+    device = choose_device(config.device)
+    identity = resolve(config.backbone)  # a wrong name is known before the data is read
+    config = _with_absolute_paths(config)
+    found = _read(config, on_file)
+    backbone = open_backbone(
+        config.backbone,
+        len(found.train.classes),
+        pretrained=config.pretrained,
+        weights=config.weights,
+        image_size=config.image_size,
+        auxiliary=config.mode == "finetune" and config.train_stages is None,
+    )
+    network, head = backbone.network, _new_head(config, backbone)
+    network.to(device)
+    workers = default_workers() if config.workers is None else config.workers
+    spec = _input_spec(config, backbone.input_spec, found.train, workers)
+    asked = config.mode
+    config, advice = _probe(config, network, head, spec, found.train, workers)
+    freeze(network, head, backbone.stages, config.mode, config.train_stages)
+    if config.dropout:
+        add_dropout(network, head, config.dropout)
+    weights = backbone.weights
+    return Plan(
+        config=config,
+        asked=asked,
+        train=found.train,
+        val=found.val,
+        skipped=tuple(found.skipped),
+        leaked=found.leaked,
+        classifier=Classifier(
+            network=network,
+            classes=found.train.classes,
+            input_spec=spec,
+            identity=backbone.identity,
+            head=head,
+            head_kind=config.head,
+            weights_source=weights.source if weights else None,
+            missing=weights.missing if weights else (),
+            pretrained_hash=backbone_hash(network, head),
+        ),
+        stages=backbone.stages,
+        weights=weights,
+        advice=advice,
+        rates=learning_rates(config, identity.architecture),
+        batches=KeyedBatches(len(found.train), config.batch_size, config.seed, config.epochs),
+        device=device,
+        workers=workers,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    train: Samples
+    val: Samples
+    skipped: list[Skipped]
+    leaked: int
+
+
+def _read(config: Config, on_file: Callable[[int], object]) -> _Found:
+    """The checked images, those of val with none that train has too."""
+    folder = data.require_folder(config.data)
+    train, val = data.scan_training_data(folder)
+    total = len(train) + (len(val) if val else 0)
+    train, skipped = data.check(train, on_file=lambda: on_file(total))
+    leaked = 0
+    if val is not None:
+        val, more = data.check(val, on_file=lambda: on_file(total))
+        skipped += more
+    _refuse_skipped(skipped, config.strict)
+    if val is None:
+        train, val = data.split(train, config.val_fraction, config.split_seed)
+    else:
+        with_leaks = len(val)
+        val = data.without(val, train.hashes)
+        leaked = with_leaks - len(val)
+    _require_every_class(train, "train")
+    if not len(val):
+        raise CnnftError(f"{folder}: no readable validation image remains that is not in train too")
+    return _Found(train, val, skipped, leaked)
+
+
+def _refuse_skipped(skipped: list[Skipped], strict: bool) -> None:
+    if strict and skipped:
+        first = skipped[0]
+        raise CnnftError(
+            f"{first.path} {first.reason} ({len(skipped)} such file(s)); without --strict they "
+            "are skipped"
+        )
+
+
+def _require_every_class(samples: Samples, split: str) -> None:
+    for name, count in zip(samples.classes, samples.counts(), strict=True):
+        if count == 0:
+            raise CnnftError(f"class {name} has no readable image in {split}")
+
+
+def _new_head(config: Config, backbone: Backbone) -> frozenset[str]:
+    """Give the backbone the head that is asked for, drawn by the seed alone; its tensors' names."""
+    head = backbone.head
+    if config.head == "mlp":
+        head = replace_by_mlp(backbone.network, head)
+    torch.manual_seed(keyed_seed("head", config.seed))
+    initialise(backbone.network, head, config.head_init)
+    return head
+
+
+def _input_spec(config: Config, spec: InputSpec, samples: Samples, workers: int) -> InputSpec:
+    """The backbone's, but for what the user asked to be otherwise."""
+    spec = spec if config.fit is None else replace(spec, fit=config.fit)
+    if config.normalize == "dataset":
+        mean, std = channel_statistics(samples.paths, spec, config.batch_size, workers)
+        return replace(spec, mean=mean, std=std)
+    if config.normalize != "pretrained":
+        mean, std = parse_statistics(config.normalize)
+        return replace(spec, mean=mean, std=std)
+    return spec
+
+
+def _probe(
+    config: Config,
+    network: nn.Module,
+    head: frozenset[str],
+    spec: InputSpec,
+    samples: Samples,
+    workers: int,
+) -> tuple[Config, Advice | None]:
+    """Fit a linear probe on frozen features if it is wanted, settle mode auto by it, and let it be
+    the head if that is to start from it. Returns the settled config.
+    """
+    wanted = config.probe_first
+    if wanted is None:
+        wanted = config.pretrained and config.mode in ("finetune", "bn-only")
+        wanted = wanted and config.head == "linear" and config.train_stages != 0
+    if not wanted and config.mode != "auto":
+        return replace(config, probe_first=False), None
+    _log.info("probing the frozen features of %d training images", len(samples))
+    batches = view_batches(samples.paths, EvaluationViews(spec), config.batch_size, workers)
+    features = embed(network, head, batches, samples.paths)
+    labels = torch.tensor(samples.labels)
+    fitted = probe(features.values, labels, len(samples.classes), config.seed)
+    counts = samples.counts()
+    advice = advise(len(samples) / len(counts), fitted.accuracy, max(counts) / len(samples))
+    if config.mode == "auto":
+        settings = advice.cell.settings
+        config = replace(config, **settings)
+        wanted = settings["probe_first"]
+    if wanted and not features.linear:
+        if config.probe_first:
+            raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
+        wanted = False
+    if wanted:
+        install(network, head, fitted)
+    return replace(config, probe_first=wanted), advice
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that the run can be read from another working directory."""
+    # Not Path.resolve: a run is named after the link that the user gave, not after its target.
+    data = Path(os.path.abspath(config.data))  # noqa: PTH100
+    weights = None if config.weights is None else Path(config.weights).absolute()
+    folder = local_folder(config.backbone) if config.backbone != "builtin" else None
+    backbone = f"local-dir:{folder.absolute()}" if folder else config.backbone
+    return replace(config, data=data, weights=weights, backbone=backbone)
