@@ -66,7 +66,8 @@ def open_backbone(
     if image_size is not None:
         identity = at_size(identity, image_size)
         spec = replace(spec, size=image_size)
-    if auxiliary:
+    # Smaller images leave maps that the auxiliary classifiers cannot work on.
+    if auxiliary and spec.size >= input_spec(identity).size:
         identity = with_auxiliary(identity)
     network = build(identity, classes) if image_size is None else _sized(identity, classes, spec)
     head = head_tensors(network, lambda other: build(identity, other))

@@ -19,7 +19,7 @@ from cnnft.heads import head_tensors, replace_by_mlp
 from cnnft.inference import choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
-from cnnft.zoo import Identity, build
+from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build
 
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""
@@ -150,6 +150,7 @@ class Classifier:
             "input_size": [3, spec.size, spec.size],
             "interpolation": spec.interpolation,
             "crop_pct": spec.crop_fraction,
+            "crop_mode": CROP_MODE_OF_FIT[spec.fit],
             "mean": list(spec.mean),
             "std": list(spec.std),
         }

@@ -33,7 +33,8 @@ _FORBIDDEN_ARGS = frozenset(
     | {"pretrained_cfg_overlay", "weights"}
 )
 
-_FIT_OF_CROP_MODE: dict[str, Fit] = {"center": "crop", "squash": "squash", "border": "pad"}
+CROP_MODE_OF_FIT: dict[Fit, str] = {"crop": "center", "squash": "squash", "pad": "border"}
+"""timm's words for ours."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def input_spec(identity: Identity) -> InputSpec:
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        fit=_FIT_OF_CROP_MODE[config["crop_mode"]],
+        fit=next(fit for fit, mode in CROP_MODE_OF_FIT.items() if mode == config["crop_mode"]),
     )
 
 

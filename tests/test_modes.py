@@ -190,7 +190,7 @@ def test_auxiliary_classifiers_are_head_and_belong_to_finetuning_alone(tmp_path:
         plan = prepare(
             Config(
                 data, backbone="torchvision/inception_v3", pretrained=False, mode=mode, epochs=1,
-                workers=0, batch_size=4, image_size=75, runs_dir=tmp_path / "runs", device="cpu",
+                workers=0, batch_size=4, runs_dir=tmp_path / "runs", device="cpu",
             )
         )  # fmt: skip
         network = plan.classifier.network
@@ -198,6 +198,8 @@ def test_auxiliary_classifiers_are_head_and_belong_to_finetuning_alone(tmp_path:
         auxiliary = {name for name, _ in network.named_parameters() if "AuxLogits.fc" in name}
         assert plan.classifier.head == {"fc.weight", "fc.bias"} | auxiliary
         assert len(auxiliary) == 2 * used
+    small = Config(data, backbone="torchvision/inception_v3", pretrained=False, image_size=128)
+    assert prepare(small).classifier.network.AuxLogits is None
 
 
 # ---------------------------------------------------------------- the probe

@@ -14,13 +14,13 @@ import random
 import sys
 import time
 import warnings
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import timm
 import torch
+import torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft.config import Config
@@ -33,6 +33,8 @@ from cnnft.training import StepDone, TrainState, train
 from cnnft.zoo import build, input_spec, names, resolve, with_auxiliary
 
 TABLE = Path(__file__).parents[1] / "cnnft" / "backbones.csv"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "backbones.md"
+BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 CLASSES = 7
 SMALL = 30_000_000  # parameters of a network that takes a training step
 SEED = 0
@@ -172,23 +174,47 @@ def main() -> None:
         drawn = random.Random(SEED).sample(fit, min(options.train, len(fit)))
         for row, step in zip(drawn, pool.map(take_step, [r.name for r in drawn]), strict=True):
             row.step = step
-            print(f"step {row.name}: {step}", flush=True)
     with options.output.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(field.name for field in fields(Row))
         writer.writerows(asdict(row).values() for row in rows)
+    text = summary(rows, time.monotonic() - started, options.jobs)
+    print(text)
+    if options.only == "*":
+        write(text)
+
+
+def summary(rows: list[Row], seconds: float, jobs: int) -> str:
+    """Markdown: how many of each library are supported, which are not and why."""
+    lines = ["| library | architectures | supported |", "|---|---|---|"]
     for library in ("torchvision", "timm"):
-        of = [
-            r.result == "ok"
-            for r in rows
-            if r.name.startswith("torchvision/") == (library != "timm")
-        ]
+        of = [row for row in rows if row.name.startswith("torchvision/") == (library != "timm")]
+        of = [row.result == "ok" for row in of if row.name != "builtin"]
         if of:
-            print(f"{library}: {sum(of)} of {len(of)} ({sum(of) / len(of):.1%})")
-    print(
-        Counter(row.step for row in drawn),
-        f"{time.monotonic() - started:.0f} s, timm {timm.__version__}",
-    )
+            lines.append(f"| {library} | {len(of)} | {sum(of)} ({sum(of) / len(of):.1%}) |")
+    failed = [row for row in rows if row.result != "ok"]
+    if failed:
+        lines += ["", "Not supported:", ""]
+        lines += [f"- `{row.name}`: {row.result}" for row in failed]
+    steps = [row for row in rows if row.step]
+    if steps:
+        took = sum(row.step == "ok" for row in steps)
+        names_ = ", ".join(f"`{row.name}`" for row in steps)
+        lines += ["", f"A training step was taken by {took} of {len(steps)}: {names_}."]
+        lines += [f"- `{row.name}`: {row.step}" for row in steps if row.step != "ok"]
+    lines += [
+        "",
+        f"timm {timm.__version__}, torchvision {torchvision.__version__}, torch "
+        f"{torch.__version__}, {seconds / 60:.0f} minutes in {jobs} process(es) of one thread.",
+    ]
+    return "\n".join(lines)
+
+
+def write(text: str) -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = document.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,8 @@ def _backbone_line(plan: "Plan") -> str:
     text = f"{name}, {loaded.matched} pretrained tensors"
     if loaded.source != name:
         text += f" from {loaded.source}"
+    if loaded.unused:
+        text += f"; {len(loaded.unused)} not used, such as {loaded.unused[0]}"
     if loaded.missing:
         text += f"; {len(loaded.missing)} missing stay random, such as {loaded.missing[0]}"
     return text
