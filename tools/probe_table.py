@@ -38,10 +38,12 @@ except ImportError as error:
         f"{error.name} is missing; this tool needs scikit-learn and scikit-image (cnnft[tools])"
     )
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.document import fill
+
 Array = np.ndarray
 Transform = Callable[[Image.Image], Tensor]
 
-BEGIN, END = "<!-- probe table: begin -->", "<!-- probe table: end -->"
 BATCH = 64
 RANDOM_SEEDS = (0, 1, 2)
 SUBSET_SEED = 0
@@ -216,9 +218,6 @@ def main() -> None:
         "--output", type=Path, default=Path("docs/builtin-backbone.md"), help="default: %(default)s"
     )
     options = parser.parse_args()
-    document = options.output.read_text(encoding="utf-8")
-    if document.count(BEGIN) != 1 or document.count(END) != 1:
-        sys.exit(f"{options.output}: needs the lines {BEGIN} and {END}, each once")
 
     torch.set_num_threads(1)
     started, columns, sets = time.monotonic(), [], []
@@ -250,9 +249,7 @@ def main() -> None:
         f"Measured with `python tools/probe_table.py --data DIR --imagenet DIR` in {minutes:.0f} "
         f"minutes on {machine()}. SHA-256 of the built-in `model.safetensors`: `{digest}…`."
     )
-    block = "\n".join([BEGIN, "", *table, "", facts, "", END])
-    before, after = document.split(BEGIN)[0], document.split(END)[1]
-    options.output.write_text(before + block + after, encoding="utf-8")
+    fill(options.output, "probe table", "\n".join([*table, "", facts]))
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ from cnnft.inference import infer_all
 from cnnft.planning import Plan, prepare
 from cnnft.recipe import carry_out
 from cnnft.transforms import EvaluationViews, InputSpec, training_transform
+from tools.document import fill
 
 SETS = ("hymenoptera", "textures", "flowers")
 PER_CLASS = (20, 60)
 DOCUMENT = Path(__file__).parents[1] / "docs" / "how-much-to-train.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 REPLICATES = 2000
 SIDE = 128  # of the reduced files, in pixels: decoding is not what is measured
 
@@ -279,13 +279,6 @@ def _words(settled: list[Any]) -> str:
     return mode + ("" if stages is None else f", last {stages}") + (", probe" if probe else "")
 
 
-def write(text: str) -> None:
-    document = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
@@ -299,7 +292,8 @@ def main() -> None:
     options = parser.parse_args()
     measure(options)
     if not options.pilot:
-        write(report(list(_rows(options.results)), options.epochs, options.size))
+        text = report(list(_rows(options.results)), options.epochs, options.size)
+        fill(DOCUMENT, "table", text)
 
 
 if __name__ == "__main__":

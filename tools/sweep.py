@@ -31,10 +31,10 @@ from cnnft.optim import learning_rates, make_optimizer, make_schedule
 from cnnft.stages import stages
 from cnnft.training import StepDone, TrainState, train
 from cnnft.zoo import build, input_spec, names, resolve, with_auxiliary
+from tools.document import fill
 
 TABLE = Path(__file__).parents[1] / "cnnft" / "backbones.csv"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "backbones.md"
-BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 CLASSES = 7
 SMALL = 30_000_000  # parameters of a network that takes a training step
 SEED = 0
@@ -181,7 +181,7 @@ def main() -> None:
     text = summary(rows, time.monotonic() - started, options.jobs)
     print(text)
     if options.only == "*":
-        write(text)
+        fill(DOCUMENT, "sweep", text)
 
 
 def summary(rows: list[Row], seconds: float, jobs: int) -> str:
@@ -208,13 +208,6 @@ def summary(rows: list[Row], seconds: float, jobs: int) -> str:
         f"{torch.__version__}, {seconds / 60:.0f} minutes in {jobs} process(es) of one thread.",
     ]
     return "\n".join(lines)
-
-
-def write(text: str) -> None:
-    document = DOCUMENT.read_text(encoding="utf-8")
-    before, _, rest = document.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
