@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,6 +65,8 @@ class KeyedBatches(Sampler[list[Key]]):
     batch_size: int
     seed: int
     epochs: int
+    first_step: int = 0
+    """Where iteration begins: the steps before it were taken by a run that was interrupted."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -74,9 +77,10 @@ class KeyedBatches(Sampler[list[Key]]):
         return self.epochs * self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for epoch in range(self.epochs):
+        first_epoch, first_step = divmod(self.first_step, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.epochs):
             order = self.order(epoch)
-            for step in range(self.steps_per_epoch):
+            for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
                 last = step == self.steps_per_epoch - 1
                 stop = None if last else (step + 1) * self.batch_size
                 yield [(epoch, index) for index in order[step * self.batch_size : stop]]
@@ -96,11 +100,20 @@ def training_batches(
         CnnftError: a file that could be read before training cannot be read now.
     """
     for batch in DataLoader(
-        dataset, batch_sampler=keys, num_workers=workers, collate_fn=_stack_training
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_stack_training,
+        worker_init_fn=_leave_signals_alone,
     ):
         if isinstance(batch, str):
             raise CnnftError(f"{batch}: the data changed while training")
         yield batch
+
+
+def _leave_signals_alone(worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal: the main one decides what becomes of it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stack_training(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -154,6 +167,7 @@ def view_batches(
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_stack_views,
+        worker_init_fn=_leave_signals_alone,
     )
 
 

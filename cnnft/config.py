@@ -20,7 +20,7 @@ ExportFormat = Literal["head", "safetensors", "onnx"]
 
 
 _LONGEST_NAME = 200  # file systems take 255, and names count up
-_WITHOUT_FLAG = {"data", "momentum", "step_epochs", "step_gamma"}
+_WITHOUT_FLAG = {"checkpoint_minutes", "data", "momentum", "step_epochs", "step_gamma"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Config:
     seed: int = 0
     workers: int | None = None  # None: half of the processors, at most 8
     device: str = "auto"
+    checkpoint_minutes: float = 5.0  # besides one after each epoch
     strict: bool = False
     runs_dir: str | Path = "runs"
     name: str | None = None  # None: <data folder>-<backbone>
@@ -74,6 +75,8 @@ class Config:
         _require(self.step_epochs >= 1, "step_epochs", self.step_epochs, "at least 1")
         _require(0 < self.step_gamma <= 1, "step_gamma", self.step_gamma, "above 0, at most 1")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0, below 1")
+        minutes = self.checkpoint_minutes
+        _require(minutes > 0, "checkpoint_minutes", minutes, "above 0")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2^63")
         _require(self.workers is None or self.workers >= 0, "workers", self.workers, "at least 0")

@@ -9,9 +9,10 @@ import torch
 from cnnft.classifier import Classifier, load
 from cnnft.config import ExportFormat
 from cnnft.errors import CnnftError, UsageError
+from cnnft.files import to_safetensors, write_whole
 from cnnft.images import ImageError, read_image
 from cnnft.pretrained import backbone_hash
-from cnnft.run import FILES, Run, to_safetensors, write_whole
+from cnnft.run import FILES, Run
 from cnnft.transforms import EvaluationViews
 
 SUFFIX: dict[ExportFormat, str] = {

@@ -2,15 +2,18 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from cnnft.batches import TrainingImages, training_batches, view_batches
+from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_batches
+from cnnft.checkpoints import Checkpoint
 from cnnft.config import Config
 from cnnft.errors import CnnftError
 from cnnft.inference import NotANumberError, infer_all
@@ -31,16 +34,35 @@ class Finished:
     val: Score
 
 
-def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
+@dataclass(frozen=True)
+class Stopped:
+    """The last event where the caller asked to stop: `resume` goes on after this step."""
+
+    run: Run
+    step: int
+
+
+Event = StepDone | Epoch | Finished | Stopped
+
+
+def carry_out(
+    plan: Plan, run: Run | None = None, *, stop: Callable[[], bool] = lambda: False
+) -> Iterator[Event]:
     """Train as planned; yields after every step, after every epoch with its validation, at the end.
 
-    The run's files are up to date at every yield: whoever stops early keeps the best epoch so far.
-    """
-    config, classifier = plan.config, plan.classifier
-    spec = classifier.input_spec
-    run = Run.create(config, config.name or _default_name(config))
-    run.save_data(plan.train, plan.val, plan.skipped)
+    The state is saved after every epoch, every `config.checkpoint_minutes`, and when `stop()` says
+    so after a step. With `run` the training goes on from its newest checkpoint, and ends with the
+    weights that it would have had without the interruption, bit for bit on the same device.
 
+    Raises:
+        CnnftError: the loss is not finite; a file cannot be read any more, or none be written.
+    """
+    config, classifier, spec = plan.config, plan.classifier, plan.classifier.input_spec
+    saved = run.load_checkpoint() if run else None
+    if run is None:
+        run = Run.create(config, config.name or _default_name(config))
+    run.save_config(config)
+    run.save_data(plan.train, plan.val, plan.skipped)
     steps_per_epoch = plan.batches.steps_per_epoch
     optimizer = make_optimizer(classifier.network, classifier.head, plan.stages, plan.rates, config)
     state = TrainState(
@@ -51,39 +73,77 @@ def carry_out(plan: Plan) -> Iterator[StepDone | Epoch | Finished]:
         seed=config.seed,
         frozen_statistics=freezes_statistics(config),
     )
+    history: list[Epoch] = []
+    if saved:
+        state.restore(saved.tensors, saved.step, saved.values["seen"])
+        history = [Epoch(**row) for row in saved.values["history"]]
     training_images = TrainingImages(plan.train, training_transform(spec), config.seed)
-    batches = training_batches(training_images, plan.batches, plan.workers)
+    batches = training_batches(
+        training_images, replace(plan.batches, first_step=state.step), plan.workers
+    )
     val_batches = view_batches(
         plan.val.paths, EvaluationViews(spec), config.batch_size, plan.workers
     )
 
-    history: list[Epoch] = []
-    best: tuple[Epoch, Score] | None = None
+    def save() -> None:
+        values = {"seen": state.seen, "history": [asdict(epoch) for epoch in history]}
+        run.save_checkpoint(Checkpoint(state.step, state.tensors(), values))
+
+    saved_at = time.monotonic()
     for event in train(state, batches, cross_entropy):
         if isinstance(event, StepDone):
             yield event
-            continue
-        try:
-            log_probs = infer_all(classifier.network, val_batches, plan.val.paths)
-            val = score(log_probs, torch.tensor(plan.val.labels))
-            if not math.isfinite(event.loss + val.loss):
-                raise NotANumberError("the loss is not finite")
-        except NotANumberError as error:
-            raise CnnftError(
-                f"training diverged in epoch {event.epoch + 1} ({error}): lower --lr or "
-                f"--head-lr; {run.path} keeps the best epoch before it, if there was one"
-            ) from error
-        better = best is None or (-val.accuracy, val.loss) < (-best[1].accuracy, best[1].loss)
-        epoch = _row(event, val, optimizer, better)
-        history.append(epoch)
-        if best is None or better:
-            best = epoch, val
-            run.save_classifier(classifier)
-        run.save_history(history)
-        run.save_metrics(_metrics(plan, best[0], best[1]))
-        yield epoch
+            if event.step % steps_per_epoch == 0:  # the epoch is evaluated before anything else
+                continue
+            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
+                save()
+                saved_at = time.monotonic()
+        else:
+            val = _validate(event, classifier.network, val_batches, plan, run)
+            best = _best(history)
+            better = best is None or _order(val.accuracy, val.loss) < _order(
+                best.val_accuracy, best.val_loss
+            )
+            history.append(_row(event, val, optimizer, better))
+            if better:
+                run.save_classifier(classifier)
+            run.save_history(history)
+            run.save_metrics(_metrics(plan, history))
+            save()
+            saved_at = time.monotonic()
+            yield history[-1]
+        if stop() and state.step < len(plan.batches):
+            save()
+            yield Stopped(run, state.step)
+            return
+    best = _best(history)
     assert best is not None
-    yield Finished(run, *best)
+    yield Finished(run, best, _score(plan, best))
+
+
+def _best(history: Sequence[Epoch]) -> Epoch | None:
+    return next((epoch for epoch in reversed(history) if epoch.best), None)
+
+
+def _order(accuracy: float, loss: float) -> tuple[float, float]:
+    """Smaller is better: by accuracy, then by loss."""
+    return -accuracy, loss
+
+
+def _validate(
+    event: EpochDone, network: nn.Module, batches: ViewLoader, plan: Plan, run: Run
+) -> Score:
+    try:
+        log_probs = infer_all(network, batches, plan.val.paths)
+        val = score(log_probs, torch.tensor(plan.val.labels))
+        if not math.isfinite(event.loss + val.loss):
+            raise NotANumberError("the loss is not finite")
+    except NotANumberError as error:
+        raise CnnftError(
+            f"training diverged in epoch {event.epoch + 1} ({error}): lower --lr or "
+            f"--head-lr; {run.path} keeps the best epoch before it, if there was one"
+        ) from error
+    return val
 
 
 P = ParamSpec("P")
@@ -138,7 +198,15 @@ def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: b
     )
 
 
-def _metrics(plan: Plan, best: Epoch, val: Score) -> dict[str, Any]:
+def _score(plan: Plan, epoch: Epoch) -> Score:
+    n = len(plan.val)
+    return Score(n, round(epoch.val_accuracy * n), epoch.val_loss)
+
+
+def _metrics(plan: Plan, history: Sequence[Epoch]) -> dict[str, Any]:
+    best = _best(history)
+    assert best is not None
+    val = _score(plan, best)
     return {
         "best_epoch": best.epoch,
         "train": {"n": len(plan.train), "loss": best.train_loss, "accuracy": best.train_accuracy},

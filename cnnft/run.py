@@ -7,6 +7,7 @@
     metrics.json        the best epoch and its scores
     data.csv            every image used: split, class, file, SHA-256
     skipped.csv         every file left out, and why
+    state/              checkpoints, to go on after an interruption
 
 Every file appears whole: it is written beside its place, synced and renamed.
 """
@@ -14,7 +15,6 @@ Every file appears whole: it is written beside its place, synced and renamed.
 import csv
 import io
 import json
-import os
 import shutil
 import tempfile
 import tomllib
@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from safetensors.torch import save
-from torch import Tensor
 
+from cnnft.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
+from cnnft.files import to_safetensors, write_whole
 
 FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
@@ -95,7 +95,7 @@ class Run:
             raise CnnftError(
                 f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
             ) from error
-        run._write("config.toml", tomli_w.dumps(config.to_dict()).encode())
+        run.save_config(config)
         return run
 
     @classmethod
@@ -111,6 +111,35 @@ class Run:
         if not (path / "config.toml").is_file():
             raise UsageError(f"{path} is not a run: it has no config.toml")
         return cls(path)
+
+    def config(self) -> Config:
+        """The settings that it was made with."""
+        file = self.path / "config.toml"
+        return Config.from_dict(read_config_file(file), str(file))
+
+    def save_config(self, config: Config) -> None:
+        self._write("config.toml", tomli_w.dumps(config.to_dict()).encode())
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        save_checkpoint(self.path / "state", checkpoint)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The newest whole one; None: training begins from its start."""
+        return load_checkpoint(self.path / "state")
+
+    def require_same_data(self, train: Samples, val: Samples) -> None:
+        """Raises `CnnftError` where the images are not those that the run began with."""
+        if not (self.path / "data.csv").exists():  # it was interrupted before it began
+            return
+        before = [(row["split"], row["sha256"]) for row in self._rows()]
+        now = [("train", digest) for digest in train.hashes]
+        now += [("val", digest) for digest in val.hashes]
+        if before != now:
+            changed = len(set(before) ^ set(now))
+            raise CnnftError(
+                f"{self.path} cannot go on: {changed} image(s) of its data were added, removed or "
+                "changed since it began; start a new run"
+            )
 
     def save_data(self, train: Samples, val: Samples, skipped: Sequence[Skipped]) -> None:
         rows = [
@@ -133,13 +162,17 @@ class Run:
         """The images that served as `split`; they may have moved since."""
         return [Path(row["file"]) for row in self._data() if row["split"] == split]
 
-    def _data(self) -> list[dict[str, str]]:
+    def _rows(self) -> list[dict[str, str]]:
         path = self.path / "data.csv"
         try:
             with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                rows = list(csv.DictReader(file))
+                return list(csv.DictReader(file))
         except OSError as error:
             raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
+
+    def _data(self) -> list[dict[str, str]]:
+        """What data.csv lists, checked to be all of it."""
+        path, rows = self.path / "data.csv", self._rows()
         # What is missing here would be evaluated on although it was trained on.
         counts = Counter(row.get("split") for row in rows)
         expected = {split: self.metrics()[split]["n"] for split in ("train", "val")}
@@ -181,41 +214,6 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CnnftError(f"{path} is not valid TOML ({error})") from error
-
-
-def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    return bytes(save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename: a crash leaves the old file or the new one, whole.
-
-    Raises:
-        CnnftError: the disk is full, or the place cannot be written to.
-    """
-    temporary: str | None = None
-    try:
-        if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
-            path.write_bytes(content)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise CnnftError(f"{path} cannot be written ({error.strerror})") from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _remove_run(path: Path) -> None:

@@ -31,6 +31,35 @@ class TrainState:
     """Whether trained BatchNorm layers keep their pretrained statistics."""
     step: int = 0
     """Steps taken so far."""
+    seen: int = 0
+    """Images in the present epoch so far."""
+    totals: Tensor | None = None
+    """Their summed loss, and how many were classified right: (2,), on the device."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `restore` needs but `step` and `seen`, by name."""
+        assert self.totals is not None
+        kept = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for index, values in self.optimizer.state_dict()["state"].items():
+            for name, value in values.items():
+                if value is not None:
+                    kept[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+        return {**kept, "totals": self.totals}
+
+    def restore(self, tensors: dict[str, Tensor], step: int, seen: int) -> None:
+        """Go back to the state that `tensors` was taken in."""
+        network, optimizer = {}, self.optimizer.state_dict()
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "network":
+                network[rest] = tensor
+            elif kind == "optimizer":
+                index, _, value = rest.partition(".")
+                optimizer["state"].setdefault(int(index), {})[value] = tensor
+        self.network.load_state_dict(network)
+        self.optimizer.load_state_dict(optimizer)
+        device = next(self.network.parameters()).device
+        self.step, self.seen, self.totals = step, seen, tensors["totals"].to(device)
 
 
 @dataclass(frozen=True)
@@ -64,8 +93,9 @@ def train(
     """
     device = next(state.network.parameters()).device
     precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    total = torch.zeros(2, dtype=precision, device=device)  # loss, correct
-    seen, start = 0, time.monotonic()
+    if state.totals is None:
+        state.totals = torch.zeros(2, dtype=precision, device=device)
+    start = time.monotonic()
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         # At every step, because the caller may have evaluated.
@@ -84,15 +114,16 @@ def train(
 
         epoch = state.step // state.steps_per_epoch
         state.step += 1
-        seen += len(labels)
+        state.seen += len(labels)
         correct = (logits.argmax(dim=1) == labels).sum()
-        total += torch.stack([loss.detach() * len(labels), correct]).to(precision)
+        state.totals += torch.stack([loss.detach() * len(labels), correct]).to(precision)
         yield StepDone(epoch, state.step, len(labels), loss.detach())
         if state.step % state.steps_per_epoch == 0:
-            mean_loss, accuracy = (total / seen).tolist()
+            mean_loss, accuracy = (state.totals / state.seen).tolist()
+            state.totals.zero_()
+            state.seen = 0
             yield EpochDone(epoch, mean_loss, accuracy, time.monotonic() - start)
-            total.zero_()
-            seen, start = 0, time.monotonic()
+            start = time.monotonic()
 
 
 def all_logits(output: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:

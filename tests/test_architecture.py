@@ -12,7 +12,7 @@ PACKAGE = Path(cnnft.__file__).parent
 LAYERS = [
     {"errors"},
     {"config"},
-    {"images", "downloads"},
+    {"images", "downloads", "files"},
     {"transforms", "hub"},
     {"data"},
     {"batches", "heads", "stages", "freezing", "optim", "metrics", "advice"},
@@ -22,6 +22,7 @@ LAYERS = [
     {"inference", "training"},
     {"features"},
     {"classifier"},
+    {"checkpoints"},
     {"run"},
     {"planning"},
     {"recipe", "evaluation", "exporting", "datacheck"},

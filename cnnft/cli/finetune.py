@@ -1,20 +1,20 @@
 """cnnft finetune DATA: from a folder of images to a trained run."""
 
 import dataclasses
-import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cnnft.cli import console, options
 from cnnft.cli.plan import plan_json, show_plan
+from cnnft.cli.training import train
 from cnnft.config import BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
 from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
     from cnnft.planning import Plan
     from cnnft.recipe import Finished
-    from cnnft.run import Epoch
 
 _MODEL, _TRAINING, _DATA, _RUN = "Model", "Training", "Data", "Run and machine"
 _MUCH, _IMAGES = "How much to train", "How the network sees images"
@@ -170,6 +170,14 @@ def command(
             help="Settings, such as RUN/config.toml; flags win.",
         ),
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            rich_help_panel=_RUN,
+            help="Go on with an interrupted run; --epochs may be more than before.",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         _option(_RUN, "half of the processors, at most 8", "Processes that load images."),
@@ -186,21 +194,26 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Train a classifier on a folder of images."""
-    settings = _settings(context, config)
+    given = _given(context)
+    if resume is not None and (config is not None or force):
+        raise UsageError("--resume goes on with a run as it is: leave out --config and --force")
+    settings = _settings(given, config) if resume is None else _resumed(given, resume)
 
     from cnnft.planning import prepare
-    from cnnft.recipe import Finished
+    from cnnft.run import Run
 
     with console.progress() as bar:
         task = bar.add_task("checking the images", total=None)
         plan = prepare(settings, on_file=lambda total: bar.update(task, total=total, advance=1))
+    run = None if resume is None else Run.open(resume)
+    if run is not None:
+        run.require_same_data(plan.train, plan.val)
     show_plan(plan)
     if dry_run:
         if json:
             console.result_json(plan_json(plan))
         return
-    finished = _train(plan)
-    assert isinstance(finished, Finished)
+    finished = train(plan, run)
     _show_end(plan, finished)
     if json:
         console.result_json({"run": str(finished.run.path), **finished.run.metrics()})
@@ -208,12 +221,16 @@ def command(
         console.result(str(finished.run.path))
 
 
-def _settings(context: typer.Context, config_file: str | None) -> Config:
-    """The config file's settings, overridden by the flags that were given."""
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The settings that were given on the command line."""
     names = {field.name for field in dataclasses.fields(Config)}
-    given = {
+    return {
         key: value for key, value in context.params.items() if key in names and value is not None
     }
+
+
+def _settings(given: dict[str, Any], config_file: str | None) -> Config:
+    """The config file's settings, overridden by the flags that were given."""
     if config_file is None:
         if "data" not in given:
             raise UsageError("give the folder of images: cnnft finetune DATA (see --help)")
@@ -223,38 +240,30 @@ def _settings(context: typer.Context, config_file: str | None) -> Config:
     return Config.from_dict(read_config_file(config_file) | given, config_file)
 
 
-def _train(plan: "Plan") -> "Finished":
-    from cnnft.recipe import Finished, carry_out
-    from cnnft.run import Epoch
-    from cnnft.training import StepDone
+def _resumed(given: dict[str, Any], path: str) -> Config:
+    """The settings of the run; given ones may lengthen it or move it to another device."""
+    from cnnft.run import Run
 
-    epochs = plan.config.epochs
-    console.say(" epoch   train loss     acc    val loss     acc      gap", style="bold")
-    with console.progress("loss {task.fields[loss]}", "{task.fields[speed]} images/s") as bar:
-        task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
-        drawn, images = time.monotonic(), 0
-        for event in carry_out(plan):
-            if isinstance(event, StepDone):
-                images += event.images
-                elapsed = time.monotonic() - drawn
-                if elapsed > 0.2 and not bar.disable:  # reading the loss waits for the device
-                    speed, loss = f"{images / elapsed:.0f}", f"{event.loss.item():.3f}"
-                    bar.update(task, completed=event.step, loss=loss, speed=speed)
-                    drawn, images = time.monotonic(), 0
-            elif isinstance(event, Epoch):
-                console.say(_epoch_line(event, epochs))
-            else:
-                assert isinstance(event, Finished)
-                return event
-    raise AssertionError("training ends with Finished")
+    before = Run.open(path).config()
+    free = {"epochs", "workers", "device"}
+    other = [
+        key.replace("_", "-")
+        for key, value in given.items()
+        if key not in free and not _same(value, getattr(before, key))
+    ]
+    if other:
+        raise UsageError(
+            f"--resume {path} goes on with the settings of the run, which differ in "
+            f"{', '.join(other)}: leave out, or start a new run"
+        )
+    config = dataclasses.replace(before, **{k: v for k, v in given.items() if k in free})
+    if config.epochs < before.epochs:
+        raise UsageError(f"--epochs {config.epochs} is less than the {before.epochs} of {path}")
+    return config
 
 
-def _epoch_line(epoch: "Epoch", epochs: int) -> str:
-    return (
-        f"{epoch.epoch:>3}/{epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
-        f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%} {100 * epoch.gap:+8.1f}"
-        f"{'  best so far' if epoch.best else ''}"
-    )
+def _same(given: Any, before: Any) -> bool:
+    return given == before or str(Path(str(given)).absolute()) == str(before)
 
 
 def _show_end(plan: "Plan", finished: "Finished") -> None:

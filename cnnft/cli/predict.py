@@ -116,7 +116,7 @@ def _write(predictions: list["Prediction"], top: int, format: Format, output: Pa
     if output is None:
         console.result_text(text)
         return
-    from cnnft.run import write_whole
+    from cnnft.files import write_whole
 
     write_whole(output, text.encode("utf-8", errors="surrogateescape"))
     console.say(f"wrote {output}")

@@ -1,0 +1,65 @@
+"""The state of a training run on disk, so that it can go on where it stopped.
+
+A checkpoint is one safetensors file whose name holds the step and the SHA-256 of its content. The
+newest two are kept: where one is damaged, the one before it serves.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load
+from torch import Tensor
+
+from cnnft.files import to_safetensors, write_whole
+
+KEPT = 2
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors, and JSON values."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Raises `CnnftError` where it cannot be written; earlier checkpoints are then still there."""
+    content = to_safetensors(checkpoint.tensors, {"values": json.dumps(checkpoint.values)})
+    digest = hashlib.sha256(content).hexdigest()[:16]
+    path = folder / f"{checkpoint.step:010d}-{digest}.safetensors"
+    write_whole(path, content)
+    for old in [other for other in _newest_first(folder) if other != path][KEPT - 1 :]:
+        old.unlink(missing_ok=True)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole one; None where there is none. A damaged one is told in the log."""
+    for path in _newest_first(folder):
+        step, _, digest = path.stem.partition("-")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:16] != digest:
+            _log.warning("%s is damaged: going back to the checkpoint before it", path)
+            continue
+        return Checkpoint(int(step), load(content), _values(content))
+    return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*-*.safetensors"), reverse=True)
+
+
+def _values(content: bytes) -> dict[str, Any]:
+    """The metadata of a safetensors file: JSON after its length in 8 bytes."""
+    length = int.from_bytes(content[:8], "little")
+    values: dict[str, Any] = json.loads(
+        json.loads(content[8 : 8 + length])["__metadata__"]["values"]
+    )
+    return values

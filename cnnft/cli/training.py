@@ -1,0 +1,91 @@
+"""What finetune shows while it trains, and how it stops when it is told to."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cnnft.cli import console
+from cnnft.errors import CnnftError
+
+if TYPE_CHECKING:
+    from cnnft.planning import Plan
+    from cnnft.recipe import Finished
+    from cnnft.run import Epoch, Run
+
+
+class InterruptedRunError(CnnftError):
+    """Training stopped at a signal; nothing is lost."""
+
+    def __init__(self, number: int, run: Path, step: int) -> None:
+        super().__init__(
+            f"interrupted after step {step}; go on with: cnnft finetune --resume {run}"
+        )
+        self.exit_code = 128 + number
+
+
+def train(plan: "Plan", run: "Run | None") -> "Finished":
+    """Carry out the plan, in a run that was interrupted if there is one, and draw its progress.
+
+    Raises:
+        InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
+    """
+    from cnnft.recipe import Stopped, carry_out
+    from cnnft.run import Epoch
+    from cnnft.training import StepDone
+
+    epochs = plan.config.epochs
+    console.say(" epoch   train loss     acc    val loss     acc      gap", style="bold")
+    columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
+    with _signals() as received, console.progress(*columns) as bar:
+        task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
+        drawn, images = time.monotonic(), 0
+        for event in carry_out(plan, run, stop=lambda: bool(received)):
+            if isinstance(event, StepDone):
+                images += event.images
+                elapsed = time.monotonic() - drawn
+                if elapsed > 0.2 and not bar.disable:  # reading the loss waits for the device
+                    speed, loss = f"{images / elapsed:.0f}", f"{event.loss.item():.3f}"
+                    bar.update(task, completed=event.step, loss=loss, speed=speed)
+                    drawn, images = time.monotonic(), 0
+            elif isinstance(event, Epoch):
+                console.say(_epoch_line(event, epochs))
+            elif isinstance(event, Stopped):
+                raise InterruptedRunError(received[0], event.run.path, event.step)
+            else:
+                return event
+    raise AssertionError("training ends with Finished")
+
+
+def _epoch_line(epoch: "Epoch", epochs: int) -> str:
+    return (
+        f"{epoch.epoch:>3}/{epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
+        f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%} {100 * epoch.gap:+8.1f}"
+        f"{'  best so far' if epoch.best else ''}"
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Gives the signals that came; the first one of each kind is only noted, a second one acts."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+        console.say("stopping after this step; once more to leave at once")
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

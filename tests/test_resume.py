@@ -1,0 +1,212 @@
+"""An interrupted run goes on and ends with the same weights, to the bit."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, draw
+from safetensors.torch import load_file
+
+from cnnft import CnnftError, Config
+from cnnft.planning import prepare
+from cnnft.recipe import Stopped, carry_out
+from cnnft.run import Epoch, Run
+from cnnft.training import StepDone
+
+Cli = Callable[..., Outcome]
+EPOCHS, STEPS = 3, 4  # 16 training images in batches of 4
+
+
+def settings(flat: Path, tmp_path: Path, name: str, **more: object) -> Config:
+    return Config(
+        flat, backbone="builtin", epochs=EPOCHS, batch_size=4, workers=0, device="cpu", name=name,
+        runs_dir=tmp_path / "runs", probe_first=False, batchnorm="train", **more,
+    )  # fmt: skip
+
+
+def finish(config: Config, run: Run | None = None) -> Run:
+    for event in carry_out(prepare(config), run):
+        last = event
+    return last.run
+
+
+def state(run: Run) -> dict[str, torch.Tensor]:
+    """Weights of the best epoch, and of the last one with the optimizer's momentum."""
+    saved = run.load_checkpoint()
+    return load_file(run.path / "model.safetensors") | saved.tensors
+
+
+def history(run: Run) -> list[tuple]:
+    rows = [line.split(",") for line in (run.path / "history.csv").read_text().splitlines()]
+    seconds = rows[0].index("seconds")
+    return [(*row[:seconds], *row[seconds + 1 :]) for row in rows]
+
+
+def same(run: Run, other: Run) -> None:
+    one, two = state(run), state(other)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert history(run) == history(other)
+    assert run.metrics() == other.metrics()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Run]]:
+    """(data, a run that was never interrupted)."""
+    folder = tmp_path_factory.mktemp("whole")
+    flat = folder / "flat"
+    for label, name in enumerate(("ants", "bees")):
+        for n in range(10):
+            draw(flat / name / f"{n}.png", label, n)
+    yield flat, finish(settings(flat, folder, "whole"))
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing after it runs."""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, STEPS + 2, 2 * STEPS, 3 * STEPS - 1])
+def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, workers: int):
+    flat, expected = whole
+    config = settings(flat, tmp_path, "stopped")
+    taken = 0
+
+    def stop() -> bool:
+        return taken >= step
+
+    for event in carry_out(prepare(config), stop=stop):
+        taken += isinstance(event, StepDone)
+    assert isinstance(event, Stopped) and event.step == step
+    run = Run.open(event.run.path)
+    torch.rand(7)  # whatever happened in between
+    resumed = Config.from_dict(run.config().to_dict() | {"workers": workers}, "")
+    assert finish(resumed, run).path == run.path
+    same(run, expected)
+
+
+@pytest.mark.parametrize("place", ["step", "epoch", "save_classifier", "save_checkpoint"])
+def test_killed_anywhere_and_resumed(whole, tmp_path: Path, place: str, monkeypatch):
+    """Killed in an epoch, after one, or while the files of one are written."""
+    flat, expected = whole
+    config = settings(flat, tmp_path, "killed", checkpoint_minutes=1e-9)
+    if place.startswith("save"):
+        save, calls = getattr(Run, place), []
+
+        def dying(self: Run, *arguments: object) -> None:
+            calls.append(place)
+            if len(calls) == 2:
+                raise Killed
+            save(self, *arguments)
+
+        monkeypatch.setattr(Run, place, dying)
+    with pytest.raises(Killed):
+        for event in carry_out(prepare(config)):
+            if place == "step" and isinstance(event, StepDone) and event.step == STEPS + 2:
+                raise Killed
+            if place == "epoch" and isinstance(event, Epoch) and event.epoch == 2:
+                raise Killed
+    monkeypatch.undo()
+    run = Run.open(tmp_path / "runs" / "killed")
+    finish(run.config(), run)
+    same(run, expected)
+
+
+def test_killed_before_the_first_checkpoint(whole, tmp_path: Path):
+    flat, expected = whole
+    run = Run.create(settings(flat, tmp_path, "early"), "early")
+    finish(run.config(), run)
+    same(run, expected)
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit"])
+def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path: Path, damage: str, caplog):
+    flat, expected = whole
+    events = carry_out(prepare(settings(flat, tmp_path, "damaged")))
+    epochs = 0
+    while epochs < 2:
+        epochs += isinstance(next(events), Epoch)
+    events.close()
+    run = Run.open(tmp_path / "runs" / "damaged")
+    older, newest = sorted((run.path / "state").iterdir())
+    content = bytearray(newest.read_bytes())
+    if damage == "cut":
+        del content[-100:]
+    else:
+        content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with caplog.at_level("WARNING", "cnnft"):
+        assert run.load_checkpoint().step == STEPS
+    assert str(newest) in caplog.text and str(older) not in caplog.text
+    finish(run.config(), run)
+    same(run, expected)
+
+
+def test_a_dataset_that_changed_is_refused(whole, tmp_path: Path, cnnft: Cli, flat: Path):
+    run = finish(settings(flat, tmp_path, "changed"))
+    draw(flat / "ants" / "0.png", 1, 99)
+    cnnft("finetune", "--resume", run.path).fails_with(1, "cannot go on", "start a new run")
+
+
+def test_flags_that_contradict_the_run_are_listed(cnnft: Cli, whole):
+    _, run = whole
+    cnnft("finetune", "--resume", run.path, "--seed", 5, "--lr", 0.1, "--workers", 1).fails_with(
+        2, "differ in lr, seed"
+    )
+    cnnft("finetune", "--resume", run.path, "--epochs", 1).fails_with(2, "--epochs 1 is less")
+    cnnft("finetune", "--resume", run.path, "--force").fails_with(
+        2, "leave out --config and --force"
+    )
+    cnnft("finetune", "--resume", run.path.parent / "none").fails_with(2, "no such run")
+
+
+def test_a_finished_run_is_finished_again_and_can_be_lengthened(cnnft: Cli, tmp_path, flat):
+    run = finish(settings(flat, tmp_path, "longer"))
+    before = state(run)
+    outcome = cnnft("finetune", "--resume", run.path, "--json")
+    assert outcome.code == 0 and json.loads(outcome.out)["run"] == str(run.path)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state(run).items())
+    outcome = cnnft("finetune", "--resume", run.path, "--epochs", EPOCHS + 2)
+    assert outcome.code == 0, outcome.err
+    assert len(history(run)) == 1 + EPOCHS + 2 and run.config().epochs == EPOCHS + 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_names_the_command(
+    cnnft: Cli, whole, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+):
+    flat, expected = whole
+    take, steps = torch.optim.SGD.step, []
+
+    def step(self, *arguments, **options):
+        steps.append(1)
+        if len(steps) == STEPS + 1:
+            os.kill(os.getpid(), number)
+        return take(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--epochs", EPOCHS, "--batch-size=4",
+        "--workers=0", "--no-probe-first", "--batchnorm=train", "--runs-dir", tmp_path / "runs",
+        "--device=cpu",
+    )  # fmt: skip
+    run = Run.open(tmp_path / "runs" / "flat-builtin")
+    outcome.fails_with(128 + number, f"after step {STEPS + 1}", f"--resume {run.path}")
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    monkeypatch.undo()
+    assert cnnft("finetune", "--resume", run.path).code == 0
+    same(run, expected)
+
+
+def test_only_two_checkpoints_are_kept(whole):
+    _, run = whole
+    assert len(list((run.path / "state").iterdir())) == 2
+
+
+def test_config_without_data_is_no_run_to_resume(tmp_path: Path):
+    with pytest.raises(CnnftError):
+        Run.open(tmp_path)
