@@ -24,25 +24,25 @@ TABLE = (
         "small",
         "similar",
         "frozen backbone, new head",
-        {"mode": "feature-extractor", "probe_first": False},
+        {"mode": "feature-extractor"},
     ),
     Cell(
         "small",
         "different",
         "probe first, then train the last stage",
-        {"mode": "finetune", "train_stages": 1, "probe_first": True},
+        {"mode": "finetune", "train_stages": 1},
     ),
     Cell(
         "larger",
         "similar",
         "probe first, then train everything",
-        {"mode": "finetune", "probe_first": True},
+        {"mode": "finetune"},
     ),
     Cell(
         "larger",
         "different",
         "probe first, then train everything",
-        {"mode": "finetune", "probe_first": True},
+        {"mode": "finetune"},
     ),
 )
 

@@ -49,8 +49,9 @@ def open_backbone(
     """Build `name` with a new head for `classes` classes and load its weights.
 
     Args:
-        name: a timm name (resnet18, resnet50.a1_in1k), torchvision/NAME, builtin, or
-            local-dir:PATH (a folder with timm's config.json and model.safetensors).
+        name: a timm name (resnet18, resnet50.a1_in1k), torchvision/NAME, builtin,
+            hf-hub:OWNER/NAME, or local-dir:PATH (a folder with timm's config.json and
+            model.safetensors).
         weights: a file to take the backbone's weights from, .safetensors or .pth.
         image_size: side in pixels, if another than the one of the pretraining.
         auxiliary: with the auxiliary classifiers that were pretrained, if there are any.

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from cnnft.config import Channels
+from cnnft.config import Channels, Fit
 from cnnft.data import Samples
 from cnnft.errors import CnnftError
 from cnnft.images import ImageError, read_image
@@ -186,7 +186,8 @@ def channel_statistics(
     Raises:
         CnnftError: a file cannot be read.
     """
-    plain = EvaluationViews(replace(spec, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    fit: Fit = "squash" if spec.fit == "pad" else spec.fit  # padding is no part of the images
+    plain = EvaluationViews(replace(spec, fit=fit, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
     total, squares, count = torch.zeros(3).double(), torch.zeros(3).double(), 0
     for batch in view_batches(paths, plain, batch_size, workers):
         for index, reason in batch.unreadable.items():

@@ -143,9 +143,10 @@ class Classifier:
         return config
 
     def _timm_config(self) -> dict[str, Any]:
+        # Not num_classes: this stays a description of the pretrained weights, which a head file
+        # fetches again; timm takes the number of classes from the top of the file.
         spec = self.input_spec
         return {
-            "num_classes": len(self.classes),
             "label_names": list(self.classes),
             "input_size": [3, spec.size, spec.size],
             "interpolation": spec.interpolation,
@@ -179,7 +180,7 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
         statistics = {name: tuple(values[name]) for name in ("mean", "std")}
         spec = InputSpec(**values | statistics)
         classes = tuple(own["classes"])
-        head, head_kind = frozenset(own["head"]), own["head_kind"]
+        head, head_kind = frozenset(own["head"]), own.get("head_kind", "linear")
     except (KeyError, TypeError, AttributeError) as error:
         raise CnnftError(f"{source} does not describe a cnnft classifier ({error!r})") from error
     try:

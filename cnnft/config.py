@@ -94,6 +94,18 @@ class Config:
             parse_statistics(self.normalize)
         if stages is not None and self.mode != "finetune":
             raise UsageError("--train-stages goes with --mode finetune")
+        if self.lr is not None and self.mode == "auto":
+            raise UsageError(
+                "--lr with --mode auto, which may train no pretrained layer: name a mode"
+            )
+        if self.layer_decay is not None and self.mode == "feature-extractor":
+            raise UsageError("--layer-decay is about pretrained layers, which are frozen here")
+        if self.head == "mlp" and self.probe_first:
+            raise UsageError("--probe-first fits a linear head: leave out --head mlp")
+        if self.head == "mlp" and self.head_init == "zeros":
+            raise UsageError("--head-init zeros: an mlp of zeros learns nothing; choose another")
+        if self.batchnorm == "frozen" and not self.pretrained:
+            raise UsageError("--batchnorm frozen: random weights have no statistics to keep")
         if self.lr is not None and self.mode == "feature-extractor":
             raise UsageError(
                 "--lr sets the rate of the pretrained layers, which feature-extractor mode "

@@ -14,7 +14,7 @@ from cnnft.batches import channel_statistics
 from cnnft.config import Channels
 from cnnft.data import Skipped
 from cnnft.errors import CnnftError
-from cnnft.images import ImageError, ignoring_oddities, read_image
+from cnnft.images import ImageError, decode, ignoring_oddities
 from cnnft.transforms import InputSpec
 
 NEAR = 6
@@ -131,7 +131,7 @@ class _Look:
 def _look_at(paths: Iterable[Path]) -> dict[Path, _Look]:
     def look(path: Path) -> tuple[Path, _Look] | None:
         try:
-            image = read_image(path)
+            image = decode(path)
             with Image.open(path) as file:
                 return path, _Look(image.size, file.mode, fingerprint(image))
         except (ImageError, OSError):  # it was readable a moment ago
@@ -181,7 +181,9 @@ def _near_groups(fingerprints: dict[Path, int], exact: list[Group]) -> list[Grou
     for band in range(_BANDS):
         buckets: dict[int, list[int]] = {}
         for i, (_, bits) in enumerate(kept):
-            buckets.setdefault(bits >> (16 * band) & 0xFFFF, []).append(i)
+            part = bits >> (16 * band) & 0xFFFF
+            if part not in (0, 0xFFFF):  # a plain border, which thousands may share
+                buckets.setdefault(part, []).append(i)
         for bucket in buckets.values():
             for position, i in enumerate(bucket):
                 for j in bucket[position + 1 :]:

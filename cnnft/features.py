@@ -16,6 +16,9 @@ STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
 """L2 penalties on standardised features, among which cross-validation chooses."""
 FOLDS = 5
 _MOST = 5000  # images that cross-validation looks at
+_MOST_FITTED = 50_000
+_LEAST_SPREAD = 0.01  # of the median feature's
+_CHECKED = 256  # images on which the classifier is compared with the network
 
 
 @dataclass(frozen=True)
@@ -43,35 +46,42 @@ def embed(
     network: nn.Module, head: frozenset[str], batches: Iterable[Views], paths: Sequence[Path]
 ) -> Features:
     """Run all `paths` through the network once, in their order."""
-    _, layer = classifier_layer(network, head)
+    layers = {name.rpartition(".")[0] for name in head}
     entering: list[Tensor] = []
+    order: list[nn.Module] = []  # of the head, as it computes: auxiliary classifiers do not
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entering.append(inputs[0].detach().float().cpu())
+        if module not in order:
+            order.append(module)
+        if module is order[0]:
+            entering.append(inputs[0].detach().float().cpu())
 
-    handle = layer.register_forward_pre_hook(keep)
+    handles = [network.get_submodule(path).register_forward_pre_hook(keep) for path in layers]
     try:
         log_probs = infer_all(network, batches, paths)
     finally:
-        handle.remove()
-    values = torch.cat(entering)
-    linear = isinstance(layer, nn.Linear) and layer.bias is not None and values.ndim == 2
-    if linear:
-        with torch.no_grad():
-            logits = layer(values.to(next(layer.parameters()).device)).float().cpu()
-        # Not where something follows the layer, or another classifier is averaged with it.
-        linear = torch.allclose(logits.log_softmax(dim=1), log_probs, atol=1e-3)
+        for handle in handles:
+            handle.remove()
+    values, layer = torch.cat(entering), order[0]
+    linear = isinstance(layer, nn.Linear) and layer.bias is not None and len(order) == 1
+    if linear and values.ndim == 2:
+        with torch.no_grad():  # not where something follows the layer
+            some = values[:_CHECKED].to(next(layer.parameters()).device)
+            logits = layer(some).float().cpu()
+        linear = torch.allclose(logits.log_softmax(dim=1), log_probs[:_CHECKED], atol=1e-3)
     if values.ndim > 2:
         values = values.flatten(2).mean(dim=2) if values.ndim == 4 else values.mean(dim=1)
+        linear = False
     return Features(values, linear)
 
 
 def probe(values: Tensor, labels: Tensor, classes: int, seed: int) -> Probe:
     """Choose the penalty by cross-validation, then fit all images with it."""
-    picked = _some(len(values), seed)
+    picked = _some(len(values), seed, _MOST)
     scores = {s: _cross_validate(values[picked], labels[picked], classes, s) for s in STRENGTHS}
     strength = max(STRENGTHS, key=lambda s: (scores[s], s))
-    weight, bias = fit(values, labels, classes, strength)
+    fitted = _some(len(values), seed, _MOST_FITTED)
+    weight, bias = fit(values[fitted], labels[fitted], classes, strength)
     return Probe(weight, bias, scores[strength], strength)
 
 
@@ -92,7 +102,8 @@ def fit(values: Tensor, labels: Tensor, classes: int, strength: float) -> tuple[
     """
     x = values.double()
     mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
-    std = torch.where(std > 1e-8, std, 1.0)
+    # A feature that hardly varies in training must not decide: it may be large elsewhere.
+    std = std.clamp(min=max(_LEAST_SPREAD * float(std.median()), 1e-8))
     x = (x - mean) / std
     weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
@@ -127,6 +138,6 @@ def _cross_validate(values: Tensor, labels: Tensor, classes: int, strength: floa
     return correct / len(labels)
 
 
-def _some(n: int, seed: int) -> Tensor:
+def _some(n: int, seed: int, most: int) -> Tensor:
     generator = torch.Generator().manual_seed(keyed_seed("probe", seed))
-    return torch.randperm(n, generator=generator)[:_MOST]
+    return torch.randperm(n, generator=generator)[:most]

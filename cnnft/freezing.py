@@ -1,14 +1,12 @@
 """Which parameters train, and what frozen layers do meanwhile."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cnnft.config import Mode
 from cnnft.errors import UsageError
-
-_NORMALISATIONS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def freeze(
@@ -47,21 +45,20 @@ def _normalisations(network: nn.Module) -> set[str]:
     return {
         f"{path}.{name}"
         for path, module in network.named_modules()
-        if isinstance(module, _NORMALISATIONS)
+        if "norm" in type(module).__name__.lower()  # timm has many of its own
         for name, _ in module.named_parameters(recurse=False)
     }
 
 
-def train_mode(network: nn.Module, *, frozen_statistics: bool = False) -> None:
+def train_mode(network: nn.Module, keep_statistics: Iterable[nn.Module] = ()) -> None:
     """Like `network.train()`, but all that comes before the last frozen parameter stays in eval.
 
     Frozen BatchNorm layers then use, and keep, their pretrained statistics, and dropout or
     stochastic depth among frozen layers stay off: their features are a function of the image. A
     layer whose own parameters train is in train mode wherever it stands. A container is in train
-    mode if nothing in it is frozen.
-
-    `frozen_statistics` keeps the statistics of trained BatchNorm layers too.
+    mode if nothing in it is frozen. `keep_statistics`: trained layers to leave in eval mode too.
     """
+    network.train()  # some networks forget what they have cached here
     modules = list(network.modules())
     frozen = [
         position
@@ -76,5 +73,15 @@ def train_mode(network: nn.Module, *, frozen_statistics: bool = False) -> None:
             module.training = all(parameter.requires_grad for parameter in inner)
         else:
             module.training = position > last_frozen
-        if frozen_statistics and isinstance(module, _BatchNorm):
-            module.training = False
+    for module in keep_statistics:
+        module.training = False
+
+
+def batchnorms(network: nn.Module, head: frozenset[str]) -> list[nn.Module]:
+    """The backbone's BatchNorm layers; those of a new head have no statistics to keep."""
+    owners = {name.rpartition(".")[0] for name in head}
+    return [
+        module
+        for path, module in network.named_modules()
+        if isinstance(module, _BatchNorm) and path not in owners
+    ]

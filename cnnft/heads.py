@@ -48,6 +48,11 @@ def without_head(state: dict[str, Tensor], head: frozenset[str]) -> dict[str, Te
     return {name: tensor for name, tensor in state.items() if name not in head}
 
 
+def _owners(head: frozenset[str]) -> list[str]:
+    """Paths of the modules that hold the head's tensors."""
+    return sorted({name.rpartition(".")[0] for name in head})
+
+
 def classifier_layer(network: nn.Module, head: frozenset[str]) -> tuple[str, nn.Module]:
     """(path, module) of the head's last layer: auxiliary classifiers come before it."""
     paths = [name.rpartition(".")[0] for name in network.state_dict() if name in head]
@@ -61,9 +66,11 @@ def replace_by_mlp(network: nn.Module, head: frozenset[str]) -> frozenset[str]:
         UsageError: the classifier is no linear layer.
     """
     path, layer = classifier_layer(network, head)
-    if not isinstance(layer, nn.Linear):
+    parallel = [other for other in _owners(head) if other != path and "aux" not in other.lower()]
+    if not isinstance(layer, nn.Linear) or parallel:
         raise UsageError(
-            f"--head mlp: this backbone's classifier {path} is no linear layer: leave it linear"
+            f"--head mlp: this backbone's classifier {path} is no single linear layer: leave it as "
+            "it is"
         )
     width = layer.in_features
     mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, layer.out_features))
@@ -79,7 +86,7 @@ def initialise(network: nn.Module, head: frozenset[str], how: HeadInit) -> None:
     the number of classes, and with two of them the first losses are ten times too large. xavier:
     Glorot and Bengio, 2010; kaiming: He et al., 2015; these and zeros have biases of zero.
     """
-    for path in sorted({name.rpartition(".")[0] for name in head}):
+    for path in _owners(head):
         layer = network.get_submodule(path)
         reset: Any = getattr(layer, "reset_parameters", None)
         if reset is not None:
@@ -99,10 +106,12 @@ def initialise(network: nn.Module, head: frozenset[str], how: HeadInit) -> None:
 
 
 def add_dropout(network: nn.Module, head: frozenset[str], p: float) -> None:
-    """Dropout on what enters the classifier, in train mode; no tensor changes its name for it."""
-    _, layer = classifier_layer(network, head)
+    """Dropout on what enters the head's layers, in train mode; no tensor changes its name."""
 
     def drop(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (F.dropout(inputs[0], p, module.training), *inputs[1:])
 
-    layer.register_forward_pre_hook(drop)
+    for path in _owners(head):
+        layer = network.get_submodule(path)
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_pre_hook(drop)

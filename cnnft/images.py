@@ -31,7 +31,12 @@ def read_image(path: str | Path) -> Image.Image:
         ImageError: the file is missing, no image, truncated, or too large.
     """
     with ignoring_oddities():
-        return _open(path, read_bytes(path), draft=False)
+        return decode(path)
+
+
+def decode(path: str | Path) -> Image.Image:
+    """`read_image` for threads, which are to be `ignoring_oddities` together."""
+    return _open(path, read_bytes(path), draft=False)
 
 
 @contextmanager

@@ -26,12 +26,12 @@ class LearningRates:
     derivation: str
 
 
-def learning_rates(config: Config, architecture: str) -> LearningRates:
+def learning_rates(config: Config, architecture: str, probed: bool = False) -> LearningRates:
     """The 1/10 rule: pretrained layers train at a tenth of the rate of training from scratch.
 
     scratch = original × batch / 256 (linear scaling, Goyal et al., 2017); pretrained layers at
-    scratch / 10, the new head at scratch; without pretraining everything at scratch.
-    `config.lr` and `config.head_lr` override the outcome.
+    scratch / 10, a new head at scratch, and at scratch / 10 too if it was `probed`; without
+    pretraining everything at scratch. `config.lr` and `config.head_lr` override the outcome.
     """
     original = _ORIGINAL_LR_PLAIN if architecture.startswith(_PLAIN) else _ORIGINAL_LR
     scratch = original * config.batch_size / REFERENCE_BATCH
@@ -43,7 +43,7 @@ def learning_rates(config: Config, architecture: str) -> LearningRates:
     if config.head_lr is not None:
         head = config.head_lr
         steps.append(f"head: {head:g} (--head-lr)")
-    elif config.probe_first:
+    elif probed:
         head = scratch / 10
         steps.append(f"head: {scratch:g} / 10 = {head:g} (probed)")
     else:
@@ -59,6 +59,8 @@ def learning_rates(config: Config, architecture: str) -> LearningRates:
         steps.append(f"backbone: {scratch:g} / 10 = {backbone:g} (pretrained)")
     else:
         steps.append(f"backbone: {backbone:g} (not pretrained)")
+    if config.layer_decay is not None and backbone:
+        steps.append(f"each stage before the last: × {config.layer_decay:g} (--layer-decay)")
     return LearningRates(backbone, head, "; ".join(steps))
 
 

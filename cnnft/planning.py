@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from cnnft import data
 from cnnft.advice import Advice, advise
@@ -23,7 +22,7 @@ from cnnft.classifier import Classifier
 from cnnft.config import Config, Mode, parse_statistics
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
-from cnnft.features import embed, install, probe
+from cnnft.features import Probe, embed, install, probe
 from cnnft.freezing import freeze
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
@@ -52,6 +51,8 @@ class Plan:
     weights: LoadedWeights | None
     advice: Advice | None
     """What a probe of the frozen features says of the data, where there was one."""
+    probed: bool
+    """Whether the head starts from that probe."""
     rates: LearningRates
     batches: KeyedBatches
     device: torch.device
@@ -74,23 +75,27 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
         CnnftError: what the user has to mend, in a sentence.
     """
     device = choose_device(config.device)
-    identity = resolve(config.backbone)  # a wrong name is known before the data is read
-    config = _with_absolute_paths(config)
-    found = _read(config, on_file)
-    backbone = open_backbone(
-        config.backbone,
-        len(found.train.classes),
-        pretrained=config.pretrained,
-        weights=config.weights,
-        image_size=config.image_size,
-        auxiliary=config.mode == "finetune" and config.train_stages is None,
-    )
-    network, head = backbone.network, _new_head(config, backbone)
-    network.to(device)
+    resolve(config.backbone)  # a wrong name is known before the data is read
+    asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers
+    found = _read(config, on_file)
+    backbone = _open(config, len(found.train.classes), device)
     spec = _input_spec(config, backbone.input_spec, found.train, workers)
-    asked = config.mode
-    config, advice = _probe(config, network, head, spec, found.train, workers)
+    probed = None
+    if wants_probe(config) or config.mode == "auto":
+        probed = _probe(config, backbone, spec, found.train, workers)
+    if asked == "auto":
+        assert probed is not None and probed.advice is not None
+        config = replace(config, **probed.advice.cell.settings)
+        if _auxiliary(config):
+            backbone = _open(config, len(found.train.classes), device)
+    network, head = backbone.network, _new_head(config, backbone)
+    starts_from_probe = probed is not None and probed.fitted is not None and wants_probe(config)
+    if starts_from_probe:
+        assert probed is not None and probed.fitted is not None
+        install(network, head, probed.fitted)
+    elif config.probe_first:
+        raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
     freeze(network, head, backbone.stages, config.mode, config.train_stages)
     if config.dropout:
         add_dropout(network, head, config.dropout)
@@ -115,12 +120,32 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
         ),
         stages=backbone.stages,
         weights=weights,
-        advice=advice,
-        rates=learning_rates(config, identity.architecture),
+        advice=probed.advice if probed else None,
+        probed=starts_from_probe,
+        rates=learning_rates(config, backbone.identity.architecture, starts_from_probe),
         batches=KeyedBatches(len(found.train), config.batch_size, config.seed, config.epochs),
         device=device,
         workers=workers,
     )
+
+
+def _open(config: Config, classes: int, device: torch.device) -> Backbone:
+    torch.manual_seed(keyed_seed("backbone", config.seed))  # where weights are random
+    backbone = open_backbone(
+        config.backbone,
+        classes,
+        pretrained=config.pretrained,
+        weights=config.weights,
+        image_size=config.image_size,
+        auxiliary=_auxiliary(config),
+    )
+    backbone.network.to(device)
+    return backbone
+
+
+def _auxiliary(config: Config) -> bool:
+    """Auxiliary classifiers train with the layers below them, or not at all."""
+    return config.mode == "finetune" and config.train_stages is None
 
 
 @dataclass(frozen=True)
@@ -171,11 +196,14 @@ def _require_every_class(samples: Samples, split: str) -> None:
 
 def _new_head(config: Config, backbone: Backbone) -> frozenset[str]:
     """Give the backbone the head that is asked for, drawn by the seed alone; its tensors' names."""
-    head = backbone.head
+    network, head = backbone.network, backbone.head
+    device = next(network.parameters()).device
+    network.cpu()  # each device draws numbers of its own
     if config.head == "mlp":
-        head = replace_by_mlp(backbone.network, head)
+        head = replace_by_mlp(network, head)
     torch.manual_seed(keyed_seed("head", config.seed))
-    initialise(backbone.network, head, config.head_init)
+    initialise(network, head, config.head_init)
+    network.to(device)
     return head
 
 
@@ -191,41 +219,37 @@ def _input_spec(config: Config, spec: InputSpec, samples: Samples, workers: int)
     return spec
 
 
+def wants_probe(config: Config) -> bool:
+    """Whether the head is to start from a linear probe, where it is one linear layer."""
+    if config.probe_first is not None:
+        return config.probe_first
+    trains_more = config.mode in ("finetune", "bn-only") and config.train_stages != 0
+    plain = config.head == "linear" and config.head_init == "default"
+    return config.pretrained and trains_more and plain
+
+
+@dataclass(frozen=True)
+class _Probed:
+    advice: Advice | None
+    fitted: Probe | None
+    """None where the classifier is no single linear layer, which it could be."""
+
+
 def _probe(
-    config: Config,
-    network: nn.Module,
-    head: frozenset[str],
-    spec: InputSpec,
-    samples: Samples,
-    workers: int,
-) -> tuple[Config, Advice | None]:
-    """Fit a linear probe on frozen features if it is wanted, settle mode auto by it, and let it be
-    the head if that is to start from it. Returns the settled config.
-    """
-    wanted = config.probe_first
-    if wanted is None:
-        wanted = config.pretrained and config.mode in ("finetune", "bn-only")
-        wanted = wanted and config.head == "linear" and config.train_stages != 0
-    if not wanted and config.mode != "auto":
-        return replace(config, probe_first=False), None
+    config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
+) -> _Probed:
+    """Fit a linear classifier on frozen features of the training images, each content once."""
+    first = {digest: i for i, digest in reversed(list(enumerate(samples.hashes)))}
+    samples = samples.take(sorted(first.values()))
     _log.info("probing the frozen features of %d training images", len(samples))
     batches = view_batches(samples.paths, EvaluationViews(spec), config.batch_size, workers)
-    features = embed(network, head, batches, samples.paths)
-    labels = torch.tensor(samples.labels)
+    features = embed(backbone.network, backbone.head, batches, samples.paths)
+    if not features.linear and config.mode != "auto":
+        return _Probed(None, None)
+    labels, counts = torch.tensor(samples.labels), samples.counts()
     fitted = probe(features.values, labels, len(samples.classes), config.seed)
-    counts = samples.counts()
     advice = advise(len(samples) / len(counts), fitted.accuracy, max(counts) / len(samples))
-    if config.mode == "auto":
-        settings = advice.cell.settings
-        config = replace(config, **settings)
-        wanted = settings["probe_first"]
-    if wanted and not features.linear:
-        if config.probe_first:
-            raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
-        wanted = False
-    if wanted:
-        install(network, head, fitted)
-    return replace(config, probe_first=wanted), advice
+    return _Probed(advice, fitted if features.linear else None)
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -113,6 +113,8 @@ def _at_shape(name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> Tensor:
         return tensor
     grid = math.isqrt(place.shape[1])
     prefix = place.shape[1] - grid**2
+    if prefix < 0 or math.isqrt(tensor.shape[1] - prefix) ** 2 != tensor.shape[1] - prefix:
+        return tensor  # it is not of such a network: it will be missing
     return resample_abs_pos_embed(tensor, [grid, grid], num_prefix_tokens=prefix)
 
 

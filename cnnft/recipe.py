@@ -16,6 +16,7 @@ from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_bat
 from cnnft.checkpoints import Checkpoint
 from cnnft.config import Config
 from cnnft.errors import CnnftError
+from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
 from cnnft.optim import freezes_statistics, make_optimizer, make_schedule
@@ -71,7 +72,9 @@ def carry_out(
         schedule=make_schedule(config, steps_per_epoch),
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
-        frozen_statistics=freezes_statistics(config),
+        keep_statistics=(
+            batchnorms(classifier.network, classifier.head) if freezes_statistics(config) else ()
+        ),
     )
     history: list[Epoch] = []
     if saved:
@@ -184,7 +187,8 @@ def _default_name(config: Config) -> str:
 
 
 def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:
-    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    # Of the backbone's groups the last stage's comes first.
+    rates = {group["name"]: group["lr"] for group in reversed(optimizer.param_groups)}
     return Epoch(
         epoch=event.epoch + 1,
         lr_backbone=rates.get("backbone", 0.0),

@@ -19,12 +19,12 @@ def stages(network: nn.Module, head: frozenset[str]) -> tuple[tuple[str, ...], .
     backbone = {name: p for name, p in network.named_parameters() if name not in head}
     # Normalisations, class tokens, position embeddings: no stage of their own.
     small = {name for name, p in backbone.items() if p.ndim < 2 or p.shape[0] == 1}
-    if hasattr(network, "group_matcher"):
+    try:
         matcher: Any = network.group_matcher
         groups = group_parameters(network, matcher(coarse=True)).values()
         named = [[name for name in group if name in backbone] for group in groups]
         found = _join([group for group in named if group], small)
-    else:
+    except (AttributeError, AssertionError, NotImplementedError):  # it does not group its layers
         found = _by_tree({name: p.numel() for name, p in backbone.items()}, small)
     return tuple(tuple(group) for group in found)
 

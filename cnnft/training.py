@@ -1,7 +1,7 @@
 """The training step, written once."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,8 @@ class TrainState:
     schedule: Multiplier
     steps_per_epoch: int
     seed: int
-    frozen_statistics: bool = False
-    """Whether trained BatchNorm layers keep their pretrained statistics."""
+    keep_statistics: Sequence[nn.Module] = ()
+    """BatchNorm layers that train but keep their pretrained statistics."""
     step: int = 0
     """Steps taken so far."""
     seen: int = 0
@@ -99,7 +99,7 @@ def train(
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         # At every step, because the caller may have evaluated.
-        train_mode(state.network, frozen_statistics=state.frozen_statistics)
+        train_mode(state.network, state.keep_statistics)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule(state.step)
         torch.manual_seed(keyed_seed("step", state.seed, state.step))

@@ -35,6 +35,7 @@ _FORBIDDEN_ARGS = frozenset(
 
 CROP_MODE_OF_FIT: dict[Fit, str] = {"crop": "center", "squash": "squash", "pad": "border"}
 """timm's words for ours."""
+_FIT_OF_CROP_MODE = {mode: fit for fit, mode in CROP_MODE_OF_FIT.items()}
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,11 @@ def _described(name: str, config_file: Path) -> Identity:
         model_args = dict(description.get("model_args") or {})
     except (ValueError, KeyError, TypeError) as error:
         raise CnnftError(f"{config_file} is not a timm model description ({error!r})") from error
-    if not timm.is_model(architecture):
-        raise CnnftError(f"{config_file} describes {architecture!r}, which this timm does not know")
+    library = description.get("cnnft", {}).get("backbone", {}).get("library", "timm")
+    if library != "timm" or not timm.is_model(architecture):
+        raise CnnftError(
+            f"{config_file} describes {architecture!r} of {library}, which is no network of timm's"
+        )
     config.setdefault("num_classes", description.get("num_classes", 1000))
     return Identity(name, "timm", architecture, config.get("tag", ""), model_args, config)
 
@@ -195,12 +199,15 @@ def build(identity: Identity, classes: int) -> nn.Module:
             identity.architecture, weights=None, num_classes=classes, **identity.model_args
         )
     else:
-        network = timm.create_model(
-            identity.architecture,
-            pretrained_cfg=identity.pretrained_cfg,
-            num_classes=classes,
-            **identity.model_args,
-        )
+        try:
+            network = timm.create_model(
+                identity.architecture,
+                pretrained_cfg=identity.pretrained_cfg,
+                num_classes=classes,
+                **identity.model_args,
+            )
+        except TypeError as error:
+            raise CnnftError(f"{identity.name} cannot be built: {error}") from error
     return network
 
 
@@ -231,7 +238,7 @@ def input_spec(identity: Identity) -> InputSpec:
         interpolation=config["interpolation"],
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        fit=next(fit for fit, mode in CROP_MODE_OF_FIT.items() if mode == config["crop_mode"]),
+        fit=_FIT_OF_CROP_MODE.get(config["crop_mode"], "crop"),
     )
 
 

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
-from cnnft import Config, load
+from cnnft import Config, finetune, load
 from cnnft.backbones import open_backbone
 from cnnft.errors import CnnftError, UsageError
+from cnnft.exporting import export_run
 from cnnft.freezing import freeze, train_mode
 from cnnft.images import read_image
 from cnnft.pretrained import backbone_hash, read_weights
@@ -116,6 +117,44 @@ def test_weights_of_another_architecture_are_refused(weights, tmp_path):
     save_file(weights, tmp_path / "w.safetensors")
     with pytest.raises(CnnftError, match=r"w\.safetensors does not hold weights of resnet18"):
         open_backbone("torchvision/resnet18", 3, weights=tmp_path / "w.safetensors")
+
+
+def test_position_embeddings_of_another_network_are_missing_not_an_error(tmp_path):
+    state = open_backbone("test_vit", 3, pretrained=False).network.state_dict()
+    state["pos_embed"] = torch.zeros(1, state["pos_embed"].shape[1] + 2, 64)
+    save_file(state, tmp_path / "w.safetensors")
+    assert open_backbone("test_vit", 3, weights=tmp_path / "w.safetensors").weights.missing == (
+        "pos_embed",
+    )
+
+
+def test_a_head_file_finds_its_backbone_in_the_hubs_cache(tmp_path, monkeypatch, flat):
+    """The weights have the classifier that they were published with, whatever ours has."""
+    theirs = timm.create_model("test_resnet.r160_in1k")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    snapshot = tmp_path / "hf/models--timm--test_resnet.r160_in1k/snapshots/0"
+    snapshot.mkdir(parents=True)
+    save_file(theirs.state_dict(), snapshot / "model.safetensors")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0")
+    run = finetune(
+        flat, backbone="test_resnet", mode="feature-extractor", epochs=1, workers=0,
+        runs_dir=tmp_path / "runs", device="cpu",
+    )  # fmt: skip
+    head = export_run(run, "head")
+    image = flat / "ants" / "0.png"
+    assert load(head, device="cpu").predict(image) == load(run.path, device="cpu").predict(image)
+
+
+def test_a_torchvision_run_is_no_local_dir(tmp_path):
+    description = {
+        "architecture": "resnet18",
+        "pretrained_cfg": {},
+        "cnnft": {"backbone": {"library": "torchvision"}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with pytest.raises(CnnftError, match="of torchvision"):
+        open_backbone(f"local-dir:{tmp_path}", 3)
 
 
 def test_the_likeliest_architecture_is_named(tmp_path):

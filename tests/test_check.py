@@ -121,6 +121,7 @@ def test_advice_is_that_of_mode_auto(cnnft: Cli, check, flat: Path, tmp_path: Pa
 def test_check_of_what_is_not_there(cnnft: Cli, tmp_path: Path, flat: Path) -> None:
     cnnft("check", tmp_path / "nothing").fails_with(2, "no such folder")
     cnnft("check", flat, "--backbone", "resnet81").fails_with(2, "did you mean resnet")
+    cnnft("check", flat, "--fit", "pad").fails_with(2, "give --backbone too")
     draw(tmp_path / "one" / "ants" / "0.png", 0, 0)
     cnnft("check", tmp_path / "one").fails_with(1, "one class only")
 

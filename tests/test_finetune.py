@@ -24,6 +24,7 @@ Finetune = Callable[..., Outcome]
 
 FILES = {
     "config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json", "data.csv",
+    "state",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from conftest import Outcome, draw_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -19,7 +21,7 @@ from cnnft.backbones import open_backbone
 from cnnft.config import BatchNorm
 from cnnft.errors import UsageError
 from cnnft.features import fit, probe
-from cnnft.freezing import freeze, train_mode
+from cnnft.freezing import batchnorms, freeze, train_mode
 from cnnft.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
 from cnnft.optim import freezes_statistics, learning_rates, make_optimizer
 from cnnft.planning import prepare
@@ -114,7 +116,7 @@ def test_batchnorm_statistics_of_trained_layers(
     config = Config("-", batchnorm=batchnorm, batch_size=batch_size)
     assert freezes_statistics(config) is frozen
     freeze(backbone.network, backbone.head, backbone.stages, "finetune")
-    train_mode(backbone.network, frozen_statistics=frozen)
+    train_mode(backbone.network, batchnorms(backbone.network, backbone.head) if frozen else ())
     assert backbone.network.bn1.training is not frozen
     assert backbone.network.fc.training
 
@@ -245,7 +247,7 @@ def test_cross_validation_is_honest():
 
 def test_the_probe_is_the_head_before_the_first_step(flat: Path, tmp_path: Path):
     plan = prepare(Config(flat, backbone="builtin", workers=0, device="cpu", seed=3))
-    assert plan.config.probe_first and plan.advice is not None
+    assert plan.probed and plan.config.probe_first is None and plan.advice is not None
     assert "0.0125 / 10 = 0.00125 (probed)" in plan.rates.derivation
     correct = [
         prediction.label == plan.train.classes[label]
@@ -262,9 +264,11 @@ def test_no_probe_where_it_makes_no_sense(flat: Path):
         {"pretrained": False},
         {"head": "mlp"},
         {"probe_first": False},
+        {"head_init": "zeros"},
+        {"train_stages": 0},
     ):
         plan = prepare(Config(flat, backbone="builtin", workers=0, device="cpu", **settings_))
-        assert plan.config.probe_first is False and plan.advice is None, settings_
+        assert not plan.probed and plan.advice is None, settings_
 
 
 def test_a_probe_that_cannot_be_the_head(cnnft: Cli, flat: Path, tmp_path: Path):
@@ -291,13 +295,89 @@ def test_learned_is_measured_from_chance():
     assert advise(10, 0.625, 0.25).learned == pytest.approx(0.5)
 
 
+def test_auto_is_the_mode_that_it_chose_to_the_bit(flat: Path, tmp_path: Path):
+    common = {
+        "backbone": "builtin", "epochs": 1, "workers": 0, "device": "cpu", "runs_dir": tmp_path,
+    }  # fmt: skip
+    runs = []
+    for settings_ in ({"mode": "auto", "name": "auto"}, {"mode": "feature-extractor"}):
+        plan = prepare(Config(flat, **common, **settings_))
+        assert plan.config.mode == "feature-extractor"
+        for event in carry_out(plan):
+            runs.append(event)
+    states = [load_file(tmp_path / name / "model.safetensors") for name in ("auto", "flat-builtin")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "deit_tiny_distilled_patch16_224"])
+def test_auto_with_a_head_that_cannot_be_probed_in(name, flat: Path, monkeypatch):
+    monkeypatch.setattr("cnnft.advice.SMALL", 1)  # the cell that wants a probe first
+    size = 64 if "squeezenet" in name else None
+    plan = prepare(
+        Config(
+            flat, backbone=name, pretrained=False, mode="auto", image_size=size, workers=0,
+            device="cpu",
+        )
+    )  # fmt: skip
+    assert plan.config.mode == "finetune" and not plan.probed and plan.advice is not None
+
+
+def test_a_normalisation_in_the_head_is_not_kept():
+    backbone = open_backbone("levit_128s", 3, pretrained=False)
+    kept = batchnorms(backbone.network, backbone.head)
+    assert backbone.network.head.bn not in kept and len(kept) > 10
+
+
+def test_seeds_reach_random_backbones(flat: Path):
+    hashes = [
+        prepare(
+            Config(flat, backbone="builtin", pretrained=False, seed=seed, workers=0, device="cpu")
+        ).classifier.pretrained_hash
+        for seed in (0, 0, 1)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_probe_counts_each_content_once(flat: Path, tmp_path: Path):
+    for path in sorted(flat.glob("*/*.png")):
+        shutil.copy(path, path.with_name(f"again {path.name}"))
+    plan = prepare(Config(flat, backbone="builtin", workers=0, device="cpu"))
+    assert len(plan.train) == 32 and plan.advice.images_per_class == 8
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"mode": "auto", "lr": 0.1},
+        {"mode": "feature-extractor", "layer_decay": 0.5},
+        {"head": "mlp", "probe_first": True},
+        {"head": "mlp", "head_init": "zeros"},
+        {"batchnorm": "frozen", "pretrained": False},
+        {"mode": "bn-only", "train_stages": 2},
+    ],
+)
+def test_settings_that_contradict_each_other(flags):
+    with pytest.raises(UsageError, match="--"):
+        Config("-", **flags)
+
+
+def test_layer_decay_is_told_and_the_last_stage_is_in_the_history(cnnft: Cli, flat, tmp_path):
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--epochs=1", "--workers=0", "--layer-decay=0.5",
+        "--schedule=step", "--runs-dir", tmp_path / "runs",
+    )  # fmt: skip
+    assert "each stage before the last: × 0.5" in outcome.err
+    header, row = (Path(outcome.out.strip()) / "history.csv").read_text().splitlines()
+    assert float(row.split(",")[header.split(",").index("lr_backbone")]) == 0.00125
+
+
 def test_auto_says_why_and_the_run_can_be_repeated(cnnft: Cli, flat: Path, tmp_path: Path):
     flags = ("--backbone=builtin", "--epochs=1", "--workers=0", "--runs-dir", tmp_path / "runs")
     outcome = cnnft("finetune", flat, "--mode=auto", *flags)
     assert outcome.code == 0, outcome.err
     assert "→ " in outcome.err and "8 training images per class" in outcome.err
     config = (Path(outcome.out.strip()) / "config.toml").read_text()
-    assert 'mode = "auto"' not in config and "probe_first" in config
+    assert 'mode = "auto"' not in config and "probe_first" not in config
     told = json.loads(cnnft("finetune", flat, "--mode=auto", "--dry-run", "--json", *flags).out)
     assert told["advice"]["size"] == "small"
     assert told["mode"] == told["advice"]["settings"]["mode"]

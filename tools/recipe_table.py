@@ -186,7 +186,7 @@ def _row(method: str, drawn: Draw, options: argparse.Namespace, others: list[Row
         network = train_by_hand(drawn, options, spec, settings)
     else:
         config = plan.config
-        row["settled"] = [config.mode, config.train_stages, config.probe_first]
+        row["settled"] = [config.mode, config.train_stages, plan.probed]
         if twin := next((r for r in others if r["settled"] == row["settled"]), None):
             # The same settings give the same weights: auto chose what was trained already.
             return row | {"correct": twin["correct"], "seconds": twin["seconds"]}

@@ -8,6 +8,7 @@ import typer
 from cnnft.cli import console, options
 from cnnft.cli.plan import advice_json, class_table, show_advice
 from cnnft.config import Channels, Config, Fit
+from cnnft.errors import CnnftError, UsageError
 
 if TYPE_CHECKING:
     from cnnft.datacheck import DataCheck
@@ -36,24 +37,29 @@ def command(
     from cnnft.batches import default_workers
     from cnnft.datacheck import PLAIN, check_folder
     from cnnft.planning import prepare
+    from cnnft.zoo import input_spec, resolve
 
-    advice, spec = None, PLAIN
-    if backbone is not None:
-        plan = prepare(
-            Config(
-                data=data, backbone=backbone, weights=weights, mode="auto", fit=fit,
-                workers=workers, device=device,
-            )
-        )  # fmt: skip
-        advice, spec = plan.advice, plan.classifier.input_spec
+    if backbone is None and (weights is not None or fit is not None):
+        raise UsageError("--weights and --fit are about a network: give --backbone too")
+    spec = PLAIN if backbone is None else input_spec(resolve(backbone))
     with console.progress() as bar:
         task = bar.add_task("checking the images", total=None)
         found = check_folder(
             data,
-            spec,
+            spec if fit is None else dataclasses.replace(spec, fit=fit),
             workers=default_workers() if workers is None else workers,
             on_file=lambda total: bar.update(task, total=total, advance=1),
         )
+    advice = None
+    if backbone is not None:
+        settings = Config(
+            data=data, backbone=backbone, weights=weights, mode="auto", fit=fit, workers=workers,
+            device=device,
+        )  # fmt: skip
+        try:
+            advice = prepare(settings).advice
+        except CnnftError as error:  # the findings are worth showing all the same
+            console.warn(f"no advice: {error}")
     if json:
         advised = None if advice is None else advice_json(advice)
         console.result_json({**_json(found), "advice": advised})

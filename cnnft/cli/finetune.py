@@ -48,7 +48,8 @@ def command(
         _option(
             _MODEL,
             Config.backbone,
-            "A timm name, torchvision/NAME, local-dir:PATH, or builtin (needs no network).",
+            "A timm name, torchvision/NAME, hf-hub:OWNER/NAME, local-dir:PATH, or builtin (needs "
+            "no network).",
             metavar="NAME",
         ),
     ] = None,
@@ -71,7 +72,9 @@ def command(
     ] = None,
     probe_first: Annotated[
         bool | None,
-        _option(_MUCH, "probe first", "Fit the head on frozen features before training."),
+        _option(
+            _MUCH, "where pretrained layers train", "Start from a head fitted on frozen features."
+        ),
     ] = None,
     batchnorm: Annotated[
         BatchNorm | None,
@@ -117,7 +120,7 @@ def command(
     ] = None,
     head_lr: Annotated[
         float | None,
-        _option(_TRAINING, "0.1 × batch / 256", "Learning rate of the new head."),
+        _option(_TRAINING, "the 1/10 rule", "Learning rate of the new head."),
     ] = None,
     schedule: Annotated[
         Schedule | None,
@@ -254,7 +257,7 @@ def _resumed(given: dict[str, Any], path: str) -> Config:
     if other:
         raise UsageError(
             f"--resume {path} goes on with the settings of the run, which differ in "
-            f"{', '.join(other)}: leave out, or start a new run"
+            f"{', '.join(sorted(other))}: leave out, or start a new run"
         )
     config = dataclasses.replace(before, **{k: v for k, v in given.items() if k in free})
     if config.epochs < before.epochs:

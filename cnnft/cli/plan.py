@@ -36,7 +36,7 @@ def show_plan(plan: "Plan") -> None:
     console.say(
         f"mode            {_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"
     )
-    if plan.advice is not None and plan.config.probe_first:
+    if plan.advice is not None and plan.probed:
         console.say(
             "probe           the head starts from a linear probe, right in "
             f"{plan.advice.probe_accuracy:.1%} of the training images in cross-validation"
@@ -147,7 +147,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         },
         "mode": plan.config.mode,
         "train_stages": plan.config.train_stages,
-        "probe_first": plan.config.probe_first,
+        "probe_first": plan.probed,
         "advice": None if plan.advice is None else advice_json(plan.advice),
         "backbone": plan.classifier.identity.name,
         "parameters": {"trained": trained, "frozen": frozen},
