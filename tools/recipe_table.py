@@ -250,7 +250,7 @@ def report(rows: list[Row], epochs: int, size: int) -> str:
     counts = ", ".join(f"{name} {correct['auto', (name, 20)].shape[1]}" for name in SETS)
     lines += [
         "",
-        f"{len(seeds)} draws (seeds {seeds[0]} to {seeds[-1]}), {epochs} epochs, {size} px, "
+        f"Draws with seeds {', '.join(map(str, seeds))}; {epochs} epochs, {size} px, "
         f"scored on val/: {counts} images; torch {torch.__version__}, CPU, one thread.",
         "",
         "auto chose: " + "; ".join(chosen) + ".",
