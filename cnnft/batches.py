@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from cnnft import distributed
 from cnnft.config import Channels, Fit
 from cnnft.data import Samples
 from cnnft.errors import CnnftError
@@ -20,7 +21,11 @@ from cnnft.images import ImageError, read_image
 from cnnft.transforms import EvaluationViews, InputSpec
 
 Key = tuple[int, int]
-"""(epoch, index): names one random view of one training image."""
+"""(epoch, index): names one random view of one training image. ~index stands for the same image
+where it is not to count."""
+
+IGNORED = -100
+"""The label of an image that does not count, as `torch.nn.functional.cross_entropy` has it."""
 
 
 class TrainingImages(Dataset[tuple[Tensor, int] | str]):
@@ -45,12 +50,13 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
         epoch, index = key
         try:
+            counted, index = index >= 0, max(index, ~index)
             image = read_image(self.samples.paths[index])
         except ImageError as error:
             return str(error)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(keyed_seed("sample", self.seed, epoch, index))
-            return self.transform(image), self.samples.labels[index]
+            return self.transform(image), self.samples.labels[index] if counted else IGNORED
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class KeyedBatches(Sampler[list[Key]]):
     """All batches of a training run, as keys: a pure function of (seed, epoch, step).
 
     Every image occurs once an epoch. The last batch may be smaller, but never a single image,
-    which BatchNorm cannot train on: that one joins the batch before it.
+    which BatchNorm cannot train on: that one joins the batch before it. Iteration gives this
+    process's share of each batch, and an image that does not count where the share is empty.
     """
 
     images: int
@@ -77,13 +84,29 @@ class KeyedBatches(Sampler[list[Key]]):
         return self.epochs * self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[Key]]:
-        first_epoch, first_step = divmod(self.first_step, self.steps_per_epoch)
-        for epoch in range(first_epoch, self.epochs):
-            order = self.order(epoch)
-            for step in range(first_step if epoch == first_epoch else 0, self.steps_per_epoch):
-                last = step == self.steps_per_epoch - 1
-                stop = None if last else (step + 1) * self.batch_size
-                yield [(epoch, index) for index in order[step * self.batch_size : stop]]
+        order: list[int] = []
+        for step in range(self.first_step, len(self)):
+            epoch, within = divmod(step, self.steps_per_epoch)
+            if within == 0 or not order:
+                order = self.order(epoch)
+            batch = [(epoch, order[place]) for place in self._places(within)]
+            mine = [batch[i] for i in distributed.share(len(batch))]
+            yield mine or [(epoch, ~batch[0][1])]
+
+    def at(self, step: int) -> list[int]:
+        """The images of a step, in all processes."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        order = self.order(epoch)
+        return [order[place] for place in self._places(within)]
+
+    def size(self, step: int) -> int:
+        """How many images the step has, in all processes."""
+        return len(self._places(step % self.steps_per_epoch))
+
+    def _places(self, within: int) -> range:
+        last = within == self.steps_per_epoch - 1
+        stop = self.images if last else (within + 1) * self.batch_size
+        return range(within * self.batch_size, stop)
 
     def order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(keyed_seed("order", self.seed, epoch))
@@ -160,10 +183,14 @@ def view_batches(
     batch_size: int,
     workers: int,
 ) -> ViewLoader:
-    """Every file once, in order; may be iterated again, workers stay alive in between."""
+    """This process's share of the files, each once, in order.
+
+    May be iterated again; workers stay alive in between.
+    """
     return DataLoader(
         ViewedImages(paths, views),  # type: ignore[arg-type]  # collation changes the type
         batch_size=batch_size,
+        sampler=distributed.share(len(paths)),
         num_workers=workers,
         persistent_workers=workers > 0,
         collate_fn=_stack_views,
@@ -196,6 +223,8 @@ def channel_statistics(
         pixels = batch.pixels.double().transpose(0, 2).flatten(1)
         total, squares = total + pixels.sum(dim=1), squares + pixels.square().sum(dim=1)
         count += pixels.shape[1]
+    total, squares = distributed.total(total), distributed.total(squares)
+    count = int(distributed.total(torch.tensor(count)))
     mean = total / count
     std = (squares / count - mean.square()).clamp(min=1e-8).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())

@@ -52,6 +52,11 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is one, whole or not."""
+    return bool(_newest_first(folder))
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("*-*.safetensors"), reverse=True)
 

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cnnft import __version__
+from cnnft import __version__, distributed
 from cnnft.batches import default_workers, view_batches
 from cnnft.config import Head, TestTimeViews
 from cnnft.errors import CnnftError, UsageError
@@ -215,6 +215,7 @@ def load(
             f"{path} is for programs that run ONNX: give the run that it was made from"
         )
     place = choose_device(device)
+    distributed.join()
     classifier = _load_run(path, weights) if path.is_dir() else _load_file(path, weights)
     classifier.network.to(place)
     classifier.network.eval()

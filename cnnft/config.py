@@ -20,7 +20,7 @@ ExportFormat = Literal["head", "safetensors", "onnx"]
 
 
 _LONGEST_NAME = 200  # file systems take 255, and names count up
-_WITHOUT_FLAG = {"checkpoint_minutes", "data", "momentum", "step_epochs", "step_gamma"}
+_WITHOUT_FLAG = {"data", "momentum", "step_epochs", "step_gamma"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Config:
     fit: Fit | None = None  # None: as the backbone's authors did
     normalize: str = "pretrained"  # or dataset, or MEAN/STD
     epochs: int = 25  # as PyTorch's transfer-learning tutorial
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = 32  # per step, in all processes; auto: what fits
+    micro_batch: int | None = None  # computed at once in each process; None: all
     lr: float | None = None  # of the pretrained layers; None: the 1/10 rule
     head_lr: float | None = None  # of the new head; None: the rate of training from scratch
     momentum: float = 0.9
@@ -60,7 +61,9 @@ class Config:
     seed: int = 0
     workers: int | None = None  # None: half of the processors, at most 8
     device: str = "auto"
-    checkpoint_minutes: float = 5.0  # besides one after each epoch
+    checkpoint_every: str = "5m"  # or steps; besides one after each epoch
+    skip_nonfinite: int = 0  # steps that may be left out because their loss is NaN or infinite
+    sync_bn: bool = False  # with several GPUs: BatchNorm over the whole batch
     strict: bool = False
     runs_dir: str | Path = "runs"
     name: str | None = None  # None: <data folder>-<backbone>
@@ -71,12 +74,15 @@ class Config:
             _check_type(f.name, getattr(self, f.name), f.type)
             _check_text(f.name, getattr(self, f.name))
         _require(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        if isinstance(self.batch_size, int):
+            _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        micro = self.micro_batch
+        _require(micro is None or micro >= 1, "micro_batch", micro, "at least 1")
+        _require(self.skip_nonfinite >= 0, "skip_nonfinite", self.skip_nonfinite, "at least 0")
         _require(self.step_epochs >= 1, "step_epochs", self.step_epochs, "at least 1")
         _require(0 < self.step_gamma <= 1, "step_gamma", self.step_gamma, "above 0, at most 1")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0, below 1")
-        minutes = self.checkpoint_minutes
-        _require(minutes > 0, "checkpoint_minutes", minutes, "above 0")
+        parse_interval(self.checkpoint_every)
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2^63")
         _require(self.workers is None or self.workers >= 0, "workers", self.workers, "at least 0")
@@ -121,6 +127,19 @@ class Config:
             raise UsageError(f"--name {self.name!r} must be a plain folder name (see --runs-dir)")
         if self.name is not None and len(self.name.encode()) > _LONGEST_NAME:
             raise UsageError(f"--name {self.name[:20]}… is too long: {_LONGEST_NAME} bytes at most")
+
+    @property
+    def images_per_step(self) -> int:
+        """`batch_size`, where auto is settled."""
+        assert isinstance(self.batch_size, int)
+        return self.batch_size
+
+    @property
+    def images_at_once(self) -> int:
+        """How many images go through the network together where nothing is learned."""
+        batch = self.batch_size if isinstance(self.batch_size, int) else Config.batch_size
+        assert isinstance(batch, int)
+        return min(batch, self.micro_batch or batch)
 
     def to_dict(self) -> dict[str, Any]:
         """What a run saves: plain values only, absent where None; `Config(**...)` reads it back."""
@@ -167,6 +186,25 @@ def parse_statistics(text: str) -> tuple[Channels, Channels]:
             "deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
         ) from error
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """ "90s", "5m", "2h" -> (seconds, inf), "500" -> (inf, steps).
+
+    Raises:
+        UsageError: it has another form.
+    """
+    seconds = {"s": 1, "m": 60, "h": 3600}.get(text[-1:])
+    number = text if seconds is None else text[:-1]
+    try:
+        value = float(number) if seconds else int(number)
+        if not 0 < value < float("inf"):
+            raise ValueError
+    except ValueError as error:
+        raise UsageError(
+            f"--checkpoint-every {text!r}: give a time such as 90s, 5m or 2h, or a number of steps"
+        ) from error
+    return (value * seconds, float("inf")) if seconds else (float("inf"), value)
 
 
 def _require(holds: bool, name: str, value: object, bounds: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cnnft import distributed
 from cnnft.batches import Views, keyed_seed
 from cnnft.heads import classifier_layer
 from cnnft.inference import infer_all
@@ -62,7 +63,7 @@ def embed(
     finally:
         for handle in handles:
             handle.remove()
-    values, layer = torch.cat(entering), order[0]
+    values, layer = torch.cat(distributed.gather(entering)), order[0]
     linear = isinstance(layer, nn.Linear) and layer.bias is not None and len(order) == 1
     if linear and values.ndim == 2:
         with torch.no_grad():  # not where something follows the layer

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cnnft import distributed
 from cnnft.batches import Views
 from cnnft.errors import CnnftError, UsageError
 
@@ -47,19 +48,21 @@ def infer_all(network: nn.Module, batches: Iterable[Views], paths: Sequence[Path
         for index, reason in batch.unreadable.items():
             raise CnnftError(f"{paths[index]} {reason}: the data changed meanwhile")
         rows.append(log_probs)
-    return torch.cat(rows)
+    return torch.cat(distributed.gather(rows))
 
 
 def choose_device(name: str) -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU.
+    """auto: CUDA, else Apple's MPS, else the CPU. Of several processes each takes its own GPU.
 
     Raises:
         UsageError: no device of that name, or it is not there.
     """
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and distributed.world > 1:
+        name = f"cuda:{distributed.local_rank}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()

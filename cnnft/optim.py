@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cnnft import distributed
 from cnnft.config import Config
 
 REFERENCE_BATCH = 256
@@ -34,10 +35,10 @@ def learning_rates(config: Config, architecture: str, probed: bool = False) -> L
     pretraining everything at scratch. `config.lr` and `config.head_lr` override the outcome.
     """
     original = _ORIGINAL_LR_PLAIN if architecture.startswith(_PLAIN) else _ORIGINAL_LR
-    scratch = original * config.batch_size / REFERENCE_BATCH
+    scratch = original * config.images_per_step / REFERENCE_BATCH
     steps = [
         f"from scratch: {original:g} (original, per {REFERENCE_BATCH} images) "
-        f"× {config.batch_size} / {REFERENCE_BATCH} = {scratch:g}"
+        f"× {config.images_per_step} / {REFERENCE_BATCH} = {scratch:g}"
     ]
     head, backbone = scratch, scratch
     if config.head_lr is not None:
@@ -125,5 +126,7 @@ SMALL_BATCH = 8
 def freezes_statistics(config: Config) -> bool:
     """Whether BatchNorm layers that train keep their pretrained statistics."""
     if config.batchnorm == "auto":
-        return config.pretrained and config.batch_size < SMALL_BATCH
+        processes = 1 if config.sync_bn else distributed.world
+        seen = min(config.images_per_step // processes, config.images_at_once)
+        return config.pretrained and seen < SMALL_BATCH
     return config.batchnorm == "frozen"

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from timm.layers import convert_sync_batchnorm
 
-from cnnft import data
+from cnnft import data, distributed
 from cnnft.advice import Advice, advise
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
@@ -26,6 +27,7 @@ from cnnft.features import Probe, embed, install, probe
 from cnnft.freezing import freeze
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
+from cnnft.memory import largest_batch
 from cnnft.optim import LearningRates, learning_rates
 from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.transforms import EvaluationViews, InputSpec
@@ -75,7 +77,10 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
         CnnftError: what the user has to mend, in a sentence.
     """
     device = choose_device(config.device)
+    _require_gpus(config, device)
     resolve(config.backbone)  # a wrong name is known before the data is read
+    data.require_folder(config.data)
+    distributed.join()
     asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers
     found = _read(config, on_file)
@@ -99,6 +104,11 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     freeze(network, head, backbone.stages, config.mode, config.train_stages)
     if config.dropout:
         add_dropout(network, head, config.dropout)
+    if config.sync_bn:
+        network = convert_sync_batchnorm(network)
+    if config.batch_size == "auto":
+        fits = largest_batch(network, spec.size, len(found.train) // distributed.world)
+        config = replace(config, batch_size=distributed.from_main(fits) * distributed.world)
     weights = backbone.weights
     return Plan(
         config=config,
@@ -123,10 +133,17 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
         advice=probed.advice if probed else None,
         probed=starts_from_probe,
         rates=learning_rates(config, backbone.identity.architecture, starts_from_probe),
-        batches=KeyedBatches(len(found.train), config.batch_size, config.seed, config.epochs),
+        batches=KeyedBatches(len(found.train), config.images_per_step, config.seed, config.epochs),
         device=device,
         workers=workers,
     )
+
+
+def _require_gpus(config: Config, device: torch.device) -> None:
+    if config.sync_bn and device.type != "cuda":
+        raise UsageError(
+            f"--sync-bn is for several GPUs, and this trains on {device}: leave it out"
+        )
 
 
 def _open(config: Config, classes: int, device: torch.device) -> Backbone:
@@ -211,7 +228,7 @@ def _input_spec(config: Config, spec: InputSpec, samples: Samples, workers: int)
     """The backbone's, but for what the user asked to be otherwise."""
     spec = spec if config.fit is None else replace(spec, fit=config.fit)
     if config.normalize == "dataset":
-        mean, std = channel_statistics(samples.paths, spec, config.batch_size, workers)
+        mean, std = channel_statistics(samples.paths, spec, config.images_at_once, workers)
         return replace(spec, mean=mean, std=std)
     if config.normalize != "pretrained":
         mean, std = parse_statistics(config.normalize)
@@ -242,7 +259,7 @@ def _probe(
     first = {digest: i for i, digest in reversed(list(enumerate(samples.hashes)))}
     samples = samples.take(sorted(first.values()))
     _log.info("probing the frozen features of %d training images", len(samples))
-    batches = view_batches(samples.paths, EvaluationViews(spec), config.batch_size, workers)
+    batches = view_batches(samples.paths, EvaluationViews(spec), config.images_at_once, workers)
     features = embed(backbone.network, backbone.head, batches, samples.paths)
     if not features.linear and config.mode != "auto":
         return _Probed(None, None)

@@ -1,10 +1,12 @@
 """finetune: a plan -> train -> save. Reads top to bottom."""
 
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -12,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from cnnft import distributed
 from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_batches
 from cnnft.checkpoints import Checkpoint
-from cnnft.config import Config
+from cnnft.config import Config, parse_interval
 from cnnft.errors import CnnftError
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
@@ -22,8 +25,17 @@ from cnnft.metrics import Score, score
 from cnnft.optim import freezes_statistics, make_optimizer, make_schedule
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
-from cnnft.training import EpochDone, StepDone, TrainState, train
+from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews, training_transform
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event: the run's directory is there."""
+
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,9 @@ class Stopped:
     step: int
 
 
-Event = StepDone | Epoch | Finished | Stopped
+Event = Started | StepDone | Epoch | Finished | Stopped
+
+_FILES_SHOWN = 3
 
 
 def carry_out(
@@ -51,77 +65,121 @@ def carry_out(
 ) -> Iterator[Event]:
     """Train as planned; yields after every step, after every epoch with its validation, at the end.
 
-    The state is saved after every epoch, every `config.checkpoint_minutes`, and when `stop()` says
+    The state is saved after every epoch, at every `config.checkpoint_every`, and when `stop()` says
     so after a step. With `run` the training goes on from its newest checkpoint, and ends with the
     weights that it would have had without the interruption, bit for bit on the same device.
+    Several processes each call it; the main one writes.
 
     Raises:
         CnnftError: the loss is not finite; a file cannot be read any more, or none be written.
     """
+    resuming = run is not None
+    run = run or Run.create(plan.config, plan.config.name or default_name(plan.config))
+    with run.locked():
+        run.save_config(plan.config)
+        run.save_data(plan.train, plan.val, plan.skipped)
+        yield Started(run)
+        saved = run.load_checkpoint() if resuming else None
+        yield from _explained(_train(plan, run, saved, stop), plan)
+
+
+def _train(
+    plan: Plan, run: Run, saved: Checkpoint | None, stop: Callable[[], bool]
+) -> Iterator[Event]:
     config, classifier, spec = plan.config, plan.classifier, plan.classifier.input_spec
-    saved = run.load_checkpoint() if run else None
-    if run is None:
-        run = Run.create(config, config.name or _default_name(config))
-    run.save_config(config)
-    run.save_data(plan.train, plan.val, plan.skipped)
-    steps_per_epoch = plan.batches.steps_per_epoch
-    optimizer = make_optimizer(classifier.network, classifier.head, plan.stages, plan.rates, config)
     state = TrainState(
         network=classifier.network,
-        optimizer=optimizer,
-        schedule=make_schedule(config, steps_per_epoch),
-        steps_per_epoch=steps_per_epoch,
-        seed=config.seed,
+        optimizer=make_optimizer(
+            classifier.network, classifier.head, plan.stages, plan.rates, config
+        ),
+        schedule=make_schedule(config, plan.batches.steps_per_epoch),
+        keys=plan.batches,
         keep_statistics=(
             batchnorms(classifier.network, classifier.head) if freezes_statistics(config) else ()
         ),
+        micro_batch=config.micro_batch,
+        tolerated=config.skip_nonfinite,
     )
     history: list[Epoch] = []
     if saved:
-        state.restore(saved.tensors, saved.step, saved.values["seen"])
+        state.restore(saved.tensors, saved.values["state"])
         history = [Epoch(**row) for row in saved.values["history"]]
     training_images = TrainingImages(plan.train, training_transform(spec), config.seed)
     batches = training_batches(
         training_images, replace(plan.batches, first_step=state.step), plan.workers
     )
     val_batches = view_batches(
-        plan.val.paths, EvaluationViews(spec), config.batch_size, plan.workers
+        plan.val.paths, EvaluationViews(spec), config.images_at_once, plan.workers
     )
+    due = _Due(config.checkpoint_every)
 
     def save() -> None:
-        values = {"seen": state.seen, "history": [asdict(epoch) for epoch in history]}
-        run.save_checkpoint(Checkpoint(state.step, state.tensors(), values))
+        tensors, numbers = state.state_dict()
+        values = {"state": numbers, "history": [asdict(epoch) for epoch in history]}
+        run.save_checkpoint(Checkpoint(state.step, tensors, values))
+        due.reset(state.step)
 
-    saved_at = time.monotonic()
-    for event in train(state, batches, cross_entropy):
+    for event in train(state, batches, partial(cross_entropy, reduction="sum")):
         if isinstance(event, StepDone):
             yield event
-            if event.step % steps_per_epoch == 0:  # the epoch is evaluated before anything else
+            if event.step % plan.batches.steps_per_epoch == 0:  # evaluated before anything else
                 continue
-            if time.monotonic() - saved_at > 60 * config.checkpoint_minutes:
-                save()
-                saved_at = time.monotonic()
         else:
-            val = _validate(event, classifier.network, val_batches, plan, run)
+            val = _validate(classifier.network, val_batches, plan)
             best = _best(history)
             better = best is None or _order(val.accuracy, val.loss) < _order(
                 best.val_accuracy, best.val_loss
             )
-            history.append(_row(event, val, optimizer, better))
+            history.append(_row(event, val, state.optimizer, better))
             if better:
                 run.save_classifier(classifier)
             run.save_history(history)
             run.save_metrics(_metrics(plan, history))
             save()
-            saved_at = time.monotonic()
             yield history[-1]
-        if stop() and state.step < len(plan.batches):
+        stopping, saving = distributed.anywhere(stop(), due.at(state.step))
+        stopping = stopping and state.step < len(plan.batches)
+        if stopping or saving:
             save()
+        if stopping:
             yield Stopped(run, state.step)
             return
     best = _best(history)
     assert best is not None
     yield Finished(run, best, _score(plan, best))
+
+
+class _Due:
+    """Whether the next checkpoint is due."""
+
+    def __init__(self, every: str) -> None:
+        self.seconds, self.steps = parse_interval(every)
+        self.reset(0)
+
+    def reset(self, step: int) -> None:
+        self.step, self.time = step, time.monotonic()
+
+    def at(self, step: int) -> bool:
+        long = time.monotonic() - self.time >= self.seconds
+        return long or step - self.step >= self.steps
+
+
+def _explained(events: Iterator[Event], plan: Plan) -> Iterator[Event]:
+    """`events`; a loss that is not finite is told with the step's files and the likely cause."""
+    try:
+        yield from events
+    except NonFiniteLossError as error:
+        if error.step == 0:
+            cause = "at the first step the weights, or --normalize, are to blame"
+        else:
+            cause = "most often a learning rate is too high: lower --lr or --head-lr"
+        files = [str(plan.train.paths[index]) for index in plan.batches.at(error.step)]
+        shown = ", ".join(files[:_FILES_SHOWN]) + (", …" if len(files) > _FILES_SHOWN else "")
+        _log.info("files of step %d:\n%s", error.step + 1, "\n".join(files))
+        raise CnnftError(
+            f"{error}: {cause}; its images: {shown} (--skip-nonfinite N leaves out up to N such "
+            "steps; the last good checkpoint is kept)"
+        ) from error
 
 
 def _best(history: Sequence[Epoch]) -> Epoch | None:
@@ -133,18 +191,15 @@ def _order(accuracy: float, loss: float) -> tuple[float, float]:
     return -accuracy, loss
 
 
-def _validate(
-    event: EpochDone, network: nn.Module, batches: ViewLoader, plan: Plan, run: Run
-) -> Score:
+def _validate(network: nn.Module, batches: ViewLoader, plan: Plan) -> Score:
     try:
-        log_probs = infer_all(network, batches, plan.val.paths)
-        val = score(log_probs, torch.tensor(plan.val.labels))
-        if not math.isfinite(event.loss + val.loss):
-            raise NotANumberError("the loss is not finite")
+        val = score(infer_all(network, batches, plan.val.paths), torch.tensor(plan.val.labels))
+        if not math.isfinite(val.loss):
+            raise NotANumberError("the loss on val is not finite")
     except NotANumberError as error:
         raise CnnftError(
-            f"training diverged in epoch {event.epoch + 1} ({error}): lower --lr or "
-            f"--head-lr; {run.path} keeps the best epoch before it, if there was one"
+            f"training diverged ({error}): lower --lr or --head-lr; the run keeps the best epoch "
+            "before, if there was one"
         ) from error
     return val
 
@@ -181,7 +236,8 @@ def finetune(*args: Any, **kwargs: Any) -> Run:
     return finished.run
 
 
-def _default_name(config: Config) -> str:
+def default_name(config: Config) -> str:
+    """Of a run that is given none."""
     backbone = config.backbone.removeprefix("local-dir:").rstrip("/")
     return f"{Path(config.data).name}-{Path(backbone).name}"
 

@@ -13,21 +13,24 @@ Every file appears whole: it is written beside its place, synced and renamed.
 """
 
 import csv
+import glob  # pathlib escapes no patterns
 import io
 import json
 import shutil
-import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from filelock import FileLock, Timeout
 
-from cnnft.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from cnnft import distributed
+from cnnft.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
@@ -38,6 +41,10 @@ FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
     *("data.csv", "skipped.csv"),
 )
+
+
+_STATE = "state"
+_LAUNCH = "state/launch"
 
 
 @dataclass(frozen=True)
@@ -72,31 +79,54 @@ class Run:
 
     @classmethod
     def create(cls, config: Config, name: str) -> "Run":
-        """A new, empty directory: `name`, or `name`-2, -3, ...; with `config.force` `name` itself.
+        """A new directory: `name`, or `name`-2, -3, ...; with `config.force` `name` itself.
+
+        What `force` replaces is kept, hidden, until the new run has weights.
 
         Raises:
-            UsageError: `force` would delete something that is no run.
-            CnnftError: the directory cannot be made.
+            UsageError: `force` would replace something that is no run.
+            CnnftError: the directory cannot be made; the run to replace is being trained.
         """
-        runs_dir = Path(config.runs_dir)
-        try:
-            runs_dir.mkdir(parents=True, exist_ok=True)
-            if config.force:
-                _remove_run(runs_dir / name)
-            for number in count(1):
-                path = runs_dir / (name if number == 1 else f"{name}-{number}")
-                try:
-                    path.mkdir()
-                except FileExistsError:
-                    continue
-                run = cls(path)
-                break
-        except OSError as error:
-            raise CnnftError(
-                f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
-            ) from error
+        path = _make_directory(config, name) if distributed.is_main else None
+        path = distributed.from_main(path)
+        assert path is not None
+        run = cls(path)
         run.save_config(config)
+        run._write(_LAUNCH, distributed.launch().encode())
         return run
+
+    @classmethod
+    def of_this_launch(cls, config: Config, name: str) -> "Run | None":
+        """The run that torchrun's processes made before it had to start them again."""
+        found: Path | None = None
+        if distributed.is_main and distributed.restarted:
+            for path in sorted(Path(config.runs_dir).glob(f"{glob.escape(name)}*")):
+                launch = path / _LAUNCH
+                if launch.is_file() and launch.read_text() == distributed.launch():
+                    found = path
+        found = distributed.from_main(found)
+        return None if found is None else cls(found)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains in it meanwhile; a process that dies lets go.
+
+        Raises:
+            CnnftError: somebody does.
+        """
+        if not distributed.is_main:
+            yield
+            return
+        try:
+            (self.path / _STATE).mkdir(exist_ok=True)
+            lock = FileLock(self.path / _STATE / "lock")
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise CnnftError(f"{self.path} is being trained by another process") from error
+        except OSError as error:
+            raise CnnftError(f"{self.path} cannot be written ({error.strerror})") from error
+        with lock:
+            yield
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -121,11 +151,15 @@ class Run:
         self._write("config.toml", tomli_w.dumps(config.to_dict()).encode())
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        save_checkpoint(self.path / "state", checkpoint)
+        if distributed.is_main:
+            save_checkpoint(self.path / _STATE, checkpoint)
+
+    def has_checkpoint(self) -> bool:
+        return has_checkpoint(self.path / _STATE)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The newest whole one; None: training begins from its start."""
-        return load_checkpoint(self.path / "state")
+        return load_checkpoint(self.path / _STATE)
 
     def require_same_data(self, train: Samples, val: Samples) -> None:
         """Raises `CnnftError` where the images are not those that the run began with."""
@@ -185,6 +219,8 @@ class Run:
         """Weights and description. The weights come last: with them the run can be used."""
         self._write("config.json", _json(classifier.describe()))
         self._write("model.safetensors", to_safetensors(classifier.network.state_dict()))
+        if distributed.is_main:
+            shutil.rmtree(_replaced(self.path), ignore_errors=True)
 
     def save_history(self, history: Sequence[Epoch]) -> None:
         names = [field.name for field in fields(Epoch)]
@@ -202,7 +238,8 @@ class Run:
         return values
 
     def _write(self, name: str, content: bytes) -> None:
-        write_whole(self.path / name, content)
+        if distributed.is_main:
+            write_whole(self.path / name, content)
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
@@ -216,14 +253,42 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise CnnftError(f"{path} is not valid TOML ({error})") from error
 
 
-def _remove_run(path: Path) -> None:
+def _make_directory(config: Config, name: str) -> Path:
+    runs_dir = Path(config.runs_dir)
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        if config.force:
+            _put_aside(runs_dir / name)
+        for number in count(1):
+            path = runs_dir / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            break
+    except OSError as error:
+        raise CnnftError(
+            f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
+        ) from error
+    return path
+
+
+def _put_aside(path: Path) -> None:
     if not path.exists():
         return
     if not (path / "config.toml").is_file():
         raise UsageError(f"--force would delete {path}, which is not a run: choose another --name")
-    doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    path.rename(doomed / path.name)
-    shutil.rmtree(doomed)
+    with Run(path).locked():
+        pass  # nobody trains in it
+    if _replaced(path).exists():  # and this one, which was to replace it, got no weights
+        shutil.rmtree(path)
+    else:
+        path.rename(_replaced(path))
+
+
+def _replaced(path: Path) -> Path:
+    """Where the run lies that `path` replaces, until it has weights of its own."""
+    return path.with_name(f".{path.name}.replaced")
 
 
 def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:

@@ -1,13 +1,20 @@
 """The training step, written once."""
 
+import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
-from cnnft.batches import keyed_seed
+from cnnft import distributed
+from cnnft.batches import IGNORED, KeyedBatches, keyed_seed
+from cnnft.errors import CnnftError
 from cnnft.freezing import train_mode
 from cnnft.optim import Multiplier
 
@@ -15,7 +22,19 @@ AUXILIARY_WEIGHT = 0.4
 """Of the loss of an auxiliary classifier (as PyTorch's tutorial weighs Inception v3's)."""
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, C), labels (B,)) -> mean loss over the batch."""
+"""(logits (B, C), labels (B,)) -> summed loss of the batch; images labelled IGNORED have none."""
+
+
+_log = logging.getLogger(__name__)
+
+
+class NonFiniteLossError(CnnftError):
+    """The loss, or a weight, is NaN or infinite."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(what)
+        self.step = step
+        """From 0."""
 
 
 @dataclass
@@ -25,29 +44,45 @@ class TrainState:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: Multiplier
-    steps_per_epoch: int
-    seed: int
+    keys: KeyedBatches
+    """Which images make up which step."""
     keep_statistics: Sequence[nn.Module] = ()
     """BatchNorm layers that train but keep their pretrained statistics."""
+    micro_batch: int | None = None
+    """Images that are computed at once, in each process; their gradients add up to the batch's.
+    None: all. Halved where they do not fit the device's memory."""
+    tolerated: int = 0
+    """Steps whose loss is not finite that may be left out."""
     step: int = 0
     """Steps taken so far."""
-    seen: int = 0
-    """Images in the present epoch so far."""
     totals: Tensor | None = None
-    """Their summed loss, and how many were classified right: (2,), on the device."""
+    """Of the present epoch so far, in this process, on the device, (3,): summed loss, images
+    classified right, images."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that `restore` needs but `step` and `seen`, by name."""
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int | None]]:
+        """All that `restore` needs: tensors by name, and numbers; every process has to ask.
+
+        Raises:
+            NonFiniteLossError: the state is not worth keeping.
+        """
         assert self.totals is not None
-        kept = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 if value is not None:
-                    kept[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-        return {**kept, "totals": self.totals}
+                    tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+        tensors["totals"] = distributed.total(self.totals)
+        if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
+            raise NonFiniteLossError("the loss or a weight is not finite", self.step - 1)
+        numbers = {
+            "step": self.step,
+            "micro_batch": self.micro_batch,
+            "tolerated": self.tolerated,
+        }
+        return tensors, numbers
 
-    def restore(self, tensors: dict[str, Tensor], step: int, seen: int) -> None:
-        """Go back to the state that `tensors` was taken in."""
+    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int | None]) -> None:
+        """Go back to the state that both were taken in."""
         network, optimizer = {}, self.optimizer.state_dict()
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
@@ -58,8 +93,10 @@ class TrainState:
                 optimizer["state"].setdefault(int(index), {})[value] = tensor
         self.network.load_state_dict(network)
         self.optimizer.load_state_dict(optimizer)
-        device = next(self.network.parameters()).device
-        self.step, self.seen, self.totals = step, seen, tensors["totals"].to(device)
+        totals = tensors["totals"].to(next(self.network.parameters()).device)
+        self.totals = totals if distributed.is_main else torch.zeros_like(totals)
+        self.step, self.tolerated = numbers["step"] or 0, numbers["tolerated"] or 0
+        self.micro_batch = numbers["micro_batch"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +105,10 @@ class StepDone:
     step: int
     """Within the run, from 1."""
     images: int
+    """In all processes."""
     loss: Tensor
-    """Scalar on the device: reading it waits for the device, so read it only to show it."""
+    """Mean over this process's images, scalar on the device: reading it waits for the device, so
+    read it only to show it."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +127,19 @@ def train(
     """Take one step per batch (pixels (B, 3, H, W), labels (B,)); yield after each, and each epoch.
 
     At every yield the state is consistent: the caller may evaluate, save, or stop for good.
-    Randomness inside the network (dropout, stochastic depth) is seeded from (seed, step), so that
-    it does not depend on what happened in between.
+    Randomness inside the network (dropout, stochastic depth) is seeded from (seed, step, rank), so
+    that it does not depend on what happened in between.
+
+    Raises:
+        NonFiniteLossError: more often than tolerated. A GPU computes ahead of this process, which
+            looks at the loss of the step before instead of waiting.
     """
     device = next(state.network.parameters()).device
     precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     if state.totals is None:
-        state.totals = torch.zeros(2, dtype=precision, device=device)
+        state.totals = torch.zeros(3, dtype=precision, device=device)
+    network = distributed.parallel(state.network, device)
+    unread: deque[tuple[int, Tensor]] = deque(maxlen=2)
     start = time.monotonic()
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -102,28 +147,109 @@ def train(
         train_mode(state.network, state.keep_statistics)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule(state.step)
-        torch.manual_seed(keyed_seed("step", state.seed, state.step))
+        statistics = [b.clone() for b in state.network.buffers()] if state.tolerated else []
 
-        logits, *auxiliary = all_logits(state.network(pixels))
-        loss = objective(logits, labels)
-        for other in auxiliary:
-            loss = loss + AUXILIARY_WEIGHT * objective(other, labels)
-        state.optimizer.zero_grad()
-        loss.backward()
-        state.optimizer.step()
+        sums = _gradients(state, network, pixels, labels, objective)
+        if state.tolerated and distributed.anywhere(not _usable(state, sums[0]))[0]:
+            _leave_out(state, statistics)
+        else:
+            unread.append((state.step, sums[0]))
+            if device.type == "cpu" or len(unread) > 1:
+                _require_finite(state, *unread.popleft())
+            state.optimizer.step()
+            state.totals += sums
 
-        epoch = state.step // state.steps_per_epoch
+        images, epoch = state.keys.size(state.step), state.step // state.keys.steps_per_epoch
         state.step += 1
-        state.seen += len(labels)
-        correct = (logits.argmax(dim=1) == labels).sum()
-        state.totals += torch.stack([loss.detach() * len(labels), correct]).to(precision)
-        yield StepDone(epoch, state.step, len(labels), loss.detach())
-        if state.step % state.steps_per_epoch == 0:
-            mean_loss, accuracy = (state.totals / state.seen).tolist()
-            state.totals.zero_()
-            state.seen = 0
+        yield StepDone(epoch, state.step, images, sums[0] / sums[2])
+        if state.step % state.keys.steps_per_epoch == 0:
+            mean_loss, accuracy = _finish_epoch(state)
             yield EpochDone(epoch, mean_loss, accuracy, time.monotonic() - start)
             start = time.monotonic()
+
+
+def _gradients(
+    state: TrainState, network: nn.Module, pixels: Tensor, labels: Tensor, objective: Objective
+) -> Tensor:
+    """Set all gradients to those of the batch's mean loss; in smaller parts if memory runs out.
+
+    Returns this process's (3,): summed loss, images classified right, images.
+    """
+    while True:
+        try:
+            return _gradients_in_parts(state, network, pixels, labels, objective)
+        except torch.OutOfMemoryError:
+            size = min(state.micro_batch or len(labels), len(labels))
+            if size == 1 or distributed.world > 1:  # the others wait in the middle of a step
+                raise
+            state.micro_batch = (size + 1) // 2
+        # Not before the exception is gone, which holds the tensors of what failed.
+        torch.cuda.empty_cache()
+        _log.warning(
+            "out of memory: %d images are computed at once from now on, and their gradients added "
+            "up, so the step is the same but for BatchNorm, which sees %d images",
+            *[state.micro_batch] * 2,
+        )
+
+
+def _gradients_in_parts(
+    state: TrainState, network: nn.Module, pixels: Tensor, labels: Tensor, objective: Objective
+) -> Tensor:
+    assert state.totals is not None
+    torch.manual_seed(keyed_seed("step", state.keys.seed, state.step, distributed.rank))
+    state.optimizer.zero_grad()
+    # The wrapper of several processes takes the mean of their gradients, and we want the sum.
+    weight = distributed.world / state.keys.size(state.step)
+    parts = math.ceil(len(labels) / (state.micro_batch or len(labels)))
+    sums = torch.zeros_like(state.totals)
+    pairs = zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
+    for part, (some_pixels, some_labels) in enumerate(pairs, start=1):
+        with nullcontext() if part == parts else distributed.without_sync(network):
+            logits, *auxiliary = all_logits(network(some_pixels))
+            loss = objective(logits, some_labels)
+            for other in auxiliary:
+                loss = loss + AUXILIARY_WEIGHT * objective(other, some_labels)
+            (loss * weight).backward()
+        correct = (logits.argmax(dim=1) == some_labels).sum()
+        sums += torch.stack([loss.detach(), correct, (some_labels != IGNORED).sum()]).to(sums)
+    return sums
+
+
+def _usable(state: TrainState, loss: Tensor) -> bool:
+    """Whether the loss and all gradients are finite; waits for the device."""
+    gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
+    return bool(loss.isfinite() & get_total_norm(gradients).isfinite())
+
+
+def _leave_out(state: TrainState, statistics: Sequence[Tensor]) -> None:
+    """As if the step had not been computed; its learning rate is used up."""
+    _log.warning("step %d: the loss is not finite; the step is left out", state.step + 1)
+    state.tolerated -= 1
+    for buffer, before in zip(state.network.buffers(), statistics, strict=True):
+        buffer.copy_(before)
+
+
+def _require_finite(state: TrainState, step: int, loss: Tensor) -> None:
+    if not loss.isfinite():
+        rates = {
+            group["initial_lr"] * state.schedule(step) for group in state.optimizer.param_groups
+        }
+        told = " and ".join(f"{rate:g}" for rate in sorted(rates))
+        raise NonFiniteLossError(
+            f"the loss of step {step + 1} is {loss.item()}, at learning rate {told}", step
+        )
+
+
+def _finish_epoch(state: TrainState) -> tuple[float, float]:
+    """(mean loss, accuracy) over the images of all processes."""
+    assert state.totals is not None
+    loss, correct, images = distributed.total(state.totals).tolist()
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the summed loss of the epoch is {loss}", state.step - 1)
+    state.totals.zero_()
+    distributed.share_statistics(state.network)
+    images = max(images, 1)  # every step may have been left out
+    return loss / images, correct / images
 
 
 def all_logits(output: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:

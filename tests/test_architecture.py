@@ -11,7 +11,7 @@ PACKAGE = Path(cnnft.__file__).parent
 
 LAYERS = [
     {"errors"},
-    {"config"},
+    {"config", "distributed"},
     {"images", "downloads", "files"},
     {"transforms", "hub"},
     {"data"},
@@ -20,6 +20,7 @@ LAYERS = [
     {"pretrained"},
     {"backbones", "catalogue"},
     {"inference", "training"},
+    {"memory"},
     {"features"},
     {"classifier"},
     {"checkpoints"},

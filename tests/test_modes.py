@@ -434,5 +434,6 @@ def test_backbones_train_on_images(name, mode, tmp_path: Path):
         assert moved == head & before.keys()
         assert all(torch.equal(dict(network.named_buffers())[n], b) for n, b in statistics.items())
     else:
-        assert len(moved) > 0.8 * len(before)
+        # timm starts residual branches at zero: the first step moves only their last scale.
+        assert len(moved) > 0.5 * len(before)
     assert classifier_layer(network, head)[1] is not None

@@ -4,6 +4,7 @@ transforms, timm's reading of a run directory."""
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from conftest import SHARED, draw, draw_folder
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torchvision.models import get_model_weights, resnet18
 
@@ -78,10 +80,9 @@ def test_train_takes_the_steps_of_the_tutorial_loop(network, mode):
             network, HEAD, stages(network, HEAD), LearningRates(0.001, 0.001, ""), Config("-")
         ),
         schedule=make_schedule(config, steps_per_epoch=5),
-        steps_per_epoch=5,
-        seed=0,
+        keys=KeyedBatches(IMAGES, BATCH, 7, EPOCHS),
     )
-    events = train(state, batches(seed=7), torch.nn.functional.cross_entropy)
+    events = train(state, batches(seed=7), partial(cross_entropy, reduction="sum"))
     losses = [event.loss.item() for event in events if isinstance(event, StepDone)]
 
     assert len(losses) == 20 and [len(labels) for _, labels in all_batches[:5]] == [5, 5, 5, 5, 2]

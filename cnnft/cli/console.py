@@ -11,8 +11,11 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cnnft import distributed
+
 quiet = False
-"""Set by --quiet: nothing but results, warnings and errors."""
+"""Set by --quiet: nothing but results, warnings and errors. Of several processes the main one
+speaks, and whoever fails."""
 
 _out = Console(
     highlight=False,
@@ -37,29 +40,33 @@ def relay_logs() -> None:
 
 
 def say(text: RenderableType = "", style: str | None = None) -> None:
-    if not quiet:
+    if not quiet and distributed.is_main:
         _err.print(text, style=style)
 
 
 def warn(text: str) -> None:
-    _err.print(f"warning: {text}", style="yellow")
+    if distributed.is_main:
+        _err.print(f"warning: {text}", style="yellow")
 
 
 def error(text: str) -> None:
-    _err.print(f"error: {text}", style="bold red")
+    if distributed.says_first(text):
+        _err.print(f"error: {text}", style="bold red")
 
 
 def result(what: RenderableType) -> None:
-    _out.print(what, soft_wrap=isinstance(what, str))
+    if distributed.is_main:
+        _out.print(what, soft_wrap=isinstance(what, str))
 
 
 def result_json(value: object) -> None:
-    print(json.dumps(value, indent=2, default=str))
+    result_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def result_text(text: str) -> None:
     """Exactly `text`."""
-    print(text, end="")
+    if distributed.is_main:
+        print(text, end="")
 
 
 @contextmanager
@@ -73,6 +80,6 @@ def progress(*columns: str, **fields: Any) -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=_err,
         transient=True,
-        disable=quiet or not _err.is_terminal or "CI" in os.environ,
+        disable=quiet or not distributed.is_main or not _err.is_terminal or "CI" in os.environ,
     ) as bar:
         yield bar

@@ -25,6 +25,10 @@ def _option(panel: str, default: object, help: str, **more: Any) -> Any:
     return typer.Option(rich_help_panel=panel, show_default=str(default), help=help, **more)
 
 
+def _batch_size(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdecimal() else value
+
+
 def command(
     context: typer.Context,
     data: Annotated[
@@ -112,7 +116,23 @@ def command(
         int | None, _option(_TRAINING, Config.epochs, "Passes over the data.")
     ] = None,
     batch_size: Annotated[
-        int | None, _option(_TRAINING, Config.batch_size, "Images per step.")
+        str | None,
+        _option(
+            _TRAINING,
+            Config.batch_size,
+            "Images per step; auto: as many as fit.",
+            metavar="N|auto",
+            callback=_batch_size,
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        _option(
+            _TRAINING,
+            "all",
+            "Images computed at once; gradients add up to the step's. Saves memory.",
+            metavar="N",
+        ),
     ] = None,
     lr: Annotated[
         float | None,
@@ -129,6 +149,15 @@ def command(
             Config.schedule,
             f"How the rates fall: half a cosine, or × {Config.step_gamma} every "
             f"{Config.step_epochs} epochs.",
+        ),
+    ] = None,
+    skip_nonfinite: Annotated[
+        int | None,
+        _option(
+            _TRAINING,
+            Config.skip_nonfinite,
+            "Leave out up to N steps whose loss is NaN or infinite, instead of stopping.",
+            metavar="N",
         ),
     ] = None,
     seed: Annotated[
@@ -181,6 +210,15 @@ def command(
             help="Go on with an interrupted run; --epochs may be more than before.",
         ),
     ] = None,
+    checkpoint_every: Annotated[
+        str | None,
+        _option(
+            _RUN,
+            Config.checkpoint_every,
+            "Keep the state to resume from, besides after each epoch: 90s, 5m, 2h, or steps.",
+            metavar="TIME|STEPS",
+        ),
+    ] = None,
     workers: Annotated[
         int | None,
         _option(_RUN, "half of the processors, at most 8", "Processes that load images."),
@@ -188,6 +226,15 @@ def command(
     device: Annotated[
         str | None,
         _option(_RUN, Config.device, "Where to compute.", metavar="auto|cpu|cuda|mps"),
+    ] = None,
+    sync_bn: Annotated[
+        bool | None,
+        typer.Option(
+            "--sync-bn",
+            rich_help_panel=_RUN,
+            show_default=False,
+            help="With several GPUs: BatchNorm sees the whole step's images.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -203,12 +250,16 @@ def command(
     settings = _settings(given, config) if resume is None else _resumed(given, resume)
 
     from cnnft.planning import prepare
+    from cnnft.recipe import default_name
     from cnnft.run import Run
 
     with console.progress() as bar:
         task = bar.add_task("checking the images", total=None)
         plan = prepare(settings, on_file=lambda total: bar.update(task, total=total, advance=1))
-    run = None if resume is None else Run.open(resume)
+    if resume is None:
+        run = Run.of_this_launch(plan.config, plan.config.name or default_name(plan.config))
+    else:
+        run = Run.open(resume)
     if run is not None:
         run.require_same_data(plan.train, plan.val)
     show_plan(plan)

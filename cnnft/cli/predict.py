@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from cnnft import distributed
 from cnnft.cli import console, options
 from cnnft.errors import CnnftError, UsageError
 
@@ -58,12 +59,15 @@ def command(
         batch_size=batch_size,
         workers=workers,
     )
-    done: list[Prediction] = []
+    done: list[Prediction] = []  # this process's
     with console.progress() as bar:
         task = bar.add_task("predicting", total=len(files))
         for prediction in predictions:
             done.append(prediction)
-            bar.advance(task)
+            bar.advance(task, distributed.world)
+    done = distributed.gather(done)
+    if not distributed.is_main:
+        return
     _write(done, min(top, len(classifier.classes)), format, output)
     failed = sum(prediction.error is not None for prediction in done)
     if failed == len(done):

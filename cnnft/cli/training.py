@@ -13,7 +13,7 @@ from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
     from cnnft.planning import Plan
-    from cnnft.recipe import Finished
+    from cnnft.recipe import Event, Finished
     from cnnft.run import Epoch, Run
 
 
@@ -33,7 +33,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
-    from cnnft.recipe import Stopped, carry_out
+    from cnnft.recipe import Started, Stopped, carry_out
     from cnnft.run import Epoch
     from cnnft.training import StepDone
 
@@ -43,7 +43,9 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     with _signals() as received, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
         drawn, images = time.monotonic(), 0
-        for event in carry_out(plan, run, stop=lambda: bool(received)):
+        for event in _with_advice(carry_out(plan, run, stop=lambda: bool(received))):
+            if isinstance(event, Started):
+                continue
             if isinstance(event, StepDone):
                 images += event.images
                 elapsed = time.monotonic() - drawn
@@ -58,6 +60,21 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
             else:
                 return event
     raise AssertionError("training ends with Finished")
+
+
+def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
+    """`events`; where they end in an error, how to go on."""
+    from cnnft.recipe import Started
+
+    run: Run | None = None
+    try:
+        for event in events:
+            run = event.run if isinstance(event, Started) else run
+            yield event
+    except Exception:
+        if run is not None and run.has_checkpoint():
+            console.say(f"what was reached is kept; go on with: cnnft finetune --resume {run.path}")
+        raise
 
 
 def _epoch_line(epoch: "Epoch", epochs: int) -> str:

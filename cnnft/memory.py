@@ -1,0 +1,86 @@
+"""How many images fit: what a training step keeps for each of them, and what the machine has."""
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cnnft.freezing import train_mode
+from cnnft.training import all_logits
+
+LARGEST = 256
+"""Up to here the learning rate that grows with the batch is the usual one (Goyal et al., 2017)."""
+LEAST_STEPS = 10
+"""An epoch of fewer steps learns little, whatever fits."""
+_RESERVED = 2.0
+"""Workspaces and gradients of activations, times what is kept."""
+
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+"""(limit, used) of a container, in versions 2 and 1."""
+_MEMINFO = Path("/proc/meminfo")
+
+
+def largest_batch(network: nn.Module, size: int, images: int) -> int:
+    """The largest power of two whose training step fits the device's free memory.
+
+    At most LARGEST, and small enough for LEAST_STEPS steps in an epoch of `images`.
+    """
+    device = next(network.parameters()).device
+    fits = available(device) / (_RESERVED * bytes_per_image(network, size))
+    most = max(min(fits, LARGEST, images / LEAST_STEPS), 1)
+    return 1 << (int(most).bit_length() - 1)
+
+
+def bytes_per_image(network: nn.Module, size: int) -> int:
+    """What the forward pass keeps of each image of size × size pixels for the backward pass."""
+    network = copy.deepcopy(network)  # trying it changes BatchNorm statistics
+    train_mode(network)
+    return (_kept(network, 4, size) - _kept(network, 2, size)) // 2
+
+
+def _kept(network: nn.Module, images: int, size: int) -> int:
+    device = next(network.parameters()).device
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    pixels = torch.zeros(images, 3, size, size, device=device)
+    labels = torch.zeros(images, dtype=torch.long, device=device)
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = sum(cross_entropy(logits, labels) for logits in all_logits(network(pixels)))
+    assert isinstance(loss, Tensor)
+    return sum(kept.values()) + pixels.nbytes
+
+
+def available(device: torch.device) -> int:
+    """Free bytes on the device; on the host no more than the container's limit leaves."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    room = [_host_memory()]
+    for limit, used in _CGROUPS:
+        try:
+            room.append(int(limit.read_text()) - int(used.read_text()))
+        except (OSError, ValueError):  # no such file; no limit is written "max"
+            continue
+    return max(min(room), 0)
+
+
+def _host_memory() -> int:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+        found = next(line for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * int(found.split()[1])
+    except (OSError, StopIteration):
+        return 4 * 2**30  # not Linux: a guess on the safe side

@@ -1,0 +1,31 @@
+"""Train as told and keep the network after every step; for torchrun, or alone.
+
+python tests/each_step.py CASES.json OUT      CASES: name -> fields of Config
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from cnnft import distributed
+from cnnft.config import Config
+from cnnft.planning import prepare
+from cnnft.recipe import carry_out
+from cnnft.training import StepDone
+
+
+def follow(settings: dict[str, object], folder: Path) -> None:
+    plan = prepare(Config(**settings, runs_dir=folder))
+    for event in carry_out(plan):
+        if isinstance(event, StepDone) and distributed.is_main:
+            tensors = {n: t.clone() for n, t in plan.classifier.network.state_dict().items()}
+            save_file(tensors, folder / f"{event.step}.safetensors")
+
+
+if __name__ == "__main__":
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    for name, settings in cases.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        follow(settings, out / name)

@@ -1,0 +1,158 @@
+"""Several processes train as one does: torchrun on this machine, gloo, the real entry points."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Outcome, draw_folder
+from each_step import follow
+from safetensors.torch import load_file
+
+from cnnft import distributed
+from cnnft.batches import KeyedBatches
+from cnnft.run import Run
+
+COMMON = {
+    "backbone": "builtin", "epochs": 2, "workers": 0, "device": "cpu", "batchnorm": "frozen",
+    "name": "run", "image_size": 64,
+}  # fmt: skip
+CASES = {
+    "odd batches, the last of two": {"batch_size": 7, "probe_first": False},
+    "accumulation": {"batch_size": 8, "micro_batch": 2, "probe_first": False},
+    "shares of none": {"batch_size": 3, "mode": "feature-extractor"},
+    "probe": {"batch_size": 8, "normalize": "dataset"},
+}
+TOLERANCE = 1e-5
+"""Of weights of about 1 after some steps: the same sums in another order."""
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def start_torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, str(processes), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def torchrun(processes: int, *arguments: object) -> Outcome:
+    started = start_torchrun(processes, *arguments)
+    out, err = started.communicate(timeout=500)
+    return Outcome(started.returncode, out, err)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """16 images to train on and 6 to validate on."""
+    draw_folder(tmp_path / "data" / "train", ("ants", "bees"), 8)
+    draw_folder(tmp_path / "data" / "val", ("ants", "bees"), 3, first_seed=50)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_step_is_that_of_one_process(data: Path, tmp_path: Path, processes: int) -> None:
+    cases = {name: COMMON | more | {"data": str(data)} for name, more in CASES.items()}
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    outcome = torchrun(processes, "tests/each_step.py", tmp_path / "cases.json", tmp_path / "many")
+    assert outcome.code == 0, outcome.err
+    for name, settings in cases.items():
+        one, many = tmp_path / "one" / name, tmp_path / "many" / name
+        one.mkdir(parents=True)
+        follow(settings, one)
+        steps = [load_file(one / f"{n}.safetensors") for n in range(1, len(list(one.iterdir())))]
+        assert len(list(many.iterdir())) == len(steps) + 1 >= 5
+        for step, alone in enumerate(steps, start=1):
+            together = load_file(many / f"{step}.safetensors")
+            worst = max(float((together[n] - alone[n]).abs().max()) for n in alone)
+            assert worst < TOLERANCE, (name, step, worst)
+        assert not torch.equal(steps[0]["fc.weight"], steps[-1]["fc.weight"])  # something moved
+        alone_run, run = Run(one / "run"), Run(many / "run")
+        assert run.metrics()["val"]["n"] == 6
+        assert run.metrics()["val"]["correct"] == alone_run.metrics()["val"]["correct"]
+        assert (run.path / "data.csv").read_bytes() == (alone_run.path / "data.csv").read_bytes()
+
+
+def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -> None:
+    runs = tmp_path / "runs"
+    outcome = torchrun(
+        2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--mode=feature-extractor",
+        "--epochs=1", "--workers=1", "--device=cpu", "--runs-dir", runs,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == f"{runs}/data-builtin\n" and outcome.err.count("best epoch") == 1
+    assert [path.name for path in runs.iterdir()] == ["data-builtin"]
+    predict = ["predict", data, "-m", runs / "data-builtin", "--workers=0", "--device=cpu"]
+    csvs = [tmp_path / "together.csv", tmp_path / "alone.csv"]
+    assert torchrun(2, "-m", "cnnft", *predict, "--output", csvs[0]).code == 0
+    assert cnnft(*predict, "--output", csvs[1]).code == 0
+    together, alone = (list(csv.DictReader(file.open())) for file in csvs)
+    assert len(alone) == 22 and [row["file"] for row in together] == [r["file"] for r in alone]
+    assert [row["label"] for row in together] == [row["label"] for row in alone]
+    outcome = torchrun(2, "-m", "cnnft", "finetune", tmp_path / "none")
+    assert outcome.code != 0 and outcome.err.count("no such folder") == 1
+
+
+def test_a_killed_process_is_restarted_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
+    command = [
+        "-m", "cnnft", "finetune", data, "--backbone=builtin", "--epochs=6", "--batch-size=4",
+        "--workers=0", "--device=cpu", "--checkpoint-every=1", "--image-size=64", "--name=run",
+        "--runs-dir",
+    ]  # fmt: skip
+    whole = torchrun(2, *command, tmp_path / "whole")
+    assert whole.code == 0, whole.err
+    killed = start_torchrun(2, "--max-restarts=1", *command, tmp_path / "killed")
+    state = tmp_path / "killed" / "run" / "state"
+    wait_until(lambda: len(list(state.glob("*.safetensors"))) == 2)
+    os.kill(processes_of(killed.pid)[1], signal.SIGKILL)
+    _, err = killed.communicate(timeout=300)
+    assert killed.returncode == 0, err
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["run"]
+    runs = [Run(tmp_path / name / "run") for name in ("whole", "killed")]
+    one, two = (run.load_checkpoint() for run in runs)
+    assert one and two and one.step == two.step == 24
+    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
+    assert runs[0].metrics() == runs[1].metrics()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def processes_of(agent: int) -> list[int]:
+    listed = subprocess.run(["pgrep", "-P", str(agent)], capture_output=True, text=True, check=True)
+    return [int(line) for line in listed.stdout.split()]
+
+
+def test_shares_cover_everything_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for world in (1, 2, 3, 7):
+        for count in (0, 1, 2, 6, 20):
+            monkeypatch.setattr(distributed, "world", world)
+            parts = []
+            for rank in range(world):
+                monkeypatch.setattr(distributed, "rank", rank)
+                parts += distributed.share(count)
+            assert parts == list(range(count))
+
+
+def test_the_shares_of_a_batch_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(KeyedBatches(10, 3, 0, 2))
+    monkeypatch.setattr(distributed, "world", 4)
+    shares = []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", rank)
+        shares.append(list(KeyedBatches(10, 3, 0, 2)))
+    for step, batch in enumerate(whole):
+        counted = [(e, i) for share in shares for e, i in share[step] if i >= 0]
+        assert counted == batch and all(share[step] for share in shares)
