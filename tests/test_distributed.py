@@ -101,6 +101,7 @@ def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -
     assert outcome.code != 0 and outcome.err.count("no such folder") == 1
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_restarted_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
     command = [
         "-m", "cnnft", "finetune", data, "--backbone=builtin", "--epochs=6", "--batch-size=4",

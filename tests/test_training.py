@@ -1,0 +1,251 @@
+"""What a step does when the loss is not finite or memory runs out, and what a run does about it."""
+
+import itertools
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw_folder
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from cnnft import Config, memory
+from cnnft.batches import KeyedBatches
+from cnnft.config import parse_interval
+from cnnft.errors import UsageError
+from cnnft.planning import prepare
+from cnnft.recipe import carry_out
+from cnnft.run import Run
+from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
+
+IMAGES, BATCH = 12, 6
+NEVER = float("inf")
+SUM = partial(cross_entropy, reduction="sum")
+
+
+class Small(nn.Module):
+    """With a normalisation that a bad batch would poison; `fits`: images before memory runs out."""
+
+    def __init__(self, fits: int = 1000) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+        self.fc = nn.Linear(4 * 6 * 6, 3)
+        self.fits, self.seen = fits, []
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if len(pixels) > self.fits:
+            raise torch.OutOfMemoryError
+        self.seen.append(len(pixels))
+        return self.fc(self.layers(pixels))
+
+
+def state(network: nn.Module, **more: object) -> TrainState:
+    optimizer = torch.optim.SGD(
+        [{"params": list(network.parameters()), "lr": 0.1, "initial_lr": 0.1, "name": "head"}]
+    )
+    return TrainState(
+        network, optimizer, lambda step: 1.0, KeyedBatches(IMAGES, BATCH, 0, 2), **more
+    )
+
+
+def batches(bad: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    made = [(torch.randn(BATCH, 3, 8, 8), torch.arange(BATCH) % 3) for _ in range(4)]
+    if bad is not None:
+        made[bad][0][2] = float("nan")
+    return made
+
+
+def weights(network: nn.Module) -> Tensor:
+    return torch.cat([t.double().flatten() for t in network.state_dict().values()])
+
+
+@pytest.mark.parametrize("frozen_statistics", [True, False])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_gradients_add_up_to_those_of_the_whole_batch(micro_batch: int, frozen_statistics: bool):
+    networks = Small(), Small()
+    for network, size in zip(networks, (None, micro_batch), strict=True):
+        kept = [network.layers[1]] if frozen_statistics else []
+        list(train(state(network, micro_batch=size, keep_statistics=kept), batches(), SUM))
+    assert networks[1].seen[: -(-BATCH // micro_batch)] == (
+        [3, 3] if micro_batch == 4 else [micro_batch] * (BATCH // micro_batch)  # equal parts
+    )
+    close = torch.allclose(*map(weights, networks), rtol=0, atol=1e-6)
+    assert close == frozen_statistics  # else BatchNorm sees other batches, as the docs say
+
+
+def test_out_of_memory_halves_what_is_computed_at_once(caplog: pytest.LogCaptureFixture):
+    tight, roomy = Small(fits=2), Small()
+    tight_state = state(tight, keep_statistics=[tight.layers[1]])
+    list(train(tight_state, batches(), SUM))
+    list(train(state(roomy, keep_statistics=[roomy.layers[1]]), batches(), SUM))
+    assert tight_state.micro_batch == 2 and set(tight.seen) == {2}
+    assert torch.allclose(weights(tight), weights(roomy), rtol=0, atol=1e-6)
+    assert "3 images are computed at once" in caplog.text and "BatchNorm" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        list(train(state(Small(fits=0)), batches(), SUM))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_is_taken():
+    network = Small()
+    events = train(state(network), batches(bad=1), SUM)
+    assert isinstance(next(events), StepDone)
+    before = network.fc.weight.clone()
+    with pytest.raises(NonFiniteLossError, match=r"step 2 is nan, at learning rate 0\.1") as caught:
+        next(events)
+    assert caught.value.step == 1 and torch.equal(network.fc.weight, before)
+
+
+def test_tolerated_steps_are_left_out_as_if_they_were_not_there():
+    one, other = Small(), Small()
+    of_one = state(one, tolerated=1)
+    events = list(train(of_one, batches(bad=1), SUM))
+    with_gap = [batch for i, batch in enumerate(batches()) if i != 1]
+    list(train(state(other), with_gap, SUM))
+    assert torch.equal(weights(one), weights(other)) and of_one.tolerated == 0
+    epochs = [event for event in events if isinstance(event, EpochDone)]
+    assert len(epochs) == 2 and 0 <= epochs[0].accuracy <= 1  # of the images that counted
+    with pytest.raises(NonFiniteLossError):
+        bad = batches(bad=1)
+        bad[3] = bad[1]
+        list(train(state(Small(), tolerated=1), bad, SUM))
+
+
+def test_a_state_that_is_not_finite_is_not_saved():
+    network = Small()
+    broken = state(network)
+    next(train(broken, batches(), SUM))
+    broken.state_dict()
+    with torch.no_grad():
+        network.fc.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteLossError):
+        broken.state_dict()
+
+
+# ---------------------------------------------------------------- the run around it
+
+
+def settings(flat: Path, tmp_path: Path, **more: object) -> Config:
+    values = {"epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu", "name": "run"} | more
+    return Config(flat, backbone="builtin", runs_dir=tmp_path / "runs", image_size=32, **values)
+
+
+def test_divergence_names_the_step_the_files_and_the_way_out(cnnft, flat: Path, tmp_path: Path):
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--lr=1e30", "--head-lr=1e30", "--workers=0",
+        "--epochs=3", "--device=cpu", "--runs-dir", tmp_path, "--name=run", "--batch-size=4",
+        "--no-probe-first", "--checkpoint-every=1",
+    )  # fmt: skip
+    outcome.fails_with(1, "the loss of step", "learning rate", ".png", "lower --lr", "--skip-non")
+    assert all(
+        tensor.isfinite().all()
+        for tensor in (Run(tmp_path / "run").load_checkpoint() or pytest.fail()).tensors.values()
+        if tensor.is_floating_point()
+    )
+
+
+def test_batch_size_auto_is_settled_in_the_plan_and_fits(flat: Path, tmp_path: Path, monkeypatch):
+    draw_folder(flat, ("ants", "bees"), 60)
+    config = settings(flat, tmp_path, batch_size="auto")
+    plan = prepare(config)
+    each = memory.bytes_per_image(plan.classifier.network, 32)
+    assert plan.config.batch_size == 8 == plan.batches.batch_size  # ten steps of 96 images
+    monkeypatch.setattr(memory, "available", lambda device: 2 * each * 5)
+    assert prepare(config).config.batch_size == 4
+    monkeypatch.setattr(memory, "available", lambda device: 0)
+    assert prepare(config).config.batch_size == 1
+
+
+def test_bytes_per_image_are_what_autograd_keeps():
+    class Squares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 4, 4))
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return (pixels * self.weight).square().flatten(1)  # both factors and the product
+
+    # pixels, product, and cross-entropy's log-probabilities, in float32; the label
+    assert memory.bytes_per_image(Squares(), 4) == 4 * (3 * 48) + 8 + 4 * 48
+
+
+def test_memory_is_no_more_than_the_container_has(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    cpu = torch.device("cpu")
+    assert memory.available(cpu) > 0
+    (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 1000 kB\n")
+    limit, used = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(memory, "_CGROUPS", [(limit, used)])
+    used.write_text("1000\n")
+    for text, expected in (("max", 1024_000), ("50000", 49_000), ("500", 0)):
+        limit.write_text(f"{text}\n")
+        assert memory.available(cpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90s", (90, NEVER)), ("5m", (300, NEVER)), ("0.5h", (1800, NEVER)), ("500", (NEVER, 500))],
+)
+def test_intervals(text: str, expected: tuple[float, float]):
+    assert parse_interval(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "m", "0", "-1s", "nan", "infm", "5 minutes", "1.5"])
+def test_intervals_that_are_none(text: str):
+    with pytest.raises(UsageError, match="--checkpoint-every"):
+        parse_interval(text)
+
+
+def test_checkpoints_come_every_so_many_steps(flat: Path, tmp_path: Path, monkeypatch):
+    saved: list[int] = []
+    monkeypatch.setattr(
+        Run, "save_checkpoint", lambda run, checkpoint: saved.append(checkpoint.step)
+    )
+    list(carry_out(prepare(settings(flat, tmp_path, checkpoint_every="3", epochs=3))))
+    assert saved == [3, 4, 7, 8, 11, 12]
+
+
+def test_a_run_has_one_trainer(cnnft, flat: Path, tmp_path: Path):
+    events = carry_out(prepare(settings(flat, tmp_path)))
+    list(itertools.islice(events, 3))
+    run = tmp_path / "runs" / "run"
+    cnnft("finetune", "--resume", run).fails_with(1, "is being trained by another process")
+    again = ["finetune", flat, "--backbone=builtin", "--runs-dir", run.parent, "--name=run"]
+    cnnft(*again, "--force").fails_with(1, "is being trained by another process")
+    events.close()
+    assert cnnft("finetune", "--resume", run).code == 0
+
+
+def test_force_keeps_the_old_run_until_the_new_one_has_weights(flat: Path, tmp_path: Path):
+    list(carry_out(prepare(settings(flat, tmp_path))))
+    runs = tmp_path / "runs"
+    old = (runs / "run" / "model.safetensors").read_bytes()
+    for _ in range(2):  # dies twice before its first epoch is over
+        events = carry_out(prepare(settings(flat, tmp_path, force=True, seed=1)))
+        list(itertools.islice(events, 2))
+        events.close()
+        assert (runs / ".run.replaced" / "model.safetensors").read_bytes() == old
+    list(carry_out(prepare(settings(flat, tmp_path, force=True, seed=1))))
+    assert [path.name for path in runs.iterdir()] == ["run"]
+    assert (runs / "run" / "model.safetensors").read_bytes() != old
+
+
+def test_where_an_error_ends_training_the_way_on_is_told(cnnft, flat, tmp_path, monkeypatch):
+    take, steps = torch.optim.SGD.step, []
+
+    def step(self, *arguments, **options):
+        steps.append(1)
+        if len(steps) == 6:  # in the second epoch
+            shutil.rmtree(flat / "ants")
+        return take(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=3", "--device=cpu",
+        "--runs-dir", tmp_path, "--name=run", "--batch-size=4", "--image-size=32",
+    )  # fmt: skip
+    outcome.fails_with(1, "the data changed while training")
+    assert f"go on with: cnnft finetune --resume {tmp_path / 'run'}" in outcome.err
