@@ -51,7 +51,10 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                     speed, loss = f"{images / elapsed:.0f}", f"{event.loss.item():.3f}"
                     bar.update(task, completed=event.step, loss=loss, speed=speed)
                     drawn, images = time.monotonic(), 0
+                if event.step % plan.batches.steps_per_epoch == 0:  # the next event is its Epoch
+                    bar.update(task, completed=event.step, description="validating")
             elif isinstance(event, Epoch):
+                bar.update(task, description="training")
                 console.say(_epoch_line(event, epochs))
             elif isinstance(event, Stopped):
                 raise InterruptedRunError(received[0], event.run.path, event.step)
