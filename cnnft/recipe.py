@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_batches
 from cnnft.checkpoints import Checkpoint
 from cnnft.config import Config
+from cnnft.environment import environment
 from cnnft.errors import CnnftError
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
@@ -24,6 +25,13 @@ from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
 from cnnft.training import EpochDone, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews, training_transform
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event: the run's directory is there."""
+
+    run: Run
 
 
 @dataclass(frozen=True)
@@ -43,13 +51,13 @@ class Stopped:
     step: int
 
 
-Event = StepDone | Epoch | Finished | Stopped
+Event = Started | StepDone | Epoch | Finished | Stopped
 
 
 def carry_out(
     plan: Plan, run: Run | None = None, *, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
-    """Train as planned; yields after every step, after every epoch with its validation, at the end.
+    """Train as planned; yields at the start, after every step and validated epoch, at the end.
 
     The state is saved after every epoch, every `config.checkpoint_minutes`, and when `stop()` says
     so after a step. With `run` the training goes on from its newest checkpoint, and ends with the
@@ -64,6 +72,8 @@ def carry_out(
         run = Run.create(config, config.name or _default_name(config))
     run.save_config(config)
     run.save_data(plan.train, plan.val, plan.skipped)
+    run.save_environment(environment(plan.device))
+    yield Started(run)
     steps_per_epoch = plan.batches.steps_per_epoch
     optimizer = make_optimizer(classifier.network, classifier.head, plan.stages, plan.rates, config)
     state = TrainState(
@@ -102,7 +112,7 @@ def carry_out(
                 save()
                 saved_at = time.monotonic()
         else:
-            val = _validate(event, classifier.network, val_batches, plan, run)
+            val, log_probs = _validate(event, classifier.network, val_batches, plan, run)
             best = _best(history)
             better = best is None or _order(val.accuracy, val.loss) < _order(
                 best.val_accuracy, best.val_loss
@@ -110,6 +120,7 @@ def carry_out(
             history.append(_row(event, val, optimizer, better))
             if better:
                 run.save_classifier(classifier)
+                run.save_val_predictions(plan.val, log_probs)
             run.save_history(history)
             run.save_metrics(_metrics(plan, history))
             save()
@@ -135,7 +146,7 @@ def _order(accuracy: float, loss: float) -> tuple[float, float]:
 
 def _validate(
     event: EpochDone, network: nn.Module, batches: ViewLoader, plan: Plan, run: Run
-) -> Score:
+) -> tuple[Score, Tensor]:
     try:
         log_probs = infer_all(network, batches, plan.val.paths)
         val = score(log_probs, torch.tensor(plan.val.labels))
@@ -146,7 +157,7 @@ def _validate(
             f"training diverged in epoch {event.epoch + 1} ({error}): lower --lr or "
             f"--head-lr; {run.path} keeps the best epoch before it, if there was one"
         ) from error
-    return val
+    return val, log_probs
 
 
 P = ParamSpec("P")

@@ -33,7 +33,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
-    from cnnft.recipe import Stopped, carry_out
+    from cnnft.recipe import Started, Stopped, carry_out
     from cnnft.run import Epoch
     from cnnft.training import StepDone
 
@@ -56,6 +56,9 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
                 console.say(_epoch_line(event, epochs))
+            elif isinstance(event, Started):
+                kept = event.run.environment() or {}
+                console.log_to(event.run.log, ", ".join(" ".join(item) for item in kept.items()))
             elif isinstance(event, Stopped):
                 raise InterruptedRunError(received[0], event.run.path, event.step)
             else:
