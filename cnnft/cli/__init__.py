@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code)
     except CnnftError as error:
         if app.debug:
+            console.note(traceback.format_exc())
             raise
         console.error(str(error))
         sys.exit(error.exit_code)
