@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cnnft.errors import CnnftError
 from cnnft.metrics import mcnemar, tango_interval
 from cnnft.run import Run
 
@@ -168,18 +169,23 @@ def _counts(splits: Iterable[str]) -> dict[str, int]:
 def _network(run: Run) -> dict[str, Any]:
     """What the description says of the network before training, flat."""
     description = run.description()
-    own = description["cnnft"]
-    return {
-        "architecture": description["architecture"],
-        "model_args": description["model_args"],
-        "classes": own["classes"],
-        "head_kind": own.get("head_kind"),
-        "backbone": own["backbone"]["name"],
-        "backbone sha256": own["backbone"]["sha256"],
-        "weights": own["backbone"]["weights_source"],
-        **{f"weights {key}": value for key, value in (own.get("weights_file") or {}).items()},
-        **own["input_spec"],
-    }
+    try:
+        own = description["cnnft"]
+        return {
+            "architecture": description["architecture"],
+            "model_args": description["model_args"],
+            "classes": own["classes"],
+            "head": own.get("head_kind"),
+            "backbone": own["backbone"]["name"],
+            "backbone sha256": own["backbone"]["sha256"],
+            "weights": own["backbone"]["weights_source"],
+            **{f"weights {key}": value for key, value in (own.get("weights_file") or {}).items()},
+            **own["input_spec"],
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CnnftError(
+            f"the config.json of {run.path} does not describe a cnnft classifier ({error!r})"
+        ) from error
 
 
 def _paired(a: list[dict[str, str]], b: list[dict[str, str]]) -> Paired | None:

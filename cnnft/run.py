@@ -261,6 +261,8 @@ class Run:
             values: dict[str, Any] = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CnnftError(f"{path} cannot be read ({error})") from error
+        if not isinstance(values, dict):
+            raise CnnftError(f"{path} is damaged: it holds no JSON object")
         return values
 
     def _write(self, name: str, content: bytes) -> None:
