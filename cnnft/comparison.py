@@ -12,7 +12,7 @@ from cnnft.run import Run
 _PLACES = ("name", "runs_dir")
 """Settings that say where a run is kept, not what it is."""
 
-SPLITS = ("train", "val")
+_SPLITS = ("train", "val")
 
 Rows = dict[str, tuple[Any, Any]]
 """What differs: name -> (first run's, second run's), None where there is none or none is known."""
@@ -163,7 +163,7 @@ def _files(run: Run) -> dict[_Use, list[str]]:
 
 
 def _counts(splits: Iterable[str]) -> dict[str, int]:
-    return dict.fromkeys(SPLITS, 0) | Counter(splits)
+    return dict.fromkeys(_SPLITS, 0) | Counter(splits)
 
 
 def _network(run: Run) -> dict[str, Any]:

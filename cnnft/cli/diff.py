@@ -34,7 +34,7 @@ def command(
     console.result(f"A               {run_a}\nB               {run_b}\n")
     _rows("settings", found.settings, "default")
     _data(found.data)
-    _rows("network", found.network, "unknown")
+    _rows("network", found.network, "none or unknown")
     if found.versions is None:
         _line("versions", _unknown(found, "versions"))
     else:
