@@ -16,6 +16,7 @@ from cnnft.batches import default_workers, view_batches
 from cnnft.config import Head, TestTimeViews
 from cnnft.errors import CnnftError, UsageError
 from cnnft.heads import head_tensors, replace_by_mlp
+from cnnft.hub import Pin
 from cnnft.inference import choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
@@ -60,6 +61,8 @@ class Classifier:
     """Backbone tensors that the pretrained weights lacked: random when training began."""
     pretrained_hash: str
     """`backbone_hash` before training."""
+    pin: Pin | None = None
+    """The file of the pretrained weights; None: there was none, or an older cnnft kept no pin."""
 
     def predict(
         self,
@@ -139,6 +142,7 @@ class Classifier:
                 "missing": list(self.missing),
                 "sha256": self.pretrained_hash,
             },
+            "weights_file": None if self.pin is None else asdict(self.pin),
         }
         return config
 
@@ -181,6 +185,7 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
         spec = InputSpec(**values | statistics)
         classes = tuple(own["classes"])
         head, head_kind = frozenset(own["head"]), own.get("head_kind", "linear")
+        pin = Pin(**own["weights_file"]) if own.get("weights_file") else None
     except (KeyError, TypeError, AttributeError) as error:
         raise CnnftError(f"{source} does not describe a cnnft classifier ({error!r})") from error
     try:
@@ -190,7 +195,16 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
     except Exception as error:  # whatever the library says of arguments that it does not know
         raise CnnftError(f"{source}: {identity.architecture} cannot be built ({error})") from error
     return Classifier(
-        network, classes, spec, identity, head, head_kind, weights_source, missing, pretrained_hash
+        network,
+        classes,
+        spec,
+        identity,
+        head,
+        head_kind,
+        weights_source,
+        missing,
+        pretrained_hash,
+        pin,
     )
 
 

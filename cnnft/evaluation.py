@@ -50,10 +50,13 @@ def evaluate_folder(
     batch_size: int = 32,
     workers: int | None = None,
     on_file: Callable[[int], object] = lambda total: None,
+    on_image: Callable[[int], object] = lambda total: None,
 ) -> Evaluation:
     """Evaluate on a split of `folder`; where it has none, on all of it (val: on train).
 
     Images whose hash is in `trained_on` are left out; `selected_on` are only counted.
+    `on_file` is called with the number of files, once for each file that was checked; `on_image`
+    with the number of images to evaluate, once for each that was.
 
     Raises:
         UsageError: the folder or the split is missing.
@@ -76,7 +79,9 @@ def evaluate_folder(
         batch_size,
         default_workers() if workers is None else workers,
     )
-    log_probs = infer_all(classifier.network, batches, kept.paths)
+    log_probs = infer_all(
+        classifier.network, batches, kept.paths, on_image=lambda: on_image(len(kept))
+    )
     labels = torch.tensor(kept.labels)
     chosen_on = set(selected_on)
     return Evaluation(

@@ -1,5 +1,6 @@
 """Files that model hubs have: where the libraries keep them on this machine, and fetching them."""
 
+import hashlib
 import logging
 import re
 from dataclasses import dataclass
@@ -13,6 +14,22 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from cnnft.downloads import DownloadError, patiently
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pin:
+    """Which file it was, to the byte: names on a hub stay while the files behind them change."""
+
+    sha256: str
+    place: str | None = None
+    """Where it was downloaded from, as in `Remote`; None: it was a file of this machine."""
+    commit: str | None = None
+    """Of the repository on the Hugging Face hub."""
+
+    @classmethod
+    def of(cls, path: str | Path, place: str | None = None, commit: str | None = None) -> "Pin":
+        with Path(path).open("rb") as file:
+            return cls(hashlib.file_digest(file, "sha256").hexdigest(), place, commit)
 
 
 @dataclass(frozen=True)
@@ -55,6 +72,12 @@ class Remote:
                 f"cannot download {self.what}: {reason}. Give a file that you have with "
                 "--weights FILE, or use --backbone builtin, which needs no network"
             ) from error
+
+    def pin(self, path: Path) -> Pin:
+        """Of the file that was fetched to `path`."""
+        # The hub's own library keeps each commit in a folder that is named after it.
+        snapshot = re.search(r"/snapshots/([^/]+)/", path.as_posix()) if self.names else None
+        return Pin.of(path, self.place, snapshot[1] if snapshot else None)
 
     def _download(self) -> Path:
         if not self.names:

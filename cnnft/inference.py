@@ -1,7 +1,7 @@
 """Networks -> log-probabilities. Everything after training goes through `infer`."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -37,8 +37,15 @@ def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views,
             yield batch, (log_probs.logsumexp(dim=1) - math.log(views)).cpu()
 
 
-def infer_all(network: nn.Module, batches: Iterable[Views], paths: Sequence[Path]) -> Tensor:
+def infer_all(
+    network: nn.Module,
+    batches: Iterable[Views],
+    paths: Sequence[Path],
+    on_image: Callable[[], object] = lambda: None,
+) -> Tensor:
     """(N, C) log-probabilities of all `paths`, each exactly once, in their order.
+
+    `on_image` is called once for each.
 
     Raises:
         CnnftError: a file cannot be read.
@@ -48,6 +55,8 @@ def infer_all(network: nn.Module, batches: Iterable[Views], paths: Sequence[Path
         for index, reason in batch.unreadable.items():
             raise CnnftError(f"{paths[index]} {reason}: the data changed meanwhile")
         rows.append(log_probs)
+        for _ in batch.indices:
+            on_image()
     return torch.cat(distributed.gather(rows))
 
 

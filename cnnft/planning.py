@@ -127,6 +127,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
             weights_source=weights.source if weights else None,
             missing=weights.missing if weights else (),
             pretrained_hash=backbone_hash(network, head),
+            pin=weights.pin if weights else None,
         ),
         stages=backbone.stages,
         weights=weights,

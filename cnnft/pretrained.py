@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cnnft.errors import CnnftError, UsageError
 from cnnft.heads import without_head
+from cnnft.hub import Pin
 from cnnft.zoo import Identity, build, local_folder, remote_weights, resolve
 
 _POSITIONS = ("pos_embed", "pos_embedding")
@@ -44,6 +45,7 @@ class LoadedWeights:
     """What became of a set of pretrained weights."""
 
     source: str
+    pin: Pin
     matched: int
     """Backbone tensors that were filled."""
     missing: tuple[str, ...]
@@ -66,7 +68,10 @@ def load_weights(
     """
     if weights is None and (folder := local_folder(identity.name)):
         weights = folder / "model.safetensors"
-    state = read_weights(weights) if weights is not None else _library_weights(identity)
+    if weights is not None:
+        state, pin = read_weights(weights), Pin.of(weights)
+    else:
+        state, pin = _library_weights(identity)
     source = identity.name if weights is None or identity.name == "builtin" else str(weights)
     wanted = without_head(network.state_dict(), head)
     state = _without_prefix(state, wanted)
@@ -84,6 +89,7 @@ def load_weights(
     network.load_state_dict(fitting, strict=False)
     return LoadedWeights(
         source=source,
+        pin=pin,
         matched=matched,
         missing=tuple(sorted(counted - fitting.keys())),
         unused=tuple(sorted(state.keys() - fitting.keys())),
@@ -118,11 +124,13 @@ def _at_shape(name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> Tensor:
     return resample_abs_pos_embed(tensor, [grid, grid], num_prefix_tokens=prefix)
 
 
-def _library_weights(identity: Identity) -> dict[str, Tensor]:
+def _library_weights(identity: Identity) -> tuple[dict[str, Tensor], Pin]:
     """The library's weights under the library's names."""
-    file = remote_weights(identity).fetch()
+    remote = remote_weights(identity)
+    file = remote.fetch()
+    pin = remote.pin(file)
     if identity.library == "torchvision":
-        return read_weights(file)
+        return read_weights(file), pin
     # timm converts what other projects published as it loads it, which takes a whole network.
     config = identity.pretrained_cfg | {"source": "", "file": str(file)}
     network = timm.create_model(
@@ -133,7 +141,7 @@ def _library_weights(identity: Identity) -> dict[str, Tensor]:
         **identity.model_args,
     )
     state: dict[str, Tensor] = network.state_dict()
-    return state
+    return state, pin
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cnnft import distributed
 from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_batches
 from cnnft.checkpoints import Checkpoint
 from cnnft.config import Config, parse_interval
+from cnnft.environment import environment
 from cnnft.errors import CnnftError
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
@@ -63,7 +64,7 @@ _FILES_SHOWN = 3
 def carry_out(
     plan: Plan, run: Run | None = None, *, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
-    """Train as planned; yields after every step, after every epoch with its validation, at the end.
+    """Train as planned; yields at the start, after every step and validated epoch, at the end.
 
     The state is saved after every epoch, at every `config.checkpoint_every`, and when `stop()` says
     so after a step. With `run` the training goes on from its newest checkpoint, and ends with the
@@ -78,6 +79,7 @@ def carry_out(
     with run.locked():
         run.save_config(plan.config)
         run.save_data(plan.train, plan.val, plan.skipped)
+        run.save_environment(environment(plan.device))
         yield Started(run)
         saved = run.load_checkpoint() if resuming else None
         yield from _explained(_train(plan, run, saved, stop), plan)
@@ -125,7 +127,7 @@ def _train(
             if event.step % plan.batches.steps_per_epoch == 0:  # evaluated before anything else
                 continue
         else:
-            val = _validate(classifier.network, val_batches, plan)
+            val, log_probs = _validate(classifier.network, val_batches, plan)
             best = _best(history)
             better = best is None or _order(val.accuracy, val.loss) < _order(
                 best.val_accuracy, best.val_loss
@@ -133,6 +135,7 @@ def _train(
             history.append(_row(event, val, state.optimizer, better))
             if better:
                 run.save_classifier(classifier)
+                run.save_val_predictions(plan.val, log_probs)
             run.save_history(history)
             run.save_metrics(_metrics(plan, history))
             save()
@@ -191,9 +194,10 @@ def _order(accuracy: float, loss: float) -> tuple[float, float]:
     return -accuracy, loss
 
 
-def _validate(network: nn.Module, batches: ViewLoader, plan: Plan) -> Score:
+def _validate(network: nn.Module, batches: ViewLoader, plan: Plan) -> tuple[Score, Tensor]:
     try:
-        val = score(infer_all(network, batches, plan.val.paths), torch.tensor(plan.val.labels))
+        log_probs = infer_all(network, batches, plan.val.paths)
+        val = score(log_probs, torch.tensor(plan.val.labels))
         if not math.isfinite(val.loss):
             raise NotANumberError("the loss on val is not finite")
     except NotANumberError as error:
@@ -201,7 +205,7 @@ def _validate(network: nn.Module, batches: ViewLoader, plan: Plan) -> Score:
             f"training diverged ({error}): lower --lr or --head-lr; the run keeps the best epoch "
             "before, if there was one"
         ) from error
-    return val
+    return val, log_probs
 
 
 P = ParamSpec("P")

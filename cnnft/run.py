@@ -5,11 +5,15 @@
     model.safetensors   the weights of the best epoch so far
     history.csv         one row per epoch
     metrics.json        the best epoch and its scores
+    val_predictions.csv what the best epoch says of each validation image
+    environment.json    versions and machine
     data.csv            every image used: split, class, file, SHA-256
     skipped.csv         every file left out, and why
+    run.log             what `cnnft finetune` said, with the time
     state/              checkpoints, to go on after an interruption
 
-Every file appears whole: it is written beside its place, synced and renamed.
+Every file but the log, which grows by lines, appears whole: it is written beside its place, synced
+and renamed.
 """
 
 import csv
@@ -28,6 +32,7 @@ from typing import Any
 
 import tomli_w
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from cnnft import distributed
 from cnnft.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
@@ -39,8 +44,11 @@ from cnnft.files import to_safetensors, write_whole
 
 FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
-    *("data.csv", "skipped.csv"),
+    *("val_predictions.csv", "environment.json", "data.csv", "skipped.csv", "run.log"),
 )
+
+_VAL_PREDICTIONS = "val_predictions.csv"
+_VAL_COLUMNS = ("file", "sha256", "class", "predicted", "probability")
 
 
 _STATE = "state"
@@ -76,6 +84,11 @@ class Run:
     """A directory that training writes and everything after it reads."""
 
     path: Path
+
+    @property
+    def log(self) -> Path:
+        """For the command line to append to; a run that was made from Python has none."""
+        return self.path / "run.log"
 
     @classmethod
     def create(cls, config: Config, name: str) -> "Run":
@@ -190,22 +203,26 @@ class Run:
 
     def hashes(self, split: str) -> frozenset[str]:
         """SHA-256 of the images that served as `split` ("train" or "val")."""
-        return frozenset(row["sha256"] for row in self._data() if row["split"] == split)
+        return frozenset(row["sha256"] for row in self.images() if row["split"] == split)
 
     def files(self, split: str) -> list[Path]:
         """The images that served as `split`; they may have moved since."""
-        return [Path(row["file"]) for row in self._data() if row["split"] == split]
+        return [Path(row["file"]) for row in self.images() if row["split"] == split]
 
-    def _rows(self) -> list[dict[str, str]]:
-        path = self.path / "data.csv"
+    def _rows(self, name: str = "data.csv") -> list[dict[str, str]]:
+        path = self.path / name
         try:
             with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
                 return list(csv.DictReader(file))
         except OSError as error:
             raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
 
-    def _data(self) -> list[dict[str, str]]:
-        """What data.csv lists, checked to be all of it."""
+    def images(self) -> list[dict[str, str]]:
+        """The rows of data.csv: split, class, file, sha256.
+
+        Raises:
+            CnnftError: it does not list all images of the run.
+        """
         path, rows = self.path / "data.csv", self._rows()
         # What is missing here would be evaluated on although it was trained on.
         counts = Counter(row.get("split") for row in rows)
@@ -222,6 +239,48 @@ class Run:
         if distributed.is_main:
             shutil.rmtree(_replaced(self.path), ignore_errors=True)
 
+    def description(self) -> dict[str, Any]:
+        """What `Classifier.describe` said of its classifier."""
+        return self._read_json("config.json")
+
+    def save_val_predictions(self, val: Samples, log_probs: Tensor) -> None:
+        """What the saved classifier says of the validation images: `log_probs` is (N, C)."""
+        values, labels = (column.tolist() for column in log_probs.exp().max(dim=1))
+        rows = [
+            (path, digest, val.classes[label], val.classes[predicted], probability)
+            for path, digest, label, predicted, probability in zip(
+                val.paths, val.hashes, val.labels, labels, values, strict=True
+            )
+        ]
+        self._write(_VAL_PREDICTIONS, _csv(_VAL_COLUMNS, rows))
+
+    def val_predictions(self) -> list[dict[str, str]] | None:
+        """The rows of val_predictions.csv: file, sha256, class, predicted, probability.
+
+        None: the run was made before runs kept them.
+
+        Raises:
+            CnnftError: it does not list all validation images of the run.
+        """
+        path = self.path / _VAL_PREDICTIONS
+        if not path.exists():
+            return None
+        rows = self._rows(_VAL_PREDICTIONS)
+        whole = all(all(row.get(column) for column in _VAL_COLUMNS) for row in rows)
+        if not whole or Counter(row["sha256"] for row in rows) != Counter(
+            row["sha256"] for row in self.images() if row["split"] == "val"
+        ):
+            raise CnnftError(f"{path} is damaged: it does not list the validation images")
+        return rows
+
+    def save_environment(self, environment: dict[str, str]) -> None:
+        self._write("environment.json", _json(environment))
+
+    def environment(self) -> dict[str, str] | None:
+        """Versions and machine of its last session; None: it was made before runs kept them."""
+        exists = (self.path / "environment.json").exists()
+        return self._read_json("environment.json") if exists else None
+
     def save_history(self, history: Sequence[Epoch]) -> None:
         names = [field.name for field in fields(Epoch)]
         self._write("history.csv", _csv(names, [asdict(epoch).values() for epoch in history]))
@@ -230,11 +289,16 @@ class Run:
         self._write("metrics.json", _json(metrics))
 
     def metrics(self) -> dict[str, Any]:
-        path = self.path / "metrics.json"
+        return self._read_json("metrics.json")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
         try:
             values: dict[str, Any] = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise CnnftError(f"{path} cannot be read ({error})") from error
+        if not isinstance(values, dict):
+            raise CnnftError(f"{path} is damaged: it holds no JSON object")
         return values
 
     def _write(self, name: str, content: bytes) -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(cnnft.__file__).parent
 LAYERS = [
     {"errors"},
     {"config", "distributed"},
-    {"images", "downloads", "files"},
+    {"images", "downloads", "files", "environment"},
     {"transforms", "hub"},
     {"data"},
     {"batches", "heads", "stages", "freezing", "optim", "metrics", "advice"},
@@ -26,7 +26,7 @@ LAYERS = [
     {"checkpoints"},
     {"run"},
     {"planning"},
-    {"recipe", "evaluation", "exporting", "datacheck"},
+    {"recipe", "evaluation", "exporting", "datacheck", "comparison"},
     {"cli"},
 ]
 """Bottom to top: a module imports from lower layers only."""

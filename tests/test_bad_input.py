@@ -433,6 +433,38 @@ def test_runs_that_are_not_there(cnnft: Cli, flat: Path, command: str) -> None:
     cnnft(command, *arguments).fails_with(2, str(missing), "no such run")
 
 
+DIFFED: dict[str, tuple[Damage, tuple[str, ...]]] = {
+    "no epoch finished": (lambda r: (r / "metrics.json").unlink(), ("metrics.json",)),
+    "no images": (lambda r: (r / "data.csv").unlink(), ("data.csv", "cannot be read")),
+    "truncated predictions": (
+        lambda r: truncate(r / "val_predictions.csv"),
+        ("val_predictions.csv", "damaged"),
+    ),
+    "truncated environment": (
+        lambda r: truncate(r / "environment.json"),
+        ("environment.json", "cannot be read"),
+    ),
+    "a list for an environment": (
+        lambda r: (r / "environment.json").write_text("[]"),
+        ("environment.json", "damaged"),
+    ),
+    "no classes": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"].pop("classes")),
+        ("config.json", "classes"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "parts"), DIFFED.values(), ids=DIFFED)
+def test_damaged_runs_cannot_be_compared(
+    cnnft: Cli, trained: Path, copied: Path, damage: Damage, parts: tuple[str, ...]
+) -> None:
+    damage(copied)
+    cnnft("diff", trained, copied).fails_with(1, str(copied), *parts)
+    cnnft("diff", trained, copied.parent / "nowhere").fails_with(2, "no such run")
+    cnnft("diff", data_of(trained), trained).fails_with(2, "not a run")
+
+
 def test_a_file_that_is_no_model(cnnft: Cli, flat: Path) -> None:
     image = flat / "ants" / "0.png"
     cnnft("predict", image, "-m", image).fails_with(1, str(image), "safetensors")

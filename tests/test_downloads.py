@@ -1,5 +1,6 @@
 """Weights that must be downloaded: where nothing answers, where it is slow, where it works."""
 
+import hashlib
 import http.server
 import socket
 import threading
@@ -17,6 +18,7 @@ from torchvision.models import squeezenet1_1
 from cnnft.backbones import open_backbone
 from cnnft.downloads import PATIENCE, DownloadError, patiently
 from cnnft.errors import UsageError
+from cnnft.hub import Pin
 
 BODY = b"x" * 40
 
@@ -166,6 +168,8 @@ def test_torchvision_weights_are_downloaded_and_loaded(
     assert backbone.weights.missing == ()
     assert all(torch.equal(ours[k], original[k]) for k in ours if k not in backbone.head)
     assert Path(torch.hub.get_dir(), "checkpoints", "squeezenet.pth").exists()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert backbone.weights.pin == Pin(digest, f"{server}/squeezenet.pth")
 
 
 def test_cached_weights_ask_no_network(monkeypatch, tmp_path, no_cache, caplog):
@@ -186,6 +190,8 @@ def test_cached_weights_ask_no_network(monkeypatch, tmp_path, no_cache, caplog):
     with caplog.at_level("INFO", "cnnft"):
         backbone = open_backbone("resnet10t", 3)
     assert "fetching" not in caplog.text
+    digest = hashlib.sha256((snapshot / "model.safetensors").read_bytes()).hexdigest()
+    assert backbone.weights.pin == Pin(digest, "timm/resnet10t.c3_in1k", "0123abc")
     ours, original = backbone.network.state_dict(), theirs.state_dict()
     assert all(torch.equal(ours[k], original[k]) for k in ours if k not in backbone.head)
 

@@ -24,7 +24,7 @@ Finetune = Callable[..., Outcome]
 
 FILES = {
     "config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json", "data.csv",
-    "state",
+    "val_predictions.csv", "environment.json", "run.log", "state",
 }  # fmt: skip
 
 

@@ -4,12 +4,16 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import minimize_scalar
+from scipy.stats import binomtest
 
 from cnnft.metrics import (
     Z95,
     class_scores,
     confusion_matrix,
+    mcnemar,
     score,
+    tango_interval,
     top_k_accuracy,
     wilson_interval,
 )
@@ -28,6 +32,55 @@ def test_wilson_interval_inverts_the_score_test(correct, n):
 def test_wilson_interval_of_a_published_example():
     """81 of 263: 25.5 % to 36.6 % (Newcombe, 1998, table I, method 3)."""
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+DISCORDANT = [(0, 0), (0, 1), (1, 0), (3, 3), (2, 16), (0, 12), (40, 20), (700, 640)]
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), DISCORDANT)
+def test_mcnemar_is_the_binomial_test_on_discordant_images(only_a, only_b):
+    n = only_a + only_b
+    expected = binomtest(only_a, n, 0.5).pvalue if n else 1.0
+    assert mcnemar(only_a, only_b) == pytest.approx(expected, rel=1e-9)
+
+
+def score_statistic(only_a: int, only_b: int, n: int, difference: float) -> float:
+    """Tango's, with the nuisance parameter found by maximising the likelihood."""
+
+    def unlikelihood(share: float) -> float:
+        counts = (only_a, only_b, n - only_a - only_b)
+        shares = (share, share + difference, 1 - 2 * share - difference)
+        return -sum(k * math.log(p) for k, p in zip(counts, shares, strict=True) if k)
+
+    bounds = (max(0.0, -difference), (1 - difference) / 2)
+    margin = 1e-12 * (bounds[1] - bounds[0])
+    share = minimize_scalar(
+        unlikelihood, bounds=(bounds[0] + margin, bounds[1] - margin), options={"xatol": 1e-12}
+    ).x
+    variance = 2 * share + difference - difference**2
+    return (only_b - only_a - n * difference) / math.sqrt(n * variance)
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), DISCORDANT)
+def test_tango_interval_inverts_the_score_test(only_a, only_b):
+    n = only_a + only_b + 30
+    low, high = tango_interval(only_a, only_b, n)
+    assert -1 < low < (only_b - only_a) / n < high < 1
+    for end in (low, high):
+        found = abs(score_statistic(only_a, only_b, n, end))
+        assert found == pytest.approx(Z95, abs=1e-3)
+    assert tango_interval(only_b, only_a, n) == pytest.approx((-high, -low), abs=1e-12)
+
+
+def test_tango_interval_at_its_limits():
+    assert tango_interval(0, 9, 9)[1] == 1 and tango_interval(9, 0, 9)[0] == -1
+    # Where all that is discordant points one way, it is Wilson's interval.
+    assert tango_interval(0, 0, 20)[1] == pytest.approx(wilson_interval(0, 20)[1])
+
+
+def test_tango_interval_of_a_published_example():
+    """1 and 7 of 21: -0.517 to -0.026 (Fagerland et al., Statistics in Medicine 33, 2014)."""
+    assert tango_interval(7, 1, 21) == pytest.approx((-0.517, -0.026), abs=5e-4)
 
 
 @pytest.fixture

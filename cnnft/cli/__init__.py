@@ -1,6 +1,7 @@
 """The command line: one file per command, each importing what it needs when it runs."""
 
 import sys
+import traceback
 
 from cnnft.cli import app, console
 from cnnft.errors import CnnftError
@@ -14,6 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
+    console.begin(sys.argv[1:] if arguments is None else arguments)
     try:
         # Typer vendors Click and exports few of its exceptions, so they are known by their shape.
         code = app.app(arguments, prog_name="cnnft", standalone_mode=False) or 0
@@ -22,6 +24,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(code)
     except CnnftError as error:
         if app.debug:
+            console.note(traceback.format_exc())
             raise
         console.error(str(error))
         sys.exit(error.exit_code)
@@ -33,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
             if message := error.format_message().replace("\n", " "):  # none after showing help
                 console.error(message)
             sys.exit(error.exit_code)
+        console.note(traceback.format_exc())
         if app.debug:
             raise
         console.error(_explain(error))

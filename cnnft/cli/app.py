@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cnnft import __version__
-from cnnft.cli import backbones, check, console, evaluate, export, finetune, predict
+from cnnft.cli import backbones, check, console, diff, evaluate, export, finetune, predict
 
 debug = False
 """Set by --debug: errors show their traceback."""
@@ -45,5 +45,6 @@ app.command("finetune")(finetune.command)
 app.command("predict")(predict.command)
 app.command("evaluate")(evaluate.command)
 app.command("export")(export.command)
+app.command("diff")(diff.command)
 app.command("check")(check.command)
 app.command("backbones")(backbones.command)

@@ -1,11 +1,15 @@
-"""The one mouth: results to standard output, everything else to standard error."""
+"""The one mouth: results to standard output, everything else to standard error and to a log."""
 
+import io
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -27,6 +31,50 @@ _out = Console(
 _err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
+_unwritten: list[str] = []
+"""Lines of the log that wait for its file."""
+_log: Path | None = None
+
+
+def begin(arguments: list[str]) -> None:
+    """A command begins: its log holds what is said from here on, if it will have one."""
+    global _log
+    _log = None
+    _unwritten[:] = [_stamped(shlex.join(["cnnft", *arguments]))] if distributed.is_main else []
+
+
+def log_to(path: Path, environment: str) -> None:
+    """Append what was said so far to `path`, below `environment`, and all that will be said."""
+    global _log
+    _log = path
+    if distributed.is_main:
+        _unwritten[0] += f"  ({environment})"
+    _write_log()
+
+
+def note(what: RenderableType) -> None:
+    """For the log alone."""
+    text = io.StringIO()
+    plain = Console(file=text, width=120, color_system=None, force_terminal=False, soft_wrap=True,
+                    highlight=False, markup=False, emoji=False)  # fmt: skip
+    plain.print(what)
+    _unwritten.extend(_stamped(line) for line in text.getvalue().splitlines() if line.strip())
+    _write_log()
+
+
+def _stamped(line: str) -> str:
+    return f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {line.rstrip()}"
+
+
+def _write_log() -> None:
+    if _log is None:
+        return
+    # A full disk loses lines of the log: nothing that is worth the run.
+    with suppress(OSError), _log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(f"{line}\n" for line in _unwritten)
+    _unwritten.clear()
+
+
 class _Say(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage())
@@ -40,16 +88,21 @@ def relay_logs() -> None:
 
 
 def say(text: RenderableType = "", style: str | None = None) -> None:
-    if not quiet and distributed.is_main:
+    if not distributed.is_main:
+        return
+    note(text)
+    if not quiet:
         _err.print(text, style=style)
 
 
 def warn(text: str) -> None:
     if distributed.is_main:
+        note(f"warning: {text}")
         _err.print(f"warning: {text}", style="yellow")
 
 
 def error(text: str) -> None:
+    note(f"error: {text}")
     if distributed.says_first(text):
         _err.print(f"error: {text}", style="bold red")
 

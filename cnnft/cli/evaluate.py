@@ -40,7 +40,8 @@ def command(
     if run is None:
         console.warn(f"{model} does not say what it was trained on: no image is left out")
     with console.progress() as bar:
-        task = bar.add_task("checking the images", total=None)
+        checking = bar.add_task("checking the images", total=None)
+        evaluating = bar.add_task("evaluating", total=None, visible=False)
         evaluation = evaluate_folder(
             classifier,
             data,
@@ -50,7 +51,8 @@ def command(
             tta=tta,
             batch_size=batch_size,
             workers=workers,
-            on_file=lambda total: bar.update(task, total=total, advance=1),
+            on_file=lambda total: bar.update(checking, total=total, advance=1),
+            on_image=lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )
     for file in evaluation.skipped:
         console.warn(f"skipped {file.path}: {file.reason}")

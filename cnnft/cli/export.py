@@ -28,7 +28,9 @@ def command(
     from cnnft.exporting import export_run
     from cnnft.run import Run
 
-    path = export_run(Run.open(run), format, output)
+    with console.progress() as bar:
+        bar.add_task(f"exporting {format}", total=None)
+        path = export_run(Run.open(run), format, output)
     size = path.stat().st_size
     if json:
         console.result_json({"file": str(path), "format": format, "bytes": size})

@@ -44,8 +44,6 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
         drawn, images = time.monotonic(), 0
         for event in _with_advice(carry_out(plan, run, stop=lambda: bool(received))):
-            if isinstance(event, Started):
-                continue
             if isinstance(event, StepDone):
                 images += event.images
                 elapsed = time.monotonic() - drawn
@@ -53,10 +51,17 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                     speed, loss = f"{images / elapsed:.0f}", f"{event.loss.item():.3f}"
                     bar.update(task, completed=event.step, loss=loss, speed=speed)
                     drawn, images = time.monotonic(), 0
+                if event.step % plan.batches.steps_per_epoch == 0:  # the next event is its Epoch
+                    bar.update(task, completed=event.step, description="validating")
             elif isinstance(event, Epoch):
+                bar.update(task, description="training")
                 console.say(_epoch_line(event, epochs))
+            elif isinstance(event, Started):
+                kept = event.run.environment() or {}
+                console.log_to(event.run.log, ", ".join(" ".join(item) for item in kept.items()))
             elif isinstance(event, Stopped):
-                raise InterruptedRunError(received[0], event.run.path, event.step)
+                number = received[0] if received else signal.SIGTERM  # it reached another process
+                raise InterruptedRunError(number, event.run.path, event.step)
             else:
                 return event
     raise AssertionError("training ends with Finished")
