@@ -9,6 +9,8 @@ from torch import Tensor
 
 from cnnft.errors import CnnftError
 
+_UNFINISHED = ".unfinished"
+
 
 def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     return bytes(save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata))
@@ -26,7 +28,7 @@ def write_whole(path: Path, content: bytes) -> None:
             path.write_bytes(content)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -37,6 +39,12 @@ def write_whole(path: Path, content: bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise CnnftError(f"{path} cannot be written ({error.strerror})") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What `write_whole` left in `folder` when its process was killed, while nobody writes now."""
+    for path in folder.glob(f".*{_UNFINISHED}"):
+        path.unlink(missing_ok=True)
 
 
 def _umask() -> int:

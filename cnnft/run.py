@@ -40,7 +40,7 @@ from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
-from cnnft.files import to_safetensors, write_whole
+from cnnft.files import remove_unfinished, to_safetensors, write_whole
 
 FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
@@ -139,6 +139,8 @@ class Run:
         except OSError as error:
             raise CnnftError(f"{self.path} cannot be written ({error.strerror})") from error
         with lock:
+            remove_unfinished(self.path)
+            remove_unfinished(self.path / _STATE)
             yield
 
     @classmethod
