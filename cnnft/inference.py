@@ -36,7 +36,7 @@ def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views,
             yield batch, (log_probs.logsumexp(dim=1) - math.log(views)).cpu()
 
 
-def infer_all(network: nn.Module, batches: Iterable[Views], paths: Sequence[Path]) -> Tensor:
+def infer_all(network: nn.Module, batches: Iterable[Views], paths: Sequence[str | Path]) -> Tensor:
     """(N, C) log-probabilities of all `paths`, each exactly once, in their order.
 
     Raises:

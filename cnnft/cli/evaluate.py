@@ -39,8 +39,7 @@ def command(
     run = Run.open(model) if Path(model).is_dir() else None
     if run is None:
         console.warn(f"{model} does not say what it was trained on: no image is left out")
-    with console.progress() as bar:
-        task = bar.add_task("checking the images", total=None)
+    with console.reading_images() as show:
         evaluation = evaluate_folder(
             classifier,
             data,
@@ -50,10 +49,9 @@ def command(
             tta=tta,
             batch_size=batch_size,
             workers=workers,
-            on_file=lambda total: bar.update(task, total=total, advance=1),
+            on_files=show,
         )
-    for file in evaluation.skipped:
-        console.warn(f"skipped {file.path}: {file.reason}")
+    console.warn_of_skipped(evaluation.skipped, "--json lists all")
     if json:
         known = run is not None
         console.result_json(_json(evaluation) | ({} if known else _UNKNOWN))

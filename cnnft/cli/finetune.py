@@ -148,7 +148,7 @@ def command(
             "--strict",
             rich_help_panel=_DATA,
             show_default=False,
-            help="Stop at an unreadable image instead of skipping it.",
+            help="Stop at a file that is no image, or a damaged one, instead of skipping it.",
         ),
     ] = None,
     name: Annotated[
@@ -205,9 +205,8 @@ def command(
     from cnnft.planning import prepare
     from cnnft.run import Run
 
-    with console.progress() as bar:
-        task = bar.add_task("checking the images", total=None)
-        plan = prepare(settings, on_file=lambda total: bar.update(task, total=total, advance=1))
+    with console.reading_images() as show:
+        plan = prepare(settings, on_files=show)
     run = None if resume is None else Run.open(resume)
     if run is not None:
         run.require_same_data(plan.train, plan.val)
