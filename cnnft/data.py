@@ -31,7 +31,7 @@ SPLIT_FOLDERS = {
 OnFiles = Callable[[int, int | None], object]
 """Told how many more files were found (None), or were checked (of how many in all)."""
 
-_IGNORED = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+IGNORED = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 """What systems leave in folders, in lower case; hidden files are ignored as well."""
 
 _UNDER_WAY = 256  # files: enough for every thread to have work while the first is waited for
@@ -129,7 +129,7 @@ def image_files(
 
 
 def _ignored(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _IGNORED
+    return name.startswith(".") or name.lower() in IGNORED
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
