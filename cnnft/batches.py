@@ -161,7 +161,7 @@ class Views(NamedTuple):
 class ViewedImages(Dataset[tuple[int, Tensor | str]]):
     """`dataset[index]` -> (index, views (V, 3, H, W) or why the file cannot be read)."""
 
-    def __init__(self, paths: Sequence[Path], views: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, paths: Sequence[str | Path], views: Callable[[Image.Image], Tensor]) -> None:
         self.paths, self.views = paths, views
 
     def __len__(self) -> int:
@@ -178,7 +178,7 @@ ViewLoader = DataLoader[Views]
 
 
 def view_batches(
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     views: Callable[[Image.Image], Tensor],
     batch_size: int,
     workers: int,
@@ -206,7 +206,7 @@ def _stack_views(items: list[tuple[int, Tensor | str]]) -> Views:
 
 
 def channel_statistics(
-    paths: Sequence[Path], spec: InputSpec, batch_size: int, workers: int
+    paths: Sequence[str | Path], spec: InputSpec, batch_size: int, workers: int
 ) -> tuple[Channels, Channels]:
     """(mean, std) of red, green and blue over the images as evaluation sees them, 255 being 1.
 

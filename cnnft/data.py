@@ -2,15 +2,25 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
+from cnnft import distributed
 from cnnft.errors import CnnftError, UsageError
-from cnnft.images import SUFFIXES, ImageError, find_problem, ignoring_oddities, read_bytes
+from cnnft.images import (
+    SUFFIXES,
+    ImageError,
+    find_problem,
+    ignoring_oddities,
+    read_bytes,
+    suffix_problem,
+)
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
@@ -19,26 +29,49 @@ SPLIT_FOLDERS = {
 }
 """Names of the folders that hold a split, in lower case: Train and VAL are meant as well."""
 
+OnFiles = Callable[[int, int | None], object]
+"""Told how many more files were found (None), or were checked (of how many in all)."""
+
+IGNORED = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
+"""What systems leave in folders, in lower case; hidden files are ignored as well."""
+
+_UNDER_WAY = 256  # files: enough for every thread to have work while the first is waited for
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file that is left out, and why."""
+
+    path: str
+    reason: str
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled image files; `hashes` (SHA-256 of the content) is filled in by `check`."""
+    """Labelled image files; of millions, strings take less memory than `Path` objects."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
     hashes: tuple[str, ...] = ()
+    """SHA-256 of the content, filled in by `check`."""
+    skipped: tuple[Skipped, ...] = ()
+    """What the folder holds besides: `scan` judges by the name, `check` by the content."""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, indices: Iterable[int]) -> "Samples":
+        """Some of the samples, without the skipped files, which belong to the whole."""
         chosen = list(indices)
         return replace(
             self,
             paths=tuple(self.paths[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
             hashes=tuple(self.hashes[i] for i in chosen) if self.hashes else (),
+            skipped=(),
         )
 
     def counts(self) -> tuple[int, ...]:
@@ -53,16 +86,20 @@ def join(parts: Sequence[Samples]) -> Samples:
         paths=tuple(path for part in parts for path in part.paths),
         labels=tuple(label for part in parts for label in part.labels),
         hashes=tuple(digest for part in parts for digest in part.hashes),
+        skipped=tuple(file for part in parts for file in part.skipped),
     )
 
 
 # ---------------------------------------------------------------- finding the files
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Image files below `folder`, in the order of torchvision's ImageFolder; hidden ones excluded.
+def image_files(
+    folder: str | Path, on_files: OnFiles = lambda count, total: None
+) -> tuple[list[str], list[Skipped]]:
+    """Image files below `folder` in the order of torchvision's ImageFolder, and all others.
 
-    Symbolic links are followed, each real folder once, so that a loop ends.
+    Hidden files and what systems leave behind are in neither list. Symbolic links are followed,
+    each real folder once and none that `folder` lies in, so that a loop ends.
 
     Raises:
         CnnftError: a folder cannot be read.
@@ -71,25 +108,29 @@ def image_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise CnnftError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    found: list[Path] = []
-    seen: set[str] = set()
+    images: dict[str, list[str]] = {}
+    others: list[Skipped] = []
+    seen = {str(parent) for parent in Path(folder).resolve().parents}
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         real = os.path.realpath(root)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not _ignored(name)]
-        found += [
-            Path(root, name)
-            for name in names
-            if not _ignored(name) and Path(name).suffix.lower() in SUFFIXES
-        ]
-    return sorted(found, key=lambda path: (str(path.parent), path.name))
+        folders[:] = sorted(name for name in folders if not _ignored(name))
+        here = images[root] = []
+        for name in sorted(name for name in names if not _ignored(name)):
+            path, reason = os.path.join(root, name), suffix_problem(name)  # noqa: PTH118
+            if reason is None:
+                here.append(path)
+            else:
+                others.append(Skipped(path, reason))
+        on_files(len(here), None)
+    return [path for root in sorted(images) for path in images[root]], others
 
 
 def _ignored(name: str) -> bool:
-    return name.startswith(".") or name in {"__MACOSX", "Thumbs.db", "desktop.ini"}
+    return name.startswith(".") or name.lower() in IGNORED
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
@@ -98,14 +139,19 @@ def class_folders(folder: Path) -> tuple[str, ...]:
         sorted(
             entry.name
             for entry in os.scandir(folder)
-            if entry.is_dir() and not _ignored(entry.name) and not _holds_runs(Path(entry))
+            # Not entry.is_dir(), which raises at a link that leads to itself.
+            if not _ignored(entry.name) and Path(entry).is_dir() and not _holds_runs(entry.path)
         )
     )
 
 
-def _holds_runs(folder: Path) -> bool:
+def _holds_runs(folder: str) -> bool:
     """Whether it is our own runs/, which appears inside the data of `cnnft finetune .`."""
-    return any(folder.glob("*/config.toml"))
+    with os.scandir(folder) as entries:  # one by one: there may be millions
+        return any(
+            entry.is_dir(follow_symlinks=False) and Path(entry, "config.toml").is_file()
+            for entry in entries
+        )
 
 
 def find_split(data: Path, split: str) -> Path | None:
@@ -131,7 +177,11 @@ def require_folder(data: str | Path) -> Path:
     return folder
 
 
-def scan(folder: Path, classes: tuple[str, ...] | None = None) -> Samples:
+def scan(
+    folder: Path,
+    classes: tuple[str, ...] | None = None,
+    on_files: OnFiles = lambda count, total: None,
+) -> Samples:
     """Read `folder`/<class>/*; with `classes`, labels follow those names, not the folder's order.
 
     Raises:
@@ -155,16 +205,24 @@ def scan(folder: Path, classes: tuple[str, ...] | None = None) -> Samples:
             f"{folder / unknown[0]} is no class of the training data ({_some(classes)}): "
             "rename or remove the folder"
         )
-    files = [(path, classes.index(name)) for name in found for path in image_files(folder / name)]
-    files.sort(key=lambda pair: pair[1])  # stable: by class, then by name
-    return Samples(tuple(path for path, _ in files), tuple(label for _, label in files), classes)
+    paths: list[str] = []
+    labels: list[int] = []
+    skipped: list[Skipped] = []
+    for label, name in sorted((classes.index(name), name) for name in found):
+        images, others = image_files(folder / name, on_files)
+        paths += images
+        labels += [label] * len(images)
+        skipped += others
+    return Samples(tuple(paths), tuple(labels), classes, skipped=tuple(skipped))
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
-def scan_training_data(data: Path) -> tuple[Samples, Samples | None]:
+def scan_training_data(
+    data: Path, on_files: OnFiles = lambda count, total: None
+) -> tuple[Samples, Samples | None]:
     """(train, val) of `data`; val is None where the folder does not separate one.
 
     Raises:
@@ -177,7 +235,7 @@ def scan_training_data(data: Path) -> tuple[Samples, Samples | None]:
             f"{data} has {other.name} but no train folder: put the training images into "
             f"{data / 'train'}, or rename {other.name} if it is a class"
         )
-    train = scan(folder)
+    train = scan(folder, on_files=on_files)
     if len(train.classes) < 2:
         raise CnnftError(
             f"{folder} has one class only ({train.classes[0]}): a classifier needs at least two "
@@ -186,7 +244,7 @@ def scan_training_data(data: Path) -> tuple[Samples, Samples | None]:
     _require_images(train, folder)
     if folder == data or val_folder is None:
         return train, None
-    val = scan(val_folder, train.classes)
+    val = scan(val_folder, train.classes, on_files)
     _require_images(val, val_folder)
     return train, val
 
@@ -205,41 +263,49 @@ def _require_images(samples: Samples, folder: Path) -> None:
 # ---------------------------------------------------------------- reading them once
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A file that is left out, and why."""
+def check(samples: Samples, *, on_file: Callable[[], object] = lambda: None) -> Samples:
+    """Read every file once: the samples that can be decoded, with hashes; the rest is skipped.
 
-    path: Path
-    reason: str
-
-
-def check(
-    samples: Samples, *, on_file: Callable[[], object] = lambda: None
-) -> tuple[Samples, list[Skipped]]:
-    """Read every file once: its hash, and whether it can be decoded. Returns (good ones, the rest).
-
-    `on_file` is called after each file. Threads suffice: Pillow decodes outside Python's lock.
+    `on_file` is called after each file. Of several processes each reads its share.
     """
-    good: list[int] = []
-    hashes: list[str] = []
-    skipped: list[Skipped] = []
+    found: list[str | Skipped] = []
+    share = distributed.share(len(samples))
+    for inspected in in_threads(_inspect, samples.paths[share.start : share.stop]):
+        found.append(inspected)
+        on_file()
+    found = distributed.gather(found)
+    skipped = [*samples.skipped, *(file for file in found if isinstance(file, Skipped))]
+    return replace(
+        samples.take(i for i, file in enumerate(found) if isinstance(file, str)),
+        hashes=tuple(digest for digest in found if isinstance(digest, str)),
+        skipped=tuple(sorted(skipped, key=lambda file: file.path)),
+    )
+
+
+def in_threads(function: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
+    """function(path) of each, in order. Threads suffice: Pillow decodes outside Python's lock.
+
+    `ThreadPoolExecutor.map` would queue all files at once, which takes more memory than their
+    names, and an interrupted run would wait for them.
+    """
+    waiting: deque[Future[T]] = deque()
     with ignoring_oddities(), ThreadPoolExecutor() as pool:
-        for i, (digest, reason) in enumerate(pool.map(_inspect, samples.paths)):
-            if reason is None:
-                good.append(i)
-                hashes.append(digest)
-            else:
-                skipped.append(Skipped(samples.paths[i], reason))
-            on_file()
-    return replace(samples.take(good), hashes=tuple(hashes)), skipped
+        for path in paths:
+            waiting.append(pool.submit(function, path))
+            if len(waiting) == _UNDER_WAY:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _inspect(path: Path) -> tuple[str, str | None]:
+def _inspect(path: str) -> str | Skipped:
+    """Its hash, or why it cannot be decoded."""
     try:
         content = read_bytes(path)
     except ImageError as error:
-        return "", error.reason
-    return hashlib.sha256(content).hexdigest(), find_problem(path, content)
+        return Skipped(path, error.reason)
+    problem = find_problem(path, content)
+    return Skipped(path, problem) if problem else hashlib.sha256(content).hexdigest()
 
 
 # ---------------------------------------------------------------- splitting

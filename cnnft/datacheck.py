@@ -1,8 +1,7 @@
 """What is wrong with a dataset, found before training on it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +11,9 @@ from PIL import Image
 from cnnft import data
 from cnnft.batches import channel_statistics
 from cnnft.config import Channels
-from cnnft.data import Skipped
+from cnnft.data import OnFiles, Skipped
 from cnnft.errors import CnnftError
-from cnnft.images import ImageError, decode, ignoring_oddities
+from cnnft.images import ImageError, decode
 from cnnft.transforms import InputSpec
 
 NEAR = 6
@@ -24,7 +23,7 @@ _BANDS = 8  # of 16 bits: more than NEAR, so that near fingerprints agree in one
 PLAIN = InputSpec(224, 0.875, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """How most networks see images, for statistics without a backbone."""
 
-Group = tuple[Path, ...]
+Group = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class DataCheck:
 
     counts: dict[str, dict[str, int]]
     """Split -> class -> images."""
-    unreadable: tuple[Skipped, ...]
+    skipped: tuple[Skipped, ...]
     duplicates: tuple[Group, ...]
     """Files with the same content."""
     near_duplicates: tuple[Group, ...]
@@ -63,7 +62,7 @@ def check_folder(
     *,
     batch_size: int = 32,
     workers: int = 0,
-    on_file: Callable[[int], object] = lambda total: None,
+    on_files: OnFiles = lambda count, total: None,
 ) -> DataCheck:
     """Look at every image of a folder as finetune takes it, test images included.
 
@@ -71,17 +70,15 @@ def check_folder(
         CnnftError: it is no such folder, or none of its images can be read.
     """
     root = data.require_folder(folder)
-    train, val = data.scan_training_data(root)
+    train, val = data.scan_training_data(root, on_files)
     splits = {"train": train}
     if val is not None:
         splits["val"] = val
     if test := data.find_split(root, "test"):
-        splits["test"] = data.scan(test, train.classes)
+        splits["test"] = data.scan(test, train.classes, on_files)
     total = sum(map(len, splits.values()))
-    skipped: list[Skipped] = []
     for name, samples in splits.items():
-        splits[name], bad = data.check(samples, on_file=lambda: on_file(total))
-        skipped += bad
+        splits[name] = data.check(samples, on_file=lambda: on_files(1, total))
     if not len(splits["train"]):
         raise CnnftError(f"{root}: no training image can be read")
     everything = data.join(list(splits.values()))
@@ -98,7 +95,7 @@ def check_folder(
             name: dict(zip(samples.classes, samples.counts(), strict=True))
             for name, samples in splits.items()
         },
-        unreadable=tuple(skipped),
+        skipped=everything.skipped,
         duplicates=tuple(exact),
         near_duplicates=tuple(near),
         leaks=tuple(
@@ -128,8 +125,8 @@ class _Look:
     fingerprint: int
 
 
-def _look_at(paths: Iterable[Path]) -> dict[Path, _Look]:
-    def look(path: Path) -> tuple[Path, _Look] | None:
+def _look_at(paths: Iterable[str]) -> dict[str, _Look]:
+    def look(path: str) -> tuple[str, _Look] | None:
         try:
             image = decode(path)
             with Image.open(path) as file:
@@ -137,8 +134,7 @@ def _look_at(paths: Iterable[Path]) -> dict[Path, _Look]:
         except (ImageError, OSError):  # it was readable a moment ago
             return None
 
-    with ignoring_oddities(), ThreadPoolExecutor() as pool:
-        return dict(found for found in pool.map(look, paths) if found)
+    return dict(found for found in data.in_threads(look, paths) if found)
 
 
 def fingerprint(image: Image.Image) -> int:
@@ -154,14 +150,14 @@ def fingerprint(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def _groups(keyed: Iterable[tuple[Path, object]]) -> list[Group]:
-    found: dict[object, list[Path]] = {}
+def _groups(keyed: Iterable[tuple[str, object]]) -> list[Group]:
+    found: dict[object, list[str]] = {}
     for path, key in keyed:
         found.setdefault(key, []).append(path)
     return [tuple(paths) for paths in found.values() if len(paths) > 1]
 
 
-def _near_groups(fingerprints: dict[Path, int], exact: list[Group]) -> list[Group]:
+def _near_groups(fingerprints: dict[str, int], exact: list[Group]) -> list[Group]:
     """Groups connected by near fingerprints; of exact duplicates only the first one counts."""
     others = {path for group in exact for path in group[1:]}
     # Flat pictures have hardly a bit set and all look alike.

@@ -10,7 +10,7 @@ from cnnft import data
 from cnnft.batches import default_workers, view_batches
 from cnnft.classifier import Classifier
 from cnnft.config import Split, TestTimeViews
-from cnnft.data import Samples, Skipped
+from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference import infer_all
 from cnnft.metrics import ClassScore, Score, class_scores, confusion_matrix, score, top_k_accuracy
@@ -49,22 +49,22 @@ def evaluate_folder(
     tta: TestTimeViews = "none",
     batch_size: int = 32,
     workers: int | None = None,
-    on_file: Callable[[int], object] = lambda total: None,
+    on_files: OnFiles = lambda count, total: None,
     on_image: Callable[[int], object] = lambda total: None,
 ) -> Evaluation:
     """Evaluate on a split of `folder`; where it has none, on all of it (val: on train).
 
     Images whose hash is in `trained_on` are left out; `selected_on` are only counted.
-    `on_file` is called with the number of files, once for each file that was checked; `on_image`
+    `on_files` is told of files as they are found and checked (see `data.OnFiles`); `on_image`
     with the number of images to evaluate, once for each that was.
 
     Raises:
         UsageError: the folder or the split is missing.
         CnnftError: classes that the classifier does not know, or no image remains.
     """
-    samples = _find(data.require_folder(folder), split, classifier.classes)
+    samples = _find(data.require_folder(folder), split, classifier.classes, on_files)
     total = len(samples)
-    samples, skipped = data.check(samples, on_file=lambda: on_file(total))
+    samples = data.check(samples, on_file=lambda: on_files(1, total))
     kept = data.without(samples, trained_on)
     if not len(kept):
         if len(samples):
@@ -91,20 +91,20 @@ def evaluate_folder(
         confusion=confusion_matrix(log_probs, labels).tolist(),
         left_out=len(samples) - len(kept),
         selected_on=sum(digest in chosen_on for digest in kept.hashes),
-        skipped=tuple(skipped),
+        skipped=samples.skipped,
     )
 
 
-def _find(folder: Path, split: Split, classes: tuple[str, ...]) -> Samples:
+def _find(folder: Path, split: Split, classes: tuple[str, ...], on_files: OnFiles) -> Samples:
     parts = [f for name in data.SPLIT_FOLDERS if (f := data.find_split(folder, name))]
     if split == "all":
-        return data.join([data.scan(part, classes) for part in parts or [folder]])
+        return data.join([data.scan(part, classes, on_files) for part in parts or [folder]])
     part = data.find_split(folder, split)
     if part is not None:
-        return data.scan(part, classes)
+        return data.scan(part, classes, on_files)
     if split == "val" and (train := data.find_split(folder, "train")):
-        return data.scan(train, classes)  # finetune splits val off this folder
+        return data.scan(train, classes, on_files)  # finetune splits val off this folder
     if parts or split == "test":
         found = ", ".join(part.name for part in parts) or "class folders only"
         raise UsageError(f"{folder} has no {split} folder ({found}): choose another --split")
-    return data.scan(folder, classes)
+    return data.scan(folder, classes, on_files)

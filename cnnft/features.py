@@ -44,7 +44,7 @@ class Probe:
 
 
 def embed(
-    network: nn.Module, head: frozenset[str], batches: Iterable[Views], paths: Sequence[Path]
+    network: nn.Module, head: frozenset[str], batches: Iterable[Views], paths: Sequence[str | Path]
 ) -> Features:
     """Run all `paths` through the network once, in their order."""
     layers = {name.rpartition(".")[0] for name in head}

@@ -1,19 +1,34 @@
 """From the bytes of a file to upright RGB pixels, or one sentence about why not."""
 
 import io
+import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cnnft.errors import CnnftError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+    | {".avif", ".heic", ".heif", ".ppm", ".pgm", ".pbm", ".pnm"}
+)
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
+"""No other decoder of Pillow's is opened: one starts Ghostscript, many are hardly ever tested."""
+
+_HEIC = re.compile(rb".{4}ftyp.{0,32}hei[cxms]", re.DOTALL)
 
 _BACKGROUND = (255, 255, 255)
 """Transparent pixels show white, as on a page."""
+
+_MOST_BYTES = 2 * 1024**3
+"""More than the largest image that Pillow opens has without compression (8 bytes per pixel)."""
 
 
 class ImageError(CnnftError):
@@ -26,6 +41,8 @@ class ImageError(CnnftError):
 
 def read_image(path: str | Path) -> Image.Image:
     """Decode the file in full: EXIF-upright, RGB, first frame, transparency on white.
+
+    docs/images.md has what becomes of every kind of file.
 
     Raises:
         ImageError: the file is missing, no image, truncated, or too large.
@@ -63,12 +80,22 @@ def find_problem(path: str | Path, content: bytes) -> str | None:
     return None
 
 
+def suffix_problem(name: str) -> str | None:
+    """Why a file of this name is not even opened, or None; one without suffix is."""
+    _, dot, suffix = name.rpartition(".")
+    if not dot or not suffix or f".{suffix.lower()}" in SUFFIXES:
+        return None
+    return f"has no image suffix (.{suffix})"
+
+
 def read_bytes(path: str | Path) -> bytes:
     """The content of a regular file; raises `ImageError` where there is none to read."""
     try:
-        # A pipe would be waited for without end.
-        if Path(path).exists() and not Path(path).is_file():
+        status = Path(path).stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
             raise ImageError(path, "is not a regular file")
+        if status.st_size > _MOST_BYTES:
+            raise ImageError(path, f"has more than {_MOST_BYTES // 1024**3} GiB")
         return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
@@ -77,30 +104,81 @@ def read_bytes(path: str | Path) -> bytes:
 def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
     if not content:
         raise ImageError(path, "is empty (0 bytes)")
+    formats: tuple[str, ...] = _FORMATS
+    if _HEIC.match(content):
+        if not _opens_heic():
+            raise ImageError(
+                path,
+                "is a HEIC photo, which needs the package pillow-heif: pip install 'cnnft[heic]'",
+            )
+        formats = ("HEIF",)
     try:
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
         if draft:
             image.draft("RGB", (1, 1))
         image.load()
-        return _to_rgb(image)
+        return _to_rgb(path, image)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
-        raise ImageError(path, "is not an image that Pillow can read") from error
+        raise ImageError(
+            path, "is not an image of a format that cnnft reads, or is badly damaged"
+        ) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 10**6
         raise ImageError(path, f"has more than {limit} million pixels") from error
     except MemoryError as error:
         raise ImageError(path, "does not fit in memory") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ImageError(path, f"is damaged ({error})") from error
+        raise ImageError(path, f"is damaged ({' '.join(str(error).split())})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow's own conversion clips 16 bits at 255 and turns such images white.
-        image = image.convert("I").point(lambda value: value / 257).convert("L")
+@cache
+def _opens_heic() -> bool:
+    """Whether the plugin is installed; it is loaded when the first such photo is met."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener()
+    return True
+
+
+def _to_rgb(path: str | Path, image: Image.Image) -> Image.Image:
+    image = _upright(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _eight_bits(path, image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*_BACKGROUND, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # nearly anything, of metadata that nobody can read; the pixels are good
+        return image
+
+
+def _eight_bits(path: str | Path, image: Image.Image) -> Image.Image:
+    """Grey values to 0..255. White is 65535 for integers, and 1 for floats, or 255 beyond that.
+
+    Pillow's own conversion clips 16 bits at 255 and turns such images white.
+    """
+    if image.mode != "F":
+        image = image.convert("I")
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())  # NaN if there is one
+    white = 65535 if image.mode == "I" else 1 if high <= 1 else 255
+    if not 0 <= low <= high <= white:
+        raise ImageError(
+            path,
+            f"has values from {low:g} to {high:g}, of which none is white: save it with 8 bits",
+        )
+    if image.mode == "I":
+        return image.point(lambda value: value / 257).convert("L")
+    return image.point(lambda value: value * (255 / white) + 0.5).convert("L")

@@ -40,7 +40,7 @@ def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views,
 def infer_all(
     network: nn.Module,
     batches: Iterable[Views],
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     on_image: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """(N, C) log-probabilities of all `paths`, each exactly once, in their order.

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from cnnft.batches import (
 )
 from cnnft.classifier import Classifier
 from cnnft.config import Config, Mode, parse_statistics
-from cnnft.data import Samples, Skipped
+from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.features import Probe, embed, install, probe
 from cnnft.freezing import freeze
@@ -68,10 +67,8 @@ class Plan:
         return trained, sum(size for size, _ in sizes) - trained
 
 
-def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: None) -> Plan:
+def prepare(config: Config, *, on_files: OnFiles = lambda count, total: None) -> Plan:
     """Read the data, open the backbone, decide what trains and how fast.
-
-    `on_file` is called with the number of files, once for each file that was checked.
 
     Raises:
         CnnftError: what the user has to mend, in a sentence.
@@ -83,7 +80,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
     distributed.join()
     asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers
-    found = _read(config, on_file)
+    found = _read(config, on_files)
     backbone = _open(config, len(found.train.classes), device)
     spec = _input_spec(config, backbone.input_spec, found.train, workers)
     probed = None
@@ -115,7 +112,7 @@ def prepare(config: Config, *, on_file: Callable[[int], object] = lambda total: 
         asked=asked,
         train=found.train,
         val=found.val,
-        skipped=tuple(found.skipped),
+        skipped=found.skipped,
         leaked=found.leaked,
         classifier=Classifier(
             network=network,
@@ -170,20 +167,20 @@ def _auxiliary(config: Config) -> bool:
 class _Found:
     train: Samples
     val: Samples
-    skipped: list[Skipped]
+    skipped: tuple[Skipped, ...]
     leaked: int
 
 
-def _read(config: Config, on_file: Callable[[int], object]) -> _Found:
+def _read(config: Config, on_files: OnFiles) -> _Found:
     """The checked images, those of val with none that train has too."""
     folder = data.require_folder(config.data)
-    train, val = data.scan_training_data(folder)
+    train, val = data.scan_training_data(folder, on_files)
     total = len(train) + (len(val) if val else 0)
-    train, skipped = data.check(train, on_file=lambda: on_file(total))
-    leaked = 0
+    train = data.check(train, on_file=lambda: on_files(1, total))
+    skipped, leaked = train.skipped, 0
     if val is not None:
-        val, more = data.check(val, on_file=lambda: on_file(total))
-        skipped += more
+        val = data.check(val, on_file=lambda: on_files(1, total))
+        skipped += val.skipped
     _refuse_skipped(skipped, config.strict)
     if val is None:
         train, val = data.split(train, config.val_fraction, config.split_seed)
@@ -197,7 +194,7 @@ def _read(config: Config, on_file: Callable[[int], object]) -> _Found:
     return _Found(train, val, skipped, leaked)
 
 
-def _refuse_skipped(skipped: list[Skipped], strict: bool) -> None:
+def _refuse_skipped(skipped: tuple[Skipped, ...], strict: bool) -> None:
     if strict and skipped:
         first = skipped[0]
         raise CnnftError(

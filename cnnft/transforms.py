@@ -45,6 +45,11 @@ def training_transform(spec: InputSpec) -> Callable[[Image.Image], Tensor]:
     )
 
 
+_LONGEST = 50
+"""Times as long as wide: of longer images the middle is seen. Enlarged until the shorter side fits,
+one of 1 × 20,000 pixels would fill gigabytes."""
+
+
 class EvaluationViews:
     """Test-time augmentation: an image -> its views (V, 3, size, size), evaluation's own included.
 
@@ -87,6 +92,9 @@ def _resize(image: Image.Image, spec: InputSpec, side: int) -> Image.Image:
         left, top = (side - width) // 2, (side - height) // 2
         fill = [round(255 * channel) for channel in spec.mean]
         return F.pad(image, [left, top, side - width - left, side - height - top], fill=fill)
+    most = _LONGEST * min(image.size)
+    if max(image.size) > most:
+        image = F.center_crop(image, [min(extent, most) for extent in (image.height, image.width)])
     return F.resize(image, [side], interpolation=_mode(spec))
 
 

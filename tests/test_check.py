@@ -50,7 +50,7 @@ def photos(tmp_path: Path) -> Path:
 def test_nothing_is_found_where_nothing_is(check, photos: Path) -> None:
     found = check(photos)
     assert found["counts"] == {"train": {"ants": 4, "bees": 4}, "val": {"ants": 4, "bees": 4}}
-    for finding in ("unreadable", "duplicates", "near_duplicates", "leaks", "contradictions"):
+    for finding in ("skipped", "duplicates", "near_duplicates", "leaks", "contradictions"):
         assert found[finding] == [], finding
     assert found["sizes"] == {"smallest": 140, "median": 140, "largest": 140}
     assert found["modes"] == {"RGB": 16} and found["imbalance"] == 1 and found["advice"] is None
@@ -69,7 +69,7 @@ def test_every_kind_of_finding(check, photos: Path) -> None:
     ]
     assert names(found["leaks"]) == [{"train/ants/1.png", "val/ants/resaved.jpg"}]
     assert names(found["contradictions"]) == [{"train/ants/0.png", "train/bees/copy.png"}]
-    assert [Path(file["path"]).name for file in found["unreadable"]] == ["broken.jpg"]
+    assert [Path(file["path"]).name for file in found["skipped"]] == ["broken.jpg"]
     assert found["modes"] == {"RGB": 18, "L": 1}
 
 
@@ -103,7 +103,7 @@ def test_text_says_what_json_says(cnnft: Cli, photos: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "1               the same file more than once" in outcome.out
     assert "1               in train and elsewhere too" in outcome.out
-    assert "none            unreadable files" in outcome.out
+    assert "none            files that cannot be used" in outcome.out
     assert "→ " in outcome.out and "4 training images per class" in outcome.out
 
 

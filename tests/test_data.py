@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 
 from cnnft import data
 from cnnft.batches import KeyedBatches, TrainingImages
-from cnnft.data import Samples
+from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError
 
 Cli = Callable[..., Outcome]
@@ -36,20 +36,33 @@ def test_classes_and_files_come_in_imagefolders_order(tmp_path: Path) -> None:
     reference = ImageFolder(str(tmp_path))
     samples = data.scan(tmp_path)
     assert list(samples.classes) == reference.classes
-    found = [(str(p), n) for p, n in zip(samples.paths, samples.labels, strict=True)]
-    assert found == reference.samples
+    assert list(zip(samples.paths, samples.labels, strict=True)) == reference.samples
 
 
 @pytest.mark.parametrize(
     "name",
-    [".hidden.png", "._x.png", "__MACOSX/x.png", ".git/x.png", "sub/.x.png", "notes.txt", "x.svg"],
+    [".hidden.png", "._x.png", "__MACOSX/x.png", ".git/x.png", "sub/.x.png", "thumbs.db", ".txt"],
 )
-def test_hidden_and_foreign_files_are_no_images(tmp_path: Path, name: str) -> None:
+def test_hidden_files_and_what_systems_leave_behind_are_ignored(tmp_path: Path, name: str) -> None:
     seen = draw(tmp_path / "seen.png", 0, 0)
     hidden = tmp_path / name
     hidden.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(seen, hidden)
-    assert data.image_files(tmp_path) == [seen]
+    assert data.image_files(tmp_path) == ([str(seen)], [])
+
+
+def test_files_of_other_suffixes_are_listed_and_those_without_one_are_tried(tmp_path: Path) -> None:
+    seen = draw(tmp_path / "seen.png", 0, 0)
+    for name in ("notes.txt", "sub/x.svg", "README"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert data.image_files(tmp_path) == (
+        [str(tmp_path / "README"), str(seen)],
+        [
+            Skipped(str(tmp_path / "notes.txt"), "has no image suffix (.txt)"),
+            Skipped(str(tmp_path / "sub" / "x.svg"), "has no image suffix (.svg)"),
+        ],
+    )
 
 
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
@@ -66,26 +79,51 @@ def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (folder / "one.png").symlink_to(target)
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     (target.parent / "back").symlink_to(folder, target_is_directory=True)
-    assert data.image_files(folder) == [folder / "one.png", own, folder / "linked" / "x.png"]
+    (folder / "up").symlink_to(tmp_path, target_is_directory=True)
+    expected = [folder / "one.png", own, folder / "linked" / "x.png"]
+    assert data.image_files(folder) == ([str(path) for path in expected], [])
 
 
 def test_a_dangling_link_is_skipped_with_its_reason(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path, ("ants", "bees"), 2)
     (folder / "ants" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    good, skipped = data.check(data.scan(folder))
-    assert len(good) == 4 and [s.path.name for s in skipped] == ["gone.png"]
-    assert "No such file" in skipped[0].reason
+    good = data.check(data.scan(folder))
+    assert len(good) == 4 and [Path(s.path).name for s in good.skipped] == ["gone.png"]
+    assert "No such file" in good.skipped[0].reason
 
 
 def test_check_hashes_the_content_and_counts_every_file(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path, ("ants", "bees"), 3)
     (folder / "ants" / "1.png").write_bytes(b"no image")
     calls: list[None] = []
-    good, skipped = data.check(data.scan(folder), on_file=lambda: calls.append(None))
+    good = data.check(data.scan(folder), on_file=lambda: calls.append(None))
     assert len(calls) == 6
-    assert [s.path for s in skipped] == [folder / "ants" / "1.png"]
+    assert [s.path for s in good.skipped] == [str(folder / "ants" / "1.png")]
     assert good.labels == (0, 0, 1, 1, 1)
-    assert list(good.hashes) == [hashlib.sha256(p.read_bytes()).hexdigest() for p in good.paths]
+    assert list(good.hashes) == [
+        hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in good.paths
+    ]
+
+
+def test_few_files_are_under_way_at_a_time() -> None:
+    taken = 0
+
+    def paths() -> Iterator[str]:
+        nonlocal taken
+        for taken in range(1, 5001):
+            yield str(taken)
+
+    results = data.in_threads(int, paths())
+    for expected in range(1, 5001):
+        assert next(results) == expected and taken - expected < 1000
+    assert list(results) == []
+
+
+def test_finding_and_checking_are_counted(flat: Path) -> None:
+    (flat / "ants" / "notes.txt").touch()
+    counts: list[tuple[int, int | None]] = []
+    train, _ = data.scan_training_data(flat, lambda *count: counts.append(count))
+    assert counts == [(10, None), (10, None)] and len(train) == 20
 
 
 # ---------------------------------------------------------------- splitting
@@ -95,7 +133,7 @@ def made_up(counts: tuple[int, ...], prefix: str = "") -> Samples:
     """Samples whose content is named, not stored."""
     labels = [label for label, count in enumerate(counts) for _ in range(count)]
     return Samples(
-        paths=tuple(Path(f"{prefix}{label}-{i}.png") for i, label in enumerate(labels)),
+        paths=tuple(f"{prefix}{label}-{i}.png" for i, label in enumerate(labels)),
         labels=tuple(labels),
         classes=tuple(f"class{label}" for label in range(len(counts))),
         hashes=tuple(hashlib.sha256(f"{i}".encode()).hexdigest() for i in range(len(labels))),
@@ -126,7 +164,7 @@ def test_split_ignores_names_and_order() -> None:
     order = list(range(len(samples)))
     random.Random(0).shuffle(order)
     shuffled = samples.take(order)
-    renamed = replace(shuffled, paths=tuple(Path(f"{i}.jpg") for i in range(len(samples))))
+    renamed = replace(shuffled, paths=tuple(f"{i}.jpg" for i in range(len(samples))))
     _, again = data.split(renamed, 0.3, 0)
     assert set(again.hashes) == set(val.hashes)
 

@@ -7,6 +7,8 @@ import pytest
 from typer.main import get_command
 
 from cnnft.cli.app import app
+from cnnft.data import IGNORED
+from cnnft.images import SUFFIXES
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -39,6 +41,12 @@ def test_links_to_files_lead_somewhere(document):
 @pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "format"])
 def test_every_make_target_that_is_named_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_table_of_images_names_every_suffix_and_every_ignored_name():
+    words = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?<=\s)\.[a-z]+(?=\s)", words.split("(in any case)")[0])) == SUFFIXES
+    assert all(name in words.lower() for name in IGNORED)
 
 
 def test_ci_runs_lint_and_then_test():

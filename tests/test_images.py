@@ -1,14 +1,18 @@
 """Files of every mode and every kind of damage -> upright RGB pixels, or a reason."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from oddities import BAD, GOOD, GREY, HEIC, WHOLE, picture
 from PIL import Image
 
+from cnnft import images
 from cnnft.errors import CnnftError
-from cnnft.images import SUFFIXES, ImageError, find_problem, read_image
+from cnnft.images import SUFFIXES, ImageError, find_problem, read_image, suffix_problem
+from cnnft.transforms import EvaluationViews, InputSpec, training_transform
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
@@ -117,17 +121,42 @@ def test_grey_becomes_three_equal_channels(tmp_path: Path) -> None:
     assert pixels(save(tmp_path / "x.png", Image.new("L", (1, 1), 77))).tolist() == [[[77] * 3]]
 
 
-def test_cmyk_jpeg_has_its_colours(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)))
-    red, green, blue = pixels(path)[8, 8]
-    assert red > 240 and green < 15 and blue < 15
+@pytest.mark.parametrize("name", GOOD)
+def test_every_kind_of_file_shows_its_picture(tmp_path: Path, name: str) -> None:
+    expected = picture(1)
+    path = tmp_path / name.replace("/", " ")
+    path.write_bytes(GOOD[name](expected))
+    assert find_problem(path, path.read_bytes()) is None
+    found = read_image(path)
+    if name in GREY:
+        expected = expected.convert("L")
+    if name == "one bit.png":  # dithered: right on average
+        found, expected = found.reduce(8), expected.reduce(8)
+    expected = expected.convert("RGB")
+    assert found.mode == "RGB" and found.size == expected.size
+    difference = np.abs(np.asarray(found, dtype=float) - np.asarray(expected, dtype=float))
+    assert difference.mean() < (25 if "palette" in name or "one bit" in name else 4)
 
 
-def test_an_animation_gives_its_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, (0, 0, 255))]
-    path = tmp_path / "x.gif"
-    frames[0].save(path, save_all=True, append_images=frames[1:])
-    assert tuple(pixels(path)[0, 0]) == RED
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (3, 200)])
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("tta", ["none", "ten-crop"])
+def test_the_longest_images_become_views_of_bounded_size(
+    size: tuple[int, int], fit: str, tta: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    largest: list[int] = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *rest: object, **more: object) -> object:
+        largest.append(size[0] * size[1])
+        return resize(self, size, *rest, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    spec = InputSpec(32, 0.875, "bilinear", (0.5,) * 3, (0.5,) * 3, fit)
+    image = Image.new("RGB", size, RED)
+    views = EvaluationViews(spec, tta)(image)
+    assert views.shape[1:] == training_transform(spec)(image).shape == (3, 32, 32)
+    assert max(largest) <= 51 * 37**2
 
 
 # ---------------------------------------------------------------- damage
@@ -202,15 +231,70 @@ def test_quick_check_and_full_read_agree_on_a_jpeg_cut_anywhere(
         assert find_problem(path, content[:length]) == raised.value.reason, length
 
 
-def test_quick_check_and_full_read_agree_on_broken_exif(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.png", noise(), exif=b"Exif\0\0garbage, no TIFF header")
-    problem = find_problem(path, path.read_bytes())
-    try:
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_image_has_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(images, "_opens_heic", lambda: False)
+    content, part = BAD[name]
+    if "suffix" in part:
+        assert suffix_problem(name) == part
+        return
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ImageError) as raised:
         read_image(path)
-    except ImageError as error:
-        assert problem == error.reason
-    else:
-        assert problem is None
+    assert part in raised.value.reason and "\n" not in raised.value.reason
+    assert find_problem(path, content) == raised.value.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x", None), ("x.", None), ("x.JPeG", None), ("x.tar.png", None), ("x.png.bak", ".bak")],
+)
+def test_a_suffix_decides_what_is_opened(name: str, reason: str | None) -> None:
+    assert suffix_problem(name) == (reason and f"has no image suffix ({reason})")
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:  # root may read everything, so the mode would not do
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (tmp_path / "x.jpg").write_bytes(WHOLE)
+    with pytest.raises(ImageError, match=r"x.jpg: cannot be read \(Permission denied\)"):
+        read_image(tmp_path / "x.jpg")
+
+
+def test_a_file_too_large_to_be_an_image_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "x.tif").open("wb") as file:
+        file.truncate(2 * 1024**3 + 1)  # takes no room on the disk
+    with pytest.raises(ImageError, match=r"x.tif: has more than 2 GiB"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.fixture
+def heic_anew():
+    images._opens_heic.cache_clear()
+    yield
+    images._opens_heic.cache_clear()
+
+
+@pytest.mark.usefixtures("heic_anew")
+def test_heic_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    reason = find_problem("x.heic", HEIC)
+    assert reason is not None and "pillow-heif" in reason and "cnnft[heic]" in reason
+
+
+@pytest.mark.usefixtures("heic_anew")
+def test_heic_is_read_where_the_package_is(tmp_path: Path) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif", reason="needs cnnft[heic]")
+    path = tmp_path / "x.heic"
+    pillow_heif.from_pillow(picture()).save(path, quality=95)
+    difference = np.abs(pixels(path).astype(float) - np.asarray(picture(), dtype=float))
+    assert difference.mean() < 4
+    assert "is damaged" in (find_problem(path, path.read_bytes()[:-40]) or "")
 
 
 def test_a_missing_file_and_a_folder_are_image_errors(tmp_path: Path) -> None:
@@ -220,7 +304,7 @@ def test_a_missing_file_and_a_folder_are_image_errors(tmp_path: Path) -> None:
         assert str(path) in str(raised.value)
 
 
-@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+@pytest.mark.parametrize("suffix", sorted(SUFFIXES - {".heic", ".heif"}))
 def test_every_suffix_that_is_listed_can_be_read(tmp_path: Path, suffix: str) -> None:
     path = save(tmp_path / f"x{suffix}", noise())
     assert find_problem(path, path.read_bytes()) is None

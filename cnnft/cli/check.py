@@ -43,12 +43,11 @@ def command(
         raise UsageError("--weights and --fit are about a network: give --backbone too")
     spec = PLAIN if backbone is None else input_spec(resolve(backbone))
     with console.progress() as bar:
-        task = bar.add_task("checking the images", total=None)
         found = check_folder(
             data,
             spec if fit is None else dataclasses.replace(spec, fit=fit),
             workers=default_workers() if workers is None else workers,
-            on_file=lambda total: bar.update(task, total=total, advance=1),
+            on_files=console.reading_images(bar),
         )
     advice = None
     if backbone is not None:
@@ -81,8 +80,8 @@ def _show(found: "DataCheck") -> None:
         f"mean / std      {_channels(found.mean)}/{_channels(found.std)}",
     ]
     console.result("\n".join(lines))
-    reasons = [f"{file.path}: {file.reason}" for file in found.unreadable]
-    _list("unreadable files", reasons)
+    reasons = [f"{file.path}: {file.reason}" for file in found.skipped]
+    _list("files that cannot be used", reasons)
     for name, groups in (
         ("the same file more than once", found.duplicates),
         ("images that look the same", found.near_duplicates),
@@ -102,7 +101,7 @@ def _list(name: str, findings: list[str]) -> None:
         return
     console.result(f"{len(findings):<15} {name}")
     for text in findings[:_MOST]:
-        console.result(f"                {text}")
+        console.result(f"                {console.printable(text)}")
     if len(findings) > _MOST:
         console.result(f"                … {len(findings) - _MOST} more: --json lists all")
 

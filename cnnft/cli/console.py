@@ -6,16 +6,19 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cnnft import distributed
+
+if TYPE_CHECKING:
+    from cnnft.data import Skipped
 
 quiet = False
 """Set by --quiet: nothing but results, warnings and errors. Of several processes the main one
@@ -97,14 +100,28 @@ def say(text: RenderableType = "", style: str | None = None) -> None:
 
 def warn(text: str) -> None:
     if distributed.is_main:
-        note(f"warning: {text}")
-        _err.print(f"warning: {text}", style="yellow")
+        note(f"warning: {printable(text)}")
+        _err.print(f"warning: {printable(text)}", style="yellow")
+
+
+def warn_of_skipped(files: Sequence["Skipped"], elsewhere: str) -> None:
+    """A line for each of the first files and a count; `elsewhere` is about the rest."""
+    most = 10
+    for file in files[:most]:
+        warn(f"skipped {file.path}: {file.reason}")
+    if files:
+        warn(f"{len(files)} file(s) skipped" + (f": {elsewhere}" if len(files) > most else ""))
 
 
 def error(text: str) -> None:
-    note(f"error: {text}")
+    note(f"error: {printable(text)}")
     if distributed.says_first(text):
-        _err.print(f"error: {text}", style="bold red")
+        _err.print(f"error: {printable(text)}", style="bold red")
+
+
+def printable(text: str) -> str:
+    """In one line, and harmless: names of files may hold line breaks and a terminal's commands."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def result(what: RenderableType) -> None:
@@ -136,3 +153,18 @@ def progress(*columns: str, **fields: Any) -> Iterator[Progress]:
         disable=quiet or not distributed.is_main or not _err.is_terminal or "CI" in os.environ,
     ) as bar:
         yield bar
+
+
+def reading_images(bar: Progress) -> Callable[[int, int | None], None]:
+    """Shows a count of the images that were found, then a bar of those that were checked."""
+    finding = bar.add_task("finding images", total=None)
+    checking = bar.add_task("checking the images", total=None, visible=False)
+
+    def show(count: int, total: int | None) -> None:
+        if total is None:
+            bar.advance(finding, count)
+        else:
+            bar.update(finding, visible=False)
+            bar.update(checking, visible=True, total=total, advance=count)
+
+    return show

@@ -40,7 +40,7 @@ def command(
     if run is None:
         console.warn(f"{model} does not say what it was trained on: no image is left out")
     with console.progress() as bar:
-        checking = bar.add_task("checking the images", total=None)
+        reading = console.reading_images(bar)
         evaluating = bar.add_task("evaluating", total=None, visible=False)
         evaluation = evaluate_folder(
             classifier,
@@ -51,11 +51,10 @@ def command(
             tta=tta,
             batch_size=batch_size,
             workers=workers,
-            on_file=lambda total: bar.update(checking, total=total, advance=1),
+            on_files=reading,
             on_image=lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )
-    for file in evaluation.skipped:
-        console.warn(f"skipped {file.path}: {file.reason}")
+    console.warn_of_skipped(evaluation.skipped, "--json lists all")
     if json:
         known = run is not None
         console.result_json(_json(evaluation) | ({} if known else _UNKNOWN))

@@ -177,7 +177,7 @@ def command(
             "--strict",
             rich_help_panel=_DATA,
             show_default=False,
-            help="Stop at an unreadable image instead of skipping it.",
+            help="Stop at a file that is no image, or a damaged one, instead of skipping it.",
         ),
     ] = None,
     name: Annotated[
@@ -254,8 +254,7 @@ def command(
     from cnnft.run import Run
 
     with console.progress() as bar:
-        task = bar.add_task("checking the images", total=None)
-        plan = prepare(settings, on_file=lambda total: bar.update(task, total=total, advance=1))
+        plan = prepare(settings, on_files=console.reading_images(bar))
     if resume is None:
         run = Run.of_this_launch(plan.config, plan.config.name or default_name(plan.config))
     else:

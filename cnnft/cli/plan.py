@@ -105,11 +105,7 @@ def advice_json(advice: "Advice") -> dict[str, Any]:
 
 
 def _show_skipped(plan: "Plan") -> None:
-    most = 10
-    for file in plan.skipped[:most]:
-        console.warn(f"skipped {file.path}: {file.reason}")
-    if len(plan.skipped) > most:
-        console.warn(f"skipped {len(plan.skipped) - most} more: the run's skipped.csv lists them")
+    console.warn_of_skipped(plan.skipped, "the run's skipped.csv lists all")
     if plan.leaked:
         console.warn(
             f"{plan.leaked} validation image(s) left out: the same file is in the training data"

@@ -16,6 +16,7 @@ from cnnft.errors import CnnftError, UsageError
 
 if TYPE_CHECKING:
     from cnnft.classifier import Prediction
+    from cnnft.data import Skipped
 
 Format = Literal["table", "json", "jsonl", "csv"]
 
@@ -47,7 +48,7 @@ def command(
     format = "json" if json else _choose_format(format, output)
     if output is not None and output.is_dir():
         raise UsageError(f"--output {output} is a folder: give the file to write")
-    files = _expand(images)
+    files, skipped = _expand(images)
 
     from cnnft.classifier import load
 
@@ -69,6 +70,7 @@ def command(
     if not distributed.is_main:
         return
     _write(done, min(top, len(classifier.classes)), format, output)
+    console.warn_of_skipped(skipped, "name a file to have it tried")
     failed = sum(prediction.error is not None for prediction in done)
     if failed == len(done):
         raise CnnftError(f"none of the {failed} file(s) could be read as an image")
@@ -86,10 +88,12 @@ def _choose_format(format: Format | None, output: Path | None) -> Format:
     return format
 
 
-def _expand(arguments: list[str]) -> list[Path]:
+def _expand(arguments: list[str]) -> tuple[list[str], list["Skipped"]]:
+    """The files to predict, and those of folders whose names are not an image's."""
     from cnnft.data import image_files
 
-    files: list[Path] = []
+    files: list[str] = []
+    skipped: list[Skipped] = []
     for argument in arguments:
         if not argument:
             raise UsageError("an empty argument is no image: is a shell variable unset?")
@@ -100,11 +104,14 @@ def _expand(arguments: list[str]) -> list[Path]:
             matches = sorted(Path(m) for m in glob.glob(argument, recursive=True))  # noqa: PTH207
         if not matches:
             raise UsageError(f"{argument}: no such file or folder")
-        found = [f for m in matches for f in (image_files(m) if m.is_dir() else [m])]
-        if not found:
+        before = len(files)
+        for match in matches:
+            images, others = image_files(match) if match.is_dir() else ([str(match)], [])
+            files += images
+            skipped += others
+        if len(files) == before:
             raise CnnftError(f"{argument} holds no images")
-        files += found
-    return files
+    return files, skipped
 
 
 def _write(predictions: list["Prediction"], top: int, format: Format, output: Path | None) -> None:
@@ -158,7 +165,7 @@ def _table(predictions: Iterable["Prediction"], top: int) -> None:
         table.add_column("class" if rank == 1 else f"{rank}.")
         table.add_column("probability" if rank == 1 else "", justify="right")
     for prediction in predictions:
-        file = Text(str(prediction.file))
+        file = Text(console.printable(str(prediction.file)))
         if prediction.error is not None:
             table.add_row(file, Text(prediction.error, style="red"))
             continue
