@@ -13,12 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Outcome, draw_folder
-from each_step import follow
 from safetensors.torch import load_file
 
 from cnnft import distributed
 from cnnft.batches import KeyedBatches
 from cnnft.run import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.each_step import follow
 
 COMMON = {
     "backbone": "builtin", "epochs": 2, "workers": 0, "device": "cpu", "batchnorm": "frozen",
@@ -62,7 +64,7 @@ def data(tmp_path: Path) -> Path:
 def test_every_step_is_that_of_one_process(data: Path, tmp_path: Path, processes: int) -> None:
     cases = {name: COMMON | more | {"data": str(data)} for name, more in CASES.items()}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    outcome = torchrun(processes, "tests/each_step.py", tmp_path / "cases.json", tmp_path / "many")
+    outcome = torchrun(processes, "tools/each_step.py", tmp_path / "cases.json", tmp_path / "many")
     assert outcome.code == 0, outcome.err
     for name, settings in cases.items():
         one, many = tmp_path / "one" / name, tmp_path / "many" / name

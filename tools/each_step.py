@@ -1,6 +1,6 @@
 """Train as told and keep the network after every step; for torchrun, or alone.
 
-python tests/each_step.py CASES.json OUT      CASES: name -> fields of Config
+python tools/each_step.py CASES.json OUT      CASES: name -> fields of Config
 """
 
 import json
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft import distributed
 from cnnft.config import Config
 from cnnft.planning import prepare
