@@ -1,7 +1,6 @@
 """`Classifier`: what predict, evaluate and export take, from a run or from an exported file."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 from cnnft import __version__
 from cnnft.batches import default_workers, view_batches
 from cnnft.config import Head, TestTimeViews
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.files import parse_json
 from cnnft.heads import head_tensors, replace_by_mlp
 from cnnft.inference import choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
-from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build
+from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held
 
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""
@@ -157,19 +157,25 @@ class Classifier:
         }
 
 
-def from_description(config: dict[str, Any], source: Path) -> Classifier:
+def from_description(
+    config: dict[str, Any], source: Path, state: Mapping[str, Tensor]
+) -> Classifier:
     """The classifier that `Classifier.describe` described, with random weights.
 
+    `state` is what will fill it, or its head alone.
+
     Raises:
-        CnnftError: not such a description, or one from a newer cnnft.
+        CnnftError: not such a description, one from a newer cnnft, or one of a larger network.
     """
     try:
         own = config["cnnft"]
         if own["format"] > FORMAT:
-            raise CnnftError(f"{source} was written by cnnft {own['version']}: update cnnft")
+            raise CnnftError(
+                f"{source} was written by cnnft {str(own['version'])[:20]!s}: update cnnft"
+            )
         backbone = dict(own["backbone"])
         weights_source, pretrained_hash = backbone.pop("weights_source"), backbone.pop("sha256")
-        missing = tuple(backbone.pop("missing"))
+        missing = _texts(backbone.pop("missing"))
         identity = Identity(
             architecture=config["architecture"],
             model_args=config["model_args"],
@@ -179,19 +185,45 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
         values = own["input_spec"]
         statistics = {name: tuple(values[name]) for name in ("mean", "std")}
         spec = InputSpec(**values | statistics)
-        classes = tuple(own["classes"])
-        head, head_kind = frozenset(own["head"]), own.get("head_kind", "linear")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CnnftError(f"{source} does not describe a cnnft classifier ({error!r})") from error
+        classes = _texts(own["classes"])
+        head, head_kind = frozenset(_texts(own["head"])), own.get("head_kind", "linear")
+        if head_kind not in get_args(Head):
+            raise ValueError("head_kind is unknown")
+        if not isinstance(weights_source, str | None) or not isinstance(pretrained_hash, str):
+            raise TypeError("the backbone's weights are no text")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CnnftError(
+            f"{source} does not describe a cnnft classifier ({first_line(error)})"
+        ) from error
     try:
+        held, given = numbers_held(identity, len(classes)), sum(t.numel() for t in state.values())
+        if held > given and state.keys() != head:
+            raise CnnftError(
+                f"{source} does not fit the network it names: that holds {held:,} numbers, and "
+                f"its weights are {given:,}"
+            )
         network = build(identity, len(classes))
         if head_kind == "mlp":
             replace_by_mlp(network, head_tensors(network, lambda other: build(identity, other)))
+    except CnnftError:
+        raise
     except Exception as error:  # whatever the library says of arguments that it does not know
-        raise CnnftError(f"{source}: {identity.architecture} cannot be built ({error})") from error
+        raise CnnftError(
+            f"{source}: {identity.architecture} cannot be built ({first_line(error)})"
+        ) from error
     return Classifier(
         network, classes, spec, identity, head, head_kind, weights_source, missing, pretrained_hash
     )
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    """Raises `ValueError`: no list of different names that a file can hold."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("a list of names is none")
+    if len(set(values)) != len(values):
+        raise ValueError("a list of names has one twice")
+    "".join(values).encode()  # not every text of JSON's can be written
+    return tuple(values)
 
 
 def load(
@@ -228,26 +260,21 @@ def _load_run(folder: Path, weights: str | Path | None) -> Classifier:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise CnnftError(f"{folder} is not a finished run: it has no {file.name}")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CnnftError(f"{config_file} is damaged ({error})") from error
-    classifier = from_description(config, config_file)
+    config = parse_json(config_file.read_bytes(), config_file)
     _, state = read_tensors(weights_file)
+    classifier = from_description(config, config_file, state)
     _fill(classifier.network, state, weights_file)
     return classifier
 
 
 def _load_file(path: Path, weights: str | Path | None) -> Classifier:
     metadata, state = read_tensors(path)
-    try:
-        config = json.loads(metadata["cnnft"])
-    except (KeyError, ValueError) as error:
+    if "cnnft" not in metadata:
         raise CnnftError(
             f"{path} is not a file that cnnft exported: give a run directory, or a file made by "
             "cnnft export"
-        ) from error
-    classifier = from_description(config, path)
+        )
+    classifier = from_description(parse_json(metadata["cnnft"], path), path, state)
     if state.keys() == classifier.head:
         source = weights if weights is not None else _file_of(classifier)
         if weights is None and source is not None and not Path(source).is_file():
@@ -281,13 +308,13 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             names = list(file.keys())
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CnnftError(f"{path} is not a whole safetensors file ({error})") from error
+        raise CnnftError(f"{path} is not a whole safetensors file ({first_line(error)})") from error
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
-        reason = reason if len(reason) < 200 else reason[:200] + " …"
-        raise CnnftError(f"{source} does not fit the network it names: {reason}") from error
+        details = str(error).partition("\n")[2]  # its first line says only that there was an error
+        text = first_line(RuntimeError(details or error))
+        raise CnnftError(f"{source} does not fit the network it names: {text}") from error

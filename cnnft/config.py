@@ -19,6 +19,10 @@ Split = Literal["val", "test", "all"]
 ExportFormat = Literal["head", "safetensors", "onnx"]
 
 
+LARGEST_IMAGE = 8192
+"""Pixels of a side that a network is given; a description that says more is damaged."""
+
+_LARGEST_STATISTIC = 1e6
 _LONGEST_NAME = 200  # file systems take 255, and names count up
 _WITHOUT_FLAG = {"checkpoint_minutes", "data", "momentum", "step_epochs", "step_gamma"}
 
@@ -89,7 +93,8 @@ class Config:
         stages = self.train_stages
         _require(stages is None or stages >= 0, "train_stages", stages, "at least 0")
         size = self.image_size
-        _require(size is None or size >= 16, "image_size", size, "at least 16 pixels")
+        fits = size is None or 16 <= size <= LARGEST_IMAGE
+        _require(fits, "image_size", size, f"at least 16 pixels, at most {LARGEST_IMAGE}")
         if self.normalize not in ("pretrained", "dataset"):
             parse_statistics(self.normalize)
         if stages is not None and self.mode != "finetune":
@@ -157,9 +162,7 @@ def parse_statistics(text: str) -> tuple[Channels, Channels]:
     """
     try:
         mean, std = (tuple(float(value) for value in part.split(",")) for part in text.split("/"))
-        if len(mean) != 3 or len(std) != 3 or not all(0 < s < float("inf") for s in std):
-            raise ValueError
-        if not all(abs(m) < float("inf") for m in mean):
+        if not are_statistics(mean, std):
             raise ValueError
     except ValueError as error:
         raise UsageError(
@@ -167,6 +170,17 @@ def parse_statistics(text: str) -> tuple[Channels, Channels]:
             "deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
         ) from error
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def are_statistics(mean: tuple[object, ...], std: tuple[object, ...]) -> bool:
+    """Whether these can be means and standard deviations of three channels.
+
+    Their size is bounded so that float32 pixels survive them.
+    """
+    numbers = [value for value in (*mean, *std) if isinstance(value, int | float)]
+    bounded = all(abs(value) <= _LARGEST_STATISTIC for value in numbers)
+    spread = all(value >= 1 / _LARGEST_STATISTIC for value in numbers[3:])
+    return len(mean) == len(std) == 3 and len(numbers) == 6 and bounded and spread
 
 
 def _require(holds: bool, name: str, value: object, bounds: str) -> None:

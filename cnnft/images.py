@@ -8,9 +8,12 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, first_line
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+_RUNS_A_PROGRAM = "EPS"
+"""The format for which Pillow starts Ghostscript, which runs what is in the file."""
 
 _BACKGROUND = (255, 255, 255)
 """Transparent pixels show white, as on a page."""
@@ -72,6 +75,8 @@ def read_bytes(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a list of files may hold anything
+        raise ImageError(path, "is not the name of a file") from error
 
 
 def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
@@ -79,10 +84,14 @@ def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
         raise ImageError(path, "is empty (0 bytes)")
     try:
         image = Image.open(io.BytesIO(content))
+        if image.format == _RUNS_A_PROGRAM:
+            raise ImageError(path, "is a PostScript program, not an image")
         if draft:
             image.draft("RGB", (1, 1))
         image.load()
         return _to_rgb(image)
+    except ImageError:
+        raise
     except UnidentifiedImageError as error:
         raise ImageError(path, "is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
@@ -91,7 +100,7 @@ def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
     except MemoryError as error:
         raise ImageError(path, "does not fit in memory") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ImageError(path, f"is damaged ({error})") from error
+        raise ImageError(path, f"is damaged ({first_line(error)})") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

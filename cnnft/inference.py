@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnft.batches import Views
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
 
 
 class NotANumberError(CnnftError):
@@ -64,8 +64,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except Exception as error:  # torch raises a different kind for every backend it lacks
-        reason = str(error).split("\n")[0].rstrip(".")
         raise UsageError(
-            f"--device {name} cannot be used here ({reason}); try --device cpu"
+            f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"
         ) from error
     return device

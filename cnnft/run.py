@@ -31,13 +31,16 @@ from cnnft.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
-from cnnft.errors import CnnftError, UsageError
-from cnnft.files import to_safetensors, write_whole
+from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.files import parse_json, to_safetensors, write_whole
 
 FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
     *("data.csv", "skipped.csv"),
 )
+
+_COLUMNS = ("split", "class", "file", "sha256")
+"""Of data.csv."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Run:
                 samples.paths, samples.labels, samples.hashes, strict=True
             )
         ]
-        self._write("data.csv", _csv(("split", "class", "file", "sha256"), rows))
+        self._write("data.csv", _csv(_COLUMNS, rows))
         if skipped:
             reasons = [(file.path, file.reason) for file in skipped]
             self._write("skipped.csv", _csv(("file", "reason"), reasons))
@@ -166,17 +169,29 @@ class Run:
         path = self.path / "data.csv"
         try:
             with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                return list(csv.DictReader(file))
+                rows = list(csv.DictReader(file))
         except OSError as error:
             raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
+        except csv.Error as error:
+            raise CnnftError(f"{path} is damaged ({first_line(error)})") from error
+        if any(row.keys() != set(_COLUMNS) or None in row.values() for row in rows):
+            raise CnnftError(f"{path} is damaged: it does not list the images of the run")
+        return rows
 
     def _data(self) -> list[dict[str, str]]:
         """What data.csv lists, checked to be all of it."""
         path, rows = self.path / "data.csv", self._rows()
         # What is missing here would be evaluated on although it was trained on.
-        counts = Counter(row.get("split") for row in rows)
-        expected = {split: self.metrics()[split]["n"] for split in ("train", "val")}
-        whole = all(len(row.get("sha256") or "") == 64 for row in rows)
+        counts = Counter(row["split"] for row in rows)
+        metrics = self.metrics()
+        try:
+            expected = {split: metrics[split]["n"] for split in ("train", "val")}
+        except (KeyError, TypeError) as error:
+            raise CnnftError(
+                f"{self.path / 'metrics.json'} is damaged: it does not say how many images the "
+                "run had"
+            ) from error
+        whole = all(len(row["sha256"]) == 64 for row in rows)
         if counts != expected or not whole:
             raise CnnftError(f"{path} is damaged: it does not list the images of the run")
         return rows
@@ -196,10 +211,9 @@ class Run:
     def metrics(self) -> dict[str, Any]:
         path = self.path / "metrics.json"
         try:
-            values: dict[str, Any] = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CnnftError(f"{path} cannot be read ({error})") from error
-        return values
+            return parse_json(path.read_bytes(), path)
+        except OSError as error:
+            raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
 
     def _write(self, name: str, content: bytes) -> None:
         write_whole(self.path / name, content)
@@ -212,8 +226,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CnnftError(f"{path} is not valid TOML ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CnnftError(f"{path} is not valid TOML ({first_line(error)})") from error
 
 
 def _remove_run(path: Path) -> None:

@@ -47,7 +47,7 @@ from cnnft import CnnftError, finetune
 from cnnft.backbones import open_backbone
 from cnnft.checkpoints import load_checkpoint
 from cnnft.classifier import load
-from cnnft.data import Samples
+from cnnft.data import check, scan, split
 from cnnft.exporting import export_run
 from cnnft.files import to_safetensors
 from cnnft.images import find_problem, ignoring_oddities, read_image
@@ -193,7 +193,7 @@ def damage_safetensors(random: Random, content: bytes) -> bytes:
         length = random.choice((0, 1, 2**31, 2**40, 2**64 - 1, length - 1, length + 1))
         return (length % 2**64).to_bytes(8, "little") + text + body
     if how >= 3 and key is not None:
-        changed = damage_json(random, inner.encode()).decode("utf-8", errors="surrogatepass")
+        changed = damage_json(random, inner.encode()).decode("utf-8", errors="replace")
         text = json.dumps(header | {"__metadata__": {key: changed}}).encode()
     else:
         text = damage_json(random, text)
@@ -340,6 +340,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
         runs_dir=folder / "runs", name="run",
     )  # fmt: skip
     image = data / "a" / "0.png"
+    train, val = split(check(scan(data))[0], 0.2, seed=0)
     state = build(_tiny(), 10).state_dict()
     described = (backbone / "config.json").read_bytes()
     run_files = {f"run/{p.name}": p.read_bytes() for p in run.path.iterdir() if p.is_file()}
@@ -353,7 +354,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
                 lambda here: Run.open(here / "run").config(),
                 lambda here: Run.open(here / "run").hashes("train"),
                 lambda here: Run.open(here / "run").files("val"),
-                lambda here: Run.open(here / "run").require_same_data(_SAMPLES, _SAMPLES),
+                lambda here: Run.open(here / "run").require_same_data(train, val),
             ),
         ),
         "head file": Target(
@@ -395,9 +396,6 @@ def make_targets(folder: Path) -> dict[str, Target]:
             (lambda here: open_backbone(f"local-dir:{here}", 2),),
         ),
     }
-
-
-_SAMPLES = Samples((), (), ())
 
 
 def _tiny() -> Identity:
