@@ -171,7 +171,7 @@ def from_description(
         own = config["cnnft"]
         if own["format"] > FORMAT:
             raise CnnftError(
-                f"{source} was written by cnnft {str(own['version'])[:20]!s}: update cnnft"
+                f"{source} was written by cnnft {str(own['version'])[:20]}: update cnnft"
             )
         backbone = dict(own["backbone"])
         weights_source, pretrained_hash = backbone.pop("weights_source"), backbone.pop("sha256")
@@ -197,7 +197,8 @@ def from_description(
         ) from error
     try:
         held, given = numbers_held(identity, len(classes)), sum(t.numel() for t in state.values())
-        if held > given and state.keys() != head:
+        # `_fill` compares exactly; this is so that no absurd network is made for it.
+        if held > 2 * given and state.keys() != head:
             raise CnnftError(
                 f"{source} does not fit the network it names: that holds {held:,} numbers, and "
                 f"its weights are {given:,}"

@@ -169,8 +169,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle, safetensors and torch each have their own
         raise CnnftError(
-            f"{path} cannot be read as weights ({first_line(error)}): it must be a safetensors file, "
-            "or a .pth file that holds tensors only"
+            f"{path} cannot be read as weights ({first_line(error)}): it must be a safetensors "
+            "file, or a .pth file that holds tensors only"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

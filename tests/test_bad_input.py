@@ -386,7 +386,7 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "a list for a description": (
         lambda r: (r / "config.json").write_text("[]"),
-        ("config.json", "does not describe"),
+        ("config.json", "holds no JSON object"),
     ),
     "no classes": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].pop("classes")),

@@ -44,7 +44,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft import CnnftError, finetune
-from cnnft.backbones import open_backbone
+from cnnft.backbones import Backbone, open_backbone
 from cnnft.checkpoints import load_checkpoint
 from cnnft.classifier import load
 from cnnft.data import check, scan, split
@@ -268,8 +268,9 @@ def damage_pth(random: Random, content: bytes) -> bytes:
     file = io.BytesIO()
     if how == 1 and isinstance(state, dict):
         state = dict(state)
+        objects = odd_objects()
         for _ in range(random.choice((1, 1, 100))):
-            state[random.choice([*state, "model", "state_dict"])] = random.choice(odd_objects())
+            state[random.choice([*state, "model", "state_dict"])] = random.choice(objects)
         wrapped = random.choice((state, {"model": state}, {"model": {"model": state}}, [state]))
         torch.save(wrapped, file, _use_new_zipfile_serialization=random.random() < 0.7)
         return file.getvalue()
@@ -370,7 +371,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
         "checkpoint": Target(
             ({f"state/{p.name}": p.read_bytes() for p in (run.path / "state").iterdir()},),
             damage_checkpoint,
-            (lambda here: load_checkpoint(here / "state"),),
+            (_resume,),
         ),
         "weights .safetensors": Target(
             (
@@ -378,12 +379,12 @@ def make_targets(folder: Path) -> dict[str, Target]:
                 {"w.safetensors": to_safetensors(state), "config.json": described},
             ),
             damage_files,
-            (lambda here: open_backbone(name, 2, weights=here / "w.safetensors"),),
+            (lambda here: _try(open_backbone(name, 2, weights=here / "w.safetensors")),),
         ),
         "weights .pth": Target(
             tuple({"w.pth": _saved(state, zipped)} for zipped in (True, False)),
             damage_files,
-            (lambda here: open_backbone(name, 2, weights=here / "w.pth"),),
+            (lambda here: _try(open_backbone(name, 2, weights=here / "w.pth")),),
         ),
         "local-dir": Target(
             (
@@ -393,7 +394,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
                 },
             ),
             partial(damage_files, names=("config.json",) * 9 + ("model.safetensors",)),
-            (lambda here: open_backbone(f"local-dir:{here}", 2),),
+            (lambda here: _try(open_backbone(f"local-dir:{here}", 2)),),
         ),
     }
 
@@ -471,6 +472,17 @@ def _use(model: Path, image: Path) -> None:
     for prediction in classifier.predict([image], workers=0):
         str(prediction.label).encode()
     to_safetensors({}, {"cnnft": json.dumps(classifier.describe(), ensure_ascii=False)})
+
+
+def _try(backbone: Backbone) -> None:
+    size = backbone.input_spec.size
+    with torch.inference_mode():
+        assert backbone.network.eval()(torch.zeros(1, 3, size, size)).shape == (1, 2)
+
+
+def _resume(here: Path) -> None:
+    if load_checkpoint(here / "state") is None:
+        raise CnnftError("no whole checkpoint")
 
 
 # ---------------------------------------------------------------- watching
