@@ -36,7 +36,7 @@ class InputSpec:
             "size": _is_number(self.size, 1, LARGEST_IMAGE) and isinstance(self.size, int),
             "crop_fraction": _is_number(self.crop_fraction, *_CROP_FRACTIONS),
             "interpolation": self.interpolation in {mode.value for mode in InterpolationMode},
-            "mean and std": are_statistics(self.mean, self.std),
+            "mean or std": are_statistics(self.mean, self.std),
             "fit": self.fit in get_args(Fit),
         }.items():
             if not holds:

@@ -38,8 +38,8 @@ _FORBIDDEN_ARGS = frozenset(
 )
 
 _LARGEST_ARGUMENT = 10**6
-_MOST_TENSORS = 20_000
-"""Of parameters; the libraries' deepest network has a tenth."""
+_MOST_TENSORS = 5_000
+"""Of parameters; the libraries' deepest network has fewer than 2,000."""
 
 CROP_MODE_OF_FIT: dict[Fit, str] = {"crop": "center", "squash": "squash", "pad": "border"}
 """timm's words for ours."""
@@ -255,14 +255,14 @@ def numbers_held(identity: Identity, classes: int) -> int:
     """How many numbers the network's tensors hold, found without making them; 0: not known.
 
     Raises:
-        CnnftError: more than this machine has memory for, or tensors without end.
+        ValueError: more than this machine has memory for, or tensors without end.
         Exception: whatever the library says of arguments that it does not know.
     """
     tensors = count(1)
 
     def stop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if next(tensors) > _MOST_TENSORS:
-            raise CnnftError(f"{identity.name} has more than {_MOST_TENSORS:,} tensors")
+            raise ValueError(f"it has more than {_MOST_TENSORS:,} tensors")
 
     watching = register_module_parameter_registration_hook(stop)
     try:
@@ -276,9 +276,7 @@ def numbers_held(identity: Identity, classes: int) -> int:
     try:
         torch.empty(held)  # asked for and given back; memory that is not used costs nothing
     except RuntimeError as error:
-        raise CnnftError(
-            f"{identity.name} holds {held:,} numbers, which do not fit into memory"
-        ) from error
+        raise ValueError(f"it holds {held:,} numbers, which do not fit into memory") from error
     return held
 
 

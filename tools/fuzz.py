@@ -51,8 +51,9 @@ from cnnft.data import check, scan, split
 from cnnft.exporting import export_run
 from cnnft.files import to_safetensors
 from cnnft.images import find_problem, ignoring_oddities, read_image
+from cnnft.pretrained import load_weights
 from cnnft.run import Run
-from cnnft.zoo import Identity, build
+from cnnft.zoo import Identity, build, described_beside
 from tools.document import fill
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -343,6 +344,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
     image = data / "a" / "0.png"
     train, val = split(check(scan(data))[0], 0.2, seed=0)
     state = build(_tiny(), 10).state_dict()
+    opened = open_backbone(name, 2)
     # The first weights that do not match build 30 networks to name the likeliest; later ones share
     # them, and no example is to seem slow for it.
     with suppress(CnnftError):
@@ -378,17 +380,14 @@ def make_targets(folder: Path) -> dict[str, Target]:
             (_resume,),
         ),
         "weights .safetensors": Target(
-            (
-                {"w.safetensors": to_safetensors(state)},
-                {"w.safetensors": to_safetensors(state), "config.json": described},
-            ),
+            ({"w.safetensors": to_safetensors(state)},),
             damage_files,
-            (lambda here: _try(open_backbone(name, 2, weights=here / "w.safetensors")),),
+            (lambda here: _fill(opened, here / "w.safetensors"),),
         ),
         "weights .pth": Target(
             tuple({"w.pth": _saved(state, zipped)} for zipped in (True, False)),
             damage_files,
-            (lambda here: _try(open_backbone(name, 2, weights=here / "w.pth")),),
+            (lambda here: _fill(opened, here / "w.pth"),),
         ),
         "local-dir": Target(
             (
@@ -398,7 +397,10 @@ def make_targets(folder: Path) -> dict[str, Target]:
                 },
             ),
             partial(damage_files, names=("config.json",) * 9 + ("model.safetensors",)),
-            (lambda here: _try(open_backbone(f"local-dir:{here}", 2)),),
+            (
+                lambda here: _try(open_backbone(f"local-dir:{here}", 2)),
+                lambda here: described_beside(here / "model.safetensors", opened.identity),
+            ),
         ),
     }
 
@@ -476,6 +478,11 @@ def _use(model: Path, image: Path) -> None:
     for prediction in classifier.predict([image], workers=0):
         str(prediction.label).encode()
     to_safetensors({}, {"cnnft": json.dumps(classifier.describe(), ensure_ascii=False)})
+
+
+def _fill(backbone: Backbone, weights: Path) -> None:
+    load_weights(backbone.network, backbone.head, backbone.identity, weights)
+    _try(backbone)
 
 
 def _try(backbone: Backbone) -> None:
