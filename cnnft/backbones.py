@@ -71,17 +71,21 @@ def open_backbone(
     # Smaller images leave maps that the auxiliary classifiers cannot work on.
     if auxiliary and spec.size >= input_spec(identity).size:
         identity = with_auxiliary(identity)
+    described = ":" in name  # by a file from anywhere
     try:
-        network = (
-            _made(identity, classes)
-            if image_size is None
-            else _sized(identity, classes, image_size)
-        )
+        numbers_held(identity, classes)
+        network = build(identity, classes)
+        if described or image_size is not None:
+            with torch.inference_mode():
+                network.eval()(torch.zeros(1, 3, spec.size, spec.size))
         head = head_tensors(network, lambda other: build(identity, other))
         groups = stages(network, head)
-    except CnnftError:
-        raise
-    except Exception as error:  # whatever the library says of a description's arguments
+    except Exception as error:  # whatever a network says of what does not fit it
+        if image_size is not None:
+            raise UsageError(
+                f"--image-size {image_size}: backbone {identity.name} cannot take it "
+                f"({first_line(error)})"
+            ) from error
         raise CnnftError(
             f"backbone {identity.name} cannot be built ({first_line(error)})"
         ) from error
@@ -91,21 +95,3 @@ def open_backbone(
     if pretrained:
         backbone.weights = load_weights(network, head, identity, weights)
     return backbone
-
-
-def _made(identity: Identity, classes: int) -> nn.Module:
-    numbers_held(identity, classes)  # a description may be of a network that no memory holds
-    return build(identity, classes)
-
-
-def _sized(identity: Identity, classes: int, size: int) -> nn.Module:
-    """Build the network and make sure that it takes images of another size than pretrained."""
-    try:
-        network = _made(identity, classes)
-        with torch.inference_mode():
-            network.eval()(torch.zeros(1, 3, size, size))
-    except Exception as error:  # whatever the network says of a shape that does not fit
-        raise UsageError(
-            f"--image-size {size}: backbone {identity.name} cannot take it ({first_line(error)})"
-        ) from error
-    return network

@@ -1,7 +1,7 @@
 """`Classifier`: what predict, evaluate and export take, from a run or from an exported file."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,7 +19,7 @@ from cnnft.heads import head_tensors, replace_by_mlp
 from cnnft.inference import choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
-from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held
+from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held, resolve
 
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""
@@ -218,12 +218,11 @@ def from_description(
 
 
 def _texts(values: object) -> tuple[str, ...]:
-    """Raises `ValueError`: no list of different names that a file can hold."""
+    """Raises `ValueError`: no list of different names."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError("a list of names is none")
     if len(set(values)) != len(values):
         raise ValueError("a list of names has one twice")
-    "".join(values).encode()  # not every text of JSON's can be written
     return tuple(values)
 
 
@@ -283,7 +282,10 @@ def _load_file(path: Path, weights: str | Path | None) -> Classifier:
                 f"{path} was trained on {source}, which is not there any more: give the file with "
                 "--weights FILE"
             )
-        load_weights(classifier.network, classifier.head, classifier.identity, source)
+        identity = classifier.identity
+        if source is None:  # where to fetch them from is the library's to say, not the file's
+            identity = replace(identity, pretrained_cfg=resolve(identity.name).pretrained_cfg)
+        load_weights(classifier.network, classifier.head, identity, source)
         if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
             raise CnnftError(
                 f"{path} was trained on {classifier.weights_source}, and these weights of "

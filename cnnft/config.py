@@ -123,7 +123,9 @@ class Config:
         if self.name is not None and (
             self.name in {"", ".", ".."} or Path(self.name).name != self.name
         ):
-            raise UsageError(f"--name {self.name!r} must be a plain folder name (see --runs-dir)")
+            raise UsageError(
+                f"--name {self.name!r:.100} must be a plain folder name (see --runs-dir)"
+            )
         if self.name is not None and len(self.name.encode()) > _LONGEST_NAME:
             raise UsageError(f"--name {self.name[:20]}… is too long: {_LONGEST_NAME} bytes at most")
 
@@ -145,7 +147,7 @@ class Config:
         """`source` is named where a key is unknown or absent."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - known):
-            raise UsageError(f"{source}: unknown setting {unknown[0]!r}")
+            raise UsageError(f"{source}: unknown setting {unknown[0]!r:.100}")
         if "data" not in values:
             raise UsageError(f"{source}: no data folder is given")
         return cls(**values)
@@ -166,8 +168,8 @@ def parse_statistics(text: str) -> tuple[Channels, Channels]:
             raise ValueError
     except ValueError as error:
         raise UsageError(
-            f"--normalize {text!r}: give pretrained, dataset, or three means and three standard "
-            "deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
+            f"--normalize {text!r:.100}: give pretrained, dataset, or three means and three "
+            "standard deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
         ) from error
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
@@ -185,7 +187,7 @@ def are_statistics(mean: tuple[object, ...], std: tuple[object, ...]) -> bool:
 
 def _require(holds: bool, name: str, value: object, bounds: str) -> None:
     if not holds:
-        raise UsageError(f"{_flag(name)} {value} is out of range: it must be {bounds}")
+        raise UsageError(f"{_flag(name)} {value!s:.100} is out of range: it must be {bounds}")
 
 
 def _check_type(name: str, value: object, annotation: Any) -> None:
@@ -200,8 +202,10 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
     if value in choices if choices and isinstance(value, str) else _is_a(value, types):
         return
     if choices:
-        raise UsageError(f"{_flag(name)} {value!r} is unknown: choose one of {', '.join(choices)}")
-    raise UsageError(f"{_flag(name)} {value!r} is not of the right type")
+        raise UsageError(
+            f"{_flag(name)} {value!r:.100} is unknown: choose one of {', '.join(choices)}"
+        )
+    raise UsageError(f"{_flag(name)} {value!r:.100} is not of the right type")
 
 
 def _is_a(value: object, types: tuple[type, ...]) -> bool:
@@ -213,7 +217,7 @@ def _check_text(name: str, value: object) -> None:
     try:
         str(value).encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{_flag(name)} {value!s} is not UTF-8: rename it") from error
+        raise UsageError(f"{_flag(name)} {value!s:.100} is not UTF-8: rename it") from error
 
 
 def _flag(name: str) -> str:

@@ -27,17 +27,22 @@ def parse_json(content: str | bytes, source: str | Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        if _is_deep(value):
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        json.dumps(value, ensure_ascii=False).encode()  # not every text can be written again
     except (ValueError, RecursionError) as error:
         raise CnnftError(f"{source} is damaged ({first_line(error)})") from error
-    if not isinstance(value, dict):
-        raise CnnftError(f"{source} is damaged (it holds no JSON object)")
-    level: list[object] = [value]
+    return value
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
     for _ in range(_DEEPEST):
         containers = [node for node in level if isinstance(node, dict | list)]
         level = [x for c in containers for x in (c.values() if isinstance(c, dict) else c)]
-    if level:
-        raise CnnftError(f"{source} is damaged (it is nested more than {_DEEPEST} deep)")
-    return value
+    return bool(level)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -131,13 +131,11 @@ def _at_shape(name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> Tensor:
 
 def _library_weights(identity: Identity) -> dict[str, Tensor]:
     """The library's weights under the library's names."""
-    # Where they are fetched from is the library's to say, not that of a file from anywhere.
-    published = resolve(identity.name)
-    file = remote_weights(published).fetch()
+    file = remote_weights(identity).fetch()
     if identity.library == "torchvision":
         return read_weights(file)
     # timm converts what other projects published as it loads it, which takes a whole network.
-    config = published.pretrained_cfg | {"source": "", "file": str(file)}
+    config = identity.pretrained_cfg | {"source": "", "file": str(file)}
     try:
         network = timm.create_model(
             identity.architecture,

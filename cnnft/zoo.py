@@ -296,6 +296,8 @@ def input_spec(identity: Identity) -> InputSpec:
         )
     config = timm.data.resolve_data_config(pretrained_cfg=identity.pretrained_cfg)
     channels, height, width = config["input_size"]
+    if not all(isinstance(extent, int) for extent in (channels, height, width)):
+        raise ValueError("input_size makes no sense")
     if channels != 3 or height != width:
         raise UsageError(
             f"backbone {identity.name} takes {channels} × {height} × {width} pixels: "

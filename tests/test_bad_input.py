@@ -9,7 +9,6 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cnnft as package
-from cnnft.pretrained import load_weights
-from cnnft.zoo import build, resolve
+from cnnft.downloads import DownloadError
+from cnnft.hub import Remote
 
 Cli = Callable[..., Outcome]
 
@@ -443,7 +442,7 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "a class that no file can hold": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes=["ants", "\ud800"])),
-        ("config.json", "does not describe"),
+        ("config.json", "damaged", "surrogates"),
     ),
     "classes that are no list": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes="ab")),
@@ -664,6 +663,8 @@ def test_names_that_a_run_could_not_record(refused: Refused, flat: Path) -> None
         ({"model_args": [1]}, "no JSON object"),
         ({"model_args": {"colour": "red"}}, "cannot be built"),
         ({"model_args": {"channels": [10**6] * 4}}, "do not fit into memory"),
+        ({"model_args": {"in_chans": 1}}, "cannot be built"),
+        ({"pretrained_cfg": {"input_size": [3, 32, "32"]}}, "not a timm model description"),
         ({"pretrained_cfg": {"input_size": 3}}, "not a timm model description"),
         ({"cnnft": {"backbone": {"library": "torchvision"}}}, "torchvision"),
     ],
@@ -686,14 +687,21 @@ def test_a_program_is_no_image(cnnft: Cli, trained: Path, flat: Path) -> None:
 
 
 def test_a_head_is_not_fetched_from_where_its_file_says(
-    cnnft: Cli, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cnnft: Cli, trained: Path, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr("cnnft.hub.Remote.fetch", lambda remote: asked.append(remote.place))
-    identity = replace(resolve("test_resnet"), pretrained_cfg={"url": "https://example.com/x.pth"})
-    with pytest.raises(package.CnnftError):
-        load_weights(build(identity, 2), frozenset(), identity)
-    assert asked == ["timm/test_resnet.r160_in1k"]
+    def fetch(remote: Remote) -> None:
+        raise DownloadError(f"not from {remote.place}")
+
+    monkeypatch.setattr("cnnft.hub.Remote.fetch", fetch)
+    description = package.load(trained).describe() | {"architecture": "test_resnet"}
+    description |= {"pretrained_cfg": {"url": "https://example.com/x.pth"}, "model_args": {}}
+    name = "test_resnet.r160_in1k"
+    description["cnnft"]["backbone"] |= {"name": name, "weights_source": name}
+    state = {name: torch.zeros(2) for name in description["cnnft"]["head"]}
+    save_file(state, tmp_path / "head.safetensors", {"cnnft": json.dumps(description)})
+    image = flat / "ants" / "0.png"
+    outcome = cnnft("predict", image, "-m", tmp_path / "head.safetensors")
+    outcome.fails_with(1, f"not from timm/{name}")
 
 
 def test_a_description_may_not_make_timm_read_files(
