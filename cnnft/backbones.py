@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from cnnft.errors import UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.heads import head_tensors
 from cnnft.pretrained import LoadedWeights, load_weights
 from cnnft.stages import stages
@@ -17,6 +17,7 @@ from cnnft.zoo import (
     build,
     described_beside,
     input_spec,
+    numbers_held,
     resolve,
     with_auxiliary,
 )
@@ -70,26 +71,27 @@ def open_backbone(
     # Smaller images leave maps that the auxiliary classifiers cannot work on.
     if auxiliary and spec.size >= input_spec(identity).size:
         identity = with_auxiliary(identity)
-    network = build(identity, classes) if image_size is None else _sized(identity, classes, spec)
-    head = head_tensors(network, lambda other: build(identity, other))
+    described = ":" in name  # by a file from anywhere
+    try:
+        numbers_held(identity, classes)
+        network = build(identity, classes)
+        if described or image_size is not None:
+            with torch.inference_mode():
+                network.eval()(torch.zeros(1, 3, spec.size, spec.size))
+        head = head_tensors(network, lambda other: build(identity, other))
+        groups = stages(network, head)
+    except Exception as error:  # whatever a network says of what does not fit it
+        if image_size is not None:
+            raise UsageError(
+                f"--image-size {image_size}: backbone {identity.name} cannot take it "
+                f"({first_line(error)})"
+            ) from error
+        raise CnnftError(
+            f"backbone {identity.name} cannot be built ({first_line(error)})"
+        ) from error
     if not head:
         raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
-    backbone = Backbone(network, head, stages(network, head), spec, identity, None)
+    backbone = Backbone(network, head, groups, spec, identity, None)
     if pretrained:
         backbone.weights = load_weights(network, head, identity, weights)
     return backbone
-
-
-def _sized(identity: Identity, classes: int, spec: InputSpec) -> nn.Module:
-    """Build the network and make sure that it takes images of another size than pretrained."""
-    size = spec.size
-    try:
-        network = build(identity, classes)
-        with torch.inference_mode():
-            network.eval()(torch.zeros(1, 3, size, size))
-    except Exception as error:  # whatever the network says of a shape that does not fit
-        reason = str(error).split("\n")[0].rstrip(".!")
-        raise UsageError(
-            f"--image-size {size}: backbone {identity.name} cannot take it ({reason})"
-        ) from error
-    return network

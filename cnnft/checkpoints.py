@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from cnnft.files import to_safetensors, write_whole
+from cnnft.errors import CnnftError
+from cnnft.files import parse_json, to_safetensors, write_whole
 
 KEPT = 2
 
@@ -43,12 +45,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole one; None where there is none. A damaged one is told in the log."""
     for path in _newest_first(folder):
-        step, _, digest = path.stem.partition("-")
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:16] != digest:
+        try:
+            return _read(path)
+        except (CnnftError, SafetensorError, KeyError, TypeError, ValueError):
             _log.warning("%s is damaged: going back to the checkpoint before it", path)
-            continue
-        return Checkpoint(int(step), load(content), _values(content))
     return None
 
 
@@ -57,14 +57,20 @@ def has_checkpoint(folder: Path) -> bool:
     return bool(_newest_first(folder))
 
 
+def _read(path: Path) -> Checkpoint:
+    step, _, digest = path.stem.partition("-")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest()[:16] != digest:
+        raise CnnftError(f"{path} is damaged")
+    return Checkpoint(int(step), load(content), _values(content, path))
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("*-*.safetensors"), reverse=True)
 
 
-def _values(content: bytes) -> dict[str, Any]:
+def _values(content: bytes, path: Path) -> dict[str, Any]:
     """The metadata of a safetensors file: JSON after its length in 8 bytes."""
     length = int.from_bytes(content[:8], "little")
-    values: dict[str, Any] = json.loads(
-        json.loads(content[8 : 8 + length])["__metadata__"]["values"]
-    )
-    return values
+    header = parse_json(content[8 : 8 + length], path)
+    return parse_json(header["__metadata__"]["values"], path)

@@ -1,8 +1,7 @@
 """`Classifier`: what predict, evaluate and export take, from a run or from an exported file."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 from cnnft import __version__, distributed
 from cnnft.batches import default_workers, view_batches
 from cnnft.config import Head, TestTimeViews
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.files import parse_json
 from cnnft.heads import head_tensors, replace_by_mlp
 from cnnft.hub import Pin
 from cnnft.inference import choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
-from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build
+from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held, resolve
 
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""
@@ -161,19 +161,25 @@ class Classifier:
         }
 
 
-def from_description(config: dict[str, Any], source: Path) -> Classifier:
+def from_description(
+    config: dict[str, Any], source: Path, state: Mapping[str, Tensor]
+) -> Classifier:
     """The classifier that `Classifier.describe` described, with random weights.
 
+    `state` is what will fill it, or its head alone.
+
     Raises:
-        CnnftError: not such a description, or one from a newer cnnft.
+        CnnftError: not such a description, one from a newer cnnft, or one of a larger network.
     """
     try:
         own = config["cnnft"]
         if own["format"] > FORMAT:
-            raise CnnftError(f"{source} was written by cnnft {own['version']}: update cnnft")
+            raise CnnftError(
+                f"{source} was written by cnnft {str(own['version'])[:20]}: update cnnft"
+            )
         backbone = dict(own["backbone"])
         weights_source, pretrained_hash = backbone.pop("weights_source"), backbone.pop("sha256")
-        missing = tuple(backbone.pop("missing"))
+        missing = _texts(backbone.pop("missing"))
         identity = Identity(
             architecture=config["architecture"],
             model_args=config["model_args"],
@@ -183,17 +189,34 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
         values = own["input_spec"]
         statistics = {name: tuple(values[name]) for name in ("mean", "std")}
         spec = InputSpec(**values | statistics)
-        classes = tuple(own["classes"])
-        head, head_kind = frozenset(own["head"]), own.get("head_kind", "linear")
+        classes = _texts(own["classes"])
+        head, head_kind = frozenset(_texts(own["head"])), own.get("head_kind", "linear")
+        if head_kind not in get_args(Head):
+            raise ValueError("head_kind is unknown")
         pin = Pin(**own["weights_file"]) if own.get("weights_file") else None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CnnftError(f"{source} does not describe a cnnft classifier ({error!r})") from error
+        if not isinstance(weights_source, str | None) or not isinstance(pretrained_hash, str):
+            raise TypeError("the backbone's weights are no text")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CnnftError(
+            f"{source} does not describe a cnnft classifier ({first_line(error)})"
+        ) from error
     try:
+        held, given = numbers_held(identity, len(classes)), sum(t.numel() for t in state.values())
+        # `_fill` compares exactly; this is so that no absurd network is made for it.
+        if held > 2 * given and state.keys() != head:
+            raise CnnftError(
+                f"{source} does not fit the network it names: that holds {held:,} numbers, and "
+                f"its weights are {given:,}"
+            )
         network = build(identity, len(classes))
         if head_kind == "mlp":
             replace_by_mlp(network, head_tensors(network, lambda other: build(identity, other)))
+    except CnnftError:
+        raise
     except Exception as error:  # whatever the library says of arguments that it does not know
-        raise CnnftError(f"{source}: {identity.architecture} cannot be built ({error})") from error
+        raise CnnftError(
+            f"{source}: {identity.architecture} cannot be built ({first_line(error)})"
+        ) from error
     return Classifier(
         network,
         classes,
@@ -206,6 +229,15 @@ def from_description(config: dict[str, Any], source: Path) -> Classifier:
         pretrained_hash,
         pin,
     )
+
+
+def _texts(values: object) -> tuple[str, ...]:
+    """Raises `ValueError`: no list of different names."""
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError("a list of names is none")
+    if len(set(values)) != len(values):
+        raise ValueError("a list of names has one twice")
+    return tuple(values)
 
 
 def load(
@@ -243,26 +275,21 @@ def _load_run(folder: Path, weights: str | Path | None) -> Classifier:
     for file in (config_file, weights_file):
         if not file.is_file():
             raise CnnftError(f"{folder} is not a finished run: it has no {file.name}")
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CnnftError(f"{config_file} is damaged ({error})") from error
-    classifier = from_description(config, config_file)
+    config = parse_json(config_file.read_bytes(), config_file)
     _, state = read_tensors(weights_file)
+    classifier = from_description(config, config_file, state)
     _fill(classifier.network, state, weights_file)
     return classifier
 
 
 def _load_file(path: Path, weights: str | Path | None) -> Classifier:
     metadata, state = read_tensors(path)
-    try:
-        config = json.loads(metadata["cnnft"])
-    except (KeyError, ValueError) as error:
+    if "cnnft" not in metadata:
         raise CnnftError(
             f"{path} is not a file that cnnft exported: give a run directory, or a file made by "
             "cnnft export"
-        ) from error
-    classifier = from_description(config, path)
+        )
+    classifier = from_description(parse_json(metadata["cnnft"], path), path, state)
     if state.keys() == classifier.head:
         source = weights if weights is not None else _file_of(classifier)
         if weights is None and source is not None and not Path(source).is_file():
@@ -270,7 +297,10 @@ def _load_file(path: Path, weights: str | Path | None) -> Classifier:
                 f"{path} was trained on {source}, which is not there any more: give the file with "
                 "--weights FILE"
             )
-        load_weights(classifier.network, classifier.head, classifier.identity, source)
+        identity = classifier.identity
+        if source is None:  # where to fetch them from is the library's to say, not the file's
+            identity = replace(identity, pretrained_cfg=resolve(identity.name).pretrained_cfg)
+        load_weights(classifier.network, classifier.head, identity, source)
         if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
             raise CnnftError(
                 f"{path} was trained on {classifier.weights_source}, and these weights of "
@@ -296,13 +326,13 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             names = list(file.keys())
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CnnftError(f"{path} is not a whole safetensors file ({error})") from error
+        raise CnnftError(f"{path} is not a whole safetensors file ({first_line(error)})") from error
 
 
 def _fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).split("\n")[1].strip() if "\n" in str(error) else str(error)
-        reason = reason if len(reason) < 200 else reason[:200] + " …"
-        raise CnnftError(f"{source} does not fit the network it names: {reason}") from error
+        details = str(error).partition("\n")[2]  # its first line says only that there was an error
+        text = first_line(RuntimeError(details or error))
+        raise CnnftError(f"{source} does not fit the network it names: {text}") from error

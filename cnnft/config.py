@@ -19,6 +19,10 @@ Split = Literal["val", "test", "all"]
 ExportFormat = Literal["head", "safetensors", "onnx"]
 
 
+LARGEST_IMAGE = 8192
+"""Pixels of a side that a network is given; a description that says more is damaged."""
+
+_LARGEST_STATISTIC = 1e6
 _LONGEST_NAME = 200  # file systems take 255, and names count up
 _WITHOUT_FLAG = {"data", "momentum", "step_epochs", "step_gamma"}
 
@@ -95,7 +99,8 @@ class Config:
         stages = self.train_stages
         _require(stages is None or stages >= 0, "train_stages", stages, "at least 0")
         size = self.image_size
-        _require(size is None or size >= 16, "image_size", size, "at least 16 pixels")
+        fits = size is None or 16 <= size <= LARGEST_IMAGE
+        _require(fits, "image_size", size, f"at least 16 pixels, at most {LARGEST_IMAGE}")
         if self.normalize not in ("pretrained", "dataset"):
             parse_statistics(self.normalize)
         if stages is not None and self.mode != "finetune":
@@ -124,7 +129,9 @@ class Config:
         if self.name is not None and (
             self.name in {"", ".", ".."} or Path(self.name).name != self.name
         ):
-            raise UsageError(f"--name {self.name!r} must be a plain folder name (see --runs-dir)")
+            raise UsageError(
+                f"--name {self.name!r:.100} must be a plain folder name (see --runs-dir)"
+            )
         if self.name is not None and len(self.name.encode()) > _LONGEST_NAME:
             raise UsageError(f"--name {self.name[:20]}… is too long: {_LONGEST_NAME} bytes at most")
 
@@ -159,7 +166,7 @@ class Config:
         """`source` is named where a key is unknown or absent."""
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(values.keys() - known):
-            raise UsageError(f"{source}: unknown setting {unknown[0]!r}")
+            raise UsageError(f"{source}: unknown setting {unknown[0]!r:.100}")
         if "data" not in values:
             raise UsageError(f"{source}: no data folder is given")
         return cls(**values)
@@ -176,14 +183,12 @@ def parse_statistics(text: str) -> tuple[Channels, Channels]:
     """
     try:
         mean, std = (tuple(float(value) for value in part.split(",")) for part in text.split("/"))
-        if len(mean) != 3 or len(std) != 3 or not all(0 < s < float("inf") for s in std):
-            raise ValueError
-        if not all(abs(m) < float("inf") for m in mean):
+        if not are_statistics(mean, std):
             raise ValueError
     except ValueError as error:
         raise UsageError(
-            f"--normalize {text!r}: give pretrained, dataset, or three means and three standard "
-            "deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
+            f"--normalize {text!r:.100}: give pretrained, dataset, or three means and three "
+            "standard deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
         ) from error
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
@@ -207,9 +212,20 @@ def parse_interval(text: str) -> tuple[float, float]:
     return (value * seconds, float("inf")) if seconds else (float("inf"), value)
 
 
+def are_statistics(mean: tuple[object, ...], std: tuple[object, ...]) -> bool:
+    """Whether these can be means and standard deviations of three channels.
+
+    Their size is bounded so that float32 pixels survive them.
+    """
+    numbers = [value for value in (*mean, *std) if isinstance(value, int | float)]
+    bounded = all(abs(value) <= _LARGEST_STATISTIC for value in numbers)
+    spread = all(value >= 1 / _LARGEST_STATISTIC for value in numbers[3:])
+    return len(mean) == len(std) == 3 and len(numbers) == 6 and bounded and spread
+
+
 def _require(holds: bool, name: str, value: object, bounds: str) -> None:
     if not holds:
-        raise UsageError(f"{_flag(name)} {value} is out of range: it must be {bounds}")
+        raise UsageError(f"{_flag(name)} {value!s:.100} is out of range: it must be {bounds}")
 
 
 def _check_type(name: str, value: object, annotation: Any) -> None:
@@ -224,8 +240,10 @@ def _check_type(name: str, value: object, annotation: Any) -> None:
     if value in choices if choices and isinstance(value, str) else _is_a(value, types):
         return
     if choices:
-        raise UsageError(f"{_flag(name)} {value!r} is unknown: choose one of {', '.join(choices)}")
-    raise UsageError(f"{_flag(name)} {value!r} is not of the right type")
+        raise UsageError(
+            f"{_flag(name)} {value!r:.100} is unknown: choose one of {', '.join(choices)}"
+        )
+    raise UsageError(f"{_flag(name)} {value!r:.100} is not of the right type")
 
 
 def _is_a(value: object, types: tuple[type, ...]) -> bool:
@@ -237,7 +255,7 @@ def _check_text(name: str, value: object) -> None:
     try:
         str(value).encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{_flag(name)} {value!s} is not UTF-8: rename it") from error
+        raise UsageError(f"{_flag(name)} {value!s:.100} is not UTF-8: rename it") from error
 
 
 def _flag(name: str) -> str:

@@ -1,5 +1,7 @@
 """The user's mistake, in one sentence, and what to do about it."""
 
+_LONGEST_REASON = 200  # characters; some libraries print whole tensors of names
+
 
 class CnnftError(Exception):
     """Something about the data, a file or the machine stops the command."""
@@ -11,3 +13,10 @@ class UsageError(CnnftError):
     """A wrong flag or argument: an unknown name, a missing path, an impossible combination."""
 
     exit_code = 2
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says, as a part of our sentence: its first line, without the stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (lines[0] if lines else type(error).__name__).rstrip(".!:")
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + " …"

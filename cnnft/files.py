@@ -1,19 +1,50 @@
-"""Files that are whole: they appear at once, or not at all."""
+"""Files that are whole: they appear at once, or not at all; and JSON that somebody else wrote."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, first_line
+
+_DEEPEST = 50
+"""Levels of JSON: what cnnft and timm write has a tenth; Python's own recursion must bear it."""
 
 _UNFINISHED = ".unfinished"
 
 
 def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
     return bytes(save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata))
+
+
+def parse_json(content: str | bytes, source: str | Path) -> dict[str, Any]:
+    """The object that `content` holds.
+
+    Raises:
+        CnnftError: it is no JSON, nested without end, or no object.
+    """
+    try:
+        value = json.loads(content)
+        if not isinstance(value, dict):
+            raise ValueError("it holds no JSON object")
+        if _is_deep(value):
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        json.dumps(value, ensure_ascii=False).encode()  # not every text can be written again
+    except (ValueError, RecursionError) as error:
+        raise CnnftError(f"{source} is damaged ({first_line(error)})") from error
+    return value
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        containers = [node for node in level if isinstance(node, dict | list)]
+        level = [x for c in containers for x in (c.values() if isinstance(c, dict) else c)]
+    return bool(level)
 
 
 def write_whole(path: Path, content: bytes) -> None:

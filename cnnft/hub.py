@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from cnnft.downloads import DownloadError, patiently
+from cnnft.errors import first_line
 
 _log = logging.getLogger(__name__)
 
@@ -67,9 +68,8 @@ class Remote:
         try:
             return patiently(self._download)
         except Exception as error:  # the hub libraries raise many kinds, few of them documented
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
             raise DownloadError(
-                f"cannot download {self.what}: {reason}. Give a file that you have with "
+                f"cannot download {self.what}: {first_line(error)}. Give a file that you have with "
                 "--weights FILE, or use --backbone builtin, which needs no network"
             ) from error
 

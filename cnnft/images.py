@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, first_line
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
@@ -99,6 +99,8 @@ def read_bytes(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a list of files may hold anything
+        raise ImageError(path, "is not the name of a file") from error
 
 
 def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
@@ -130,7 +132,7 @@ def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
     except MemoryError as error:
         raise ImageError(path, "does not fit in memory") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        raise ImageError(path, f"is damaged ({' '.join(str(error).split())})") from error
+        raise ImageError(path, f"is damaged ({first_line(error)})") from error
 
 
 @cache

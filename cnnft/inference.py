@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cnnft import distributed
 from cnnft.batches import Views
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
 
 
 class NotANumberError(CnnftError):
@@ -76,8 +76,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except Exception as error:  # torch raises a different kind for every backend it lacks
-        reason = str(error).split("\n")[0].rstrip(".")
         raise UsageError(
-            f"--device {name} cannot be used here ({reason}); try --device cpu"
+            f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"
         ) from error
     return device

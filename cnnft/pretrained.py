@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.heads import without_head
 from cnnft.hub import Pin
 from cnnft.zoo import Identity, build, local_folder, remote_weights, resolve
@@ -86,7 +88,10 @@ def load_weights(
             f"backbone's {len(counted)} tensors match; give the --backbone that it was made with"
             f"{_likeliest(state)}"
         )
-    network.load_state_dict(fitting, strict=False)
+    try:
+        network.load_state_dict(fitting, strict=False)
+    except RuntimeError as error:  # a type of number that torch does not convert
+        raise CnnftError(f"{source} cannot be loaded ({first_line(error)})") from error
     return LoadedWeights(
         source=source,
         pin=pin,
@@ -101,13 +106,18 @@ def _likeliest(state: dict[str, Tensor]) -> str:
     shapes = {(name, tensor.shape) for name, tensor in state.items()}
     best, share = "", MIN_MATCH
     for name in _POPULAR:
-        with torch.device("meta"):
-            theirs = build(resolve(name), 1000).state_dict()
-        expected = {(n, t.shape) for n, t in theirs.items()}
+        expected = _tensors_of(name)
         found = len(expected & shapes) / len(expected)
         if found > share:
             best, share = name, found
     return f": it looks like {best}" if best else ""
+
+
+@cache
+def _tensors_of(name: str) -> frozenset[tuple[str, torch.Size]]:
+    with torch.device("meta"):
+        state = build(resolve(name), 1000).state_dict()
+    return frozenset((n, tensor.shape) for n, tensor in state.items())
 
 
 def _at_shape(name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> Tensor:
@@ -119,7 +129,8 @@ def _at_shape(name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> Tensor:
         return tensor
     grid = math.isqrt(place.shape[1])
     prefix = place.shape[1] - grid**2
-    if prefix < 0 or math.isqrt(tensor.shape[1] - prefix) ** 2 != tensor.shape[1] - prefix:
+    theirs = tensor.shape[1] - prefix
+    if theirs < 1 or math.isqrt(theirs) ** 2 != theirs:
         return tensor  # it is not of such a network: it will be missing
     return resample_abs_pos_embed(tensor, [grid, grid], num_prefix_tokens=prefix)
 
@@ -133,13 +144,18 @@ def _library_weights(identity: Identity) -> tuple[dict[str, Tensor], Pin]:
         return read_weights(file), pin
     # timm converts what other projects published as it loads it, which takes a whole network.
     config = identity.pretrained_cfg | {"source": "", "file": str(file)}
-    network = timm.create_model(
-        identity.architecture,
-        pretrained=True,
-        pretrained_cfg=config,
-        num_classes=config["num_classes"],
-        **identity.model_args,
-    )
+    try:
+        network = timm.create_model(
+            identity.architecture,
+            pretrained=True,
+            pretrained_cfg=config,
+            num_classes=config["num_classes"],
+            **identity.model_args,
+        )
+    except Exception as error:  # whatever timm says of a file, or of a description from a hub
+        raise CnnftError(
+            f"{file} does not hold weights of {identity.name} ({first_line(error)})"
+        ) from error
     state: dict[str, Tensor] = network.state_dict()
     return state, pin
 
@@ -155,19 +171,40 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
             state: Any = load_file(path)
         else:
+            _refuse_packed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle, safetensors and torch each have their own
-        reason = str(error).strip().split("\n")[0]
         raise CnnftError(
-            f"{path} cannot be read as weights ({reason}): it must be a safetensors file, or a "
-            ".pth file that holds tensors only"
+            f"{path} cannot be read as weights ({first_line(error)}): it must be a safetensors "
+            "file, or a .pth file that holds tensors only"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
         raise CnnftError(f"{path} holds no state dict (names and tensors)")
-    return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise CnnftError(f"{path} holds a tensor {name[:100]!r} that is no plain array")
+    return tensors
+
+
+def _refuse_packed(path: Path) -> None:
+    """Torch packs nothing: an archive that unpacks to more than it is would fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts are larger than the file")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Numbers that are all there: a view of one number may claim to be terabytes."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    if tensor.is_quantized or tensor.is_complex():
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _without_prefix(state: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:

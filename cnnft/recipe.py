@@ -19,7 +19,7 @@ from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_bat
 from cnnft.checkpoints import Checkpoint
 from cnnft.config import Config, parse_interval
 from cnnft.environment import environment
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
@@ -104,8 +104,14 @@ def _train(
     )
     history: list[Epoch] = []
     if saved:
-        state.restore(saved.tensors, saved.values["state"])
-        history = [Epoch(**row) for row in saved.values["history"]]
+        try:
+            state.restore(saved.tensors, saved.values["state"])
+            history = [Epoch(**row) for row in saved.values["history"]]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CnnftError(
+                f"{run.path}: its checkpoint is of another cnnft or another network "
+                f"({first_line(error)}): start a new run"
+            ) from error
     training_images = TrainingImages(plan.train, training_transform(spec), config.seed)
     batches = training_batches(
         training_images, replace(plan.batches, first_step=state.step), plan.workers

@@ -39,17 +39,18 @@ from cnnft.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_
 from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
-from cnnft.errors import CnnftError, UsageError
-from cnnft.files import remove_unfinished, to_safetensors, write_whole
+from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.files import parse_json, remove_unfinished, to_safetensors, write_whole
 
 FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
     *("val_predictions.csv", "environment.json", "data.csv", "skipped.csv", "run.log"),
 )
 
-_VAL_PREDICTIONS = "val_predictions.csv"
-_VAL_COLUMNS = ("file", "sha256", "class", "predicted", "probability")
-
+_COLUMNS = {
+    "data.csv": ("split", "class", "file", "sha256"),
+    "val_predictions.csv": ("file", "sha256", "class", "predicted", "probability"),
+}
 
 _STATE = "state"
 _LAUNCH = "state/launch"
@@ -198,7 +199,7 @@ class Run:
                 samples.paths, samples.labels, samples.hashes, strict=True
             )
         ]
-        self._write("data.csv", _csv(("split", "class", "file", "sha256"), rows))
+        self._write("data.csv", _csv(_COLUMNS["data.csv"], rows))
         if skipped:
             reasons = [(file.path, file.reason) for file in skipped]
             self._write("skipped.csv", _csv(("file", "reason"), reasons))
@@ -215,9 +216,14 @@ class Run:
         path = self.path / name
         try:
             with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                return list(csv.DictReader(file))
+                rows = list(csv.DictReader(file))
         except OSError as error:
             raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
+        except csv.Error as error:
+            raise CnnftError(f"{path} is damaged ({first_line(error)})") from error
+        if any(row.keys() != set(_COLUMNS[name]) or None in row.values() for row in rows):
+            raise CnnftError(f"{path} is damaged: it does not list the images of the run")
+        return rows
 
     def images(self) -> list[dict[str, str]]:
         """The rows of data.csv: split, class, file, sha256.
@@ -227,9 +233,16 @@ class Run:
         """
         path, rows = self.path / "data.csv", self._rows()
         # What is missing here would be evaluated on although it was trained on.
-        counts = Counter(row.get("split") for row in rows)
-        expected = {split: self.metrics()[split]["n"] for split in ("train", "val")}
-        whole = all(len(row.get("sha256") or "") == 64 for row in rows)
+        counts = Counter(row["split"] for row in rows)
+        metrics = self.metrics()
+        try:
+            expected = {split: metrics[split]["n"] for split in ("train", "val")}
+        except (KeyError, TypeError) as error:
+            raise CnnftError(
+                f"{self.path / 'metrics.json'} is damaged: it does not say how many images the "
+                "run had"
+            ) from error
+        whole = all(len(row["sha256"]) == 64 for row in rows)
         if counts != expected or not whole:
             raise CnnftError(f"{path} is damaged: it does not list the images of the run")
         return rows
@@ -254,7 +267,7 @@ class Run:
                 val.paths, val.hashes, val.labels, labels, values, strict=True
             )
         ]
-        self._write(_VAL_PREDICTIONS, _csv(_VAL_COLUMNS, rows))
+        self._write("val_predictions.csv", _csv(_COLUMNS["val_predictions.csv"], rows))
 
     def val_predictions(self) -> list[dict[str, str]] | None:
         """The rows of val_predictions.csv: file, sha256, class, predicted, probability.
@@ -264,11 +277,11 @@ class Run:
         Raises:
             CnnftError: it does not list all validation images of the run.
         """
-        path = self.path / _VAL_PREDICTIONS
+        path = self.path / "val_predictions.csv"
         if not path.exists():
             return None
-        rows = self._rows(_VAL_PREDICTIONS)
-        whole = all(all(row.get(column) for column in _VAL_COLUMNS) for row in rows)
+        rows = self._rows("val_predictions.csv")
+        whole = all(all(row.values()) for row in rows)
         if not whole or Counter(row["sha256"] for row in rows) != Counter(
             row["sha256"] for row in self.images() if row["split"] == "val"
         ):
@@ -296,12 +309,9 @@ class Run:
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            values: dict[str, Any] = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CnnftError(f"{path} cannot be read ({error})") from error
-        if not isinstance(values, dict):
-            raise CnnftError(f"{path} is damaged: it holds no JSON object")
-        return values
+            return parse_json(path.read_bytes(), path)
+        except OSError as error:
+            raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
 
     def _write(self, name: str, content: bytes) -> None:
         if distributed.is_main:
@@ -315,8 +325,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise CnnftError(f"{path} is not valid TOML ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise CnnftError(f"{path} is not valid TOML ({first_line(error)})") from error
 
 
 def _make_directory(config: Config, name: str) -> Path:

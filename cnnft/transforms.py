@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -10,7 +11,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from cnnft.config import Fit, TestTimeViews
+from cnnft.config import LARGEST_IMAGE, Fit, TestTimeViews, are_statistics
+
+_CROP_FRACTIONS = 0.1, 10.0
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,27 @@ class InputSpec:
     fit: Fit = "crop"
     """What becomes of images that are not square: centre crop, resize to a square, or pad."""
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError`: a description may hold anything."""
+        for name, holds in {
+            "size": _is_number(self.size, 1, LARGEST_IMAGE) and isinstance(self.size, int),
+            "crop_fraction": _is_number(self.crop_fraction, *_CROP_FRACTIONS),
+            "interpolation": self.interpolation in {mode.value for mode in InterpolationMode},
+            "mean or std": are_statistics(self.mean, self.std),
+            "fit": self.fit in get_args(Fit),
+        }.items():
+            if not holds:
+                raise ValueError(f"{name} makes no sense")
+
     @property
     def resize(self) -> int:
         """Side in pixels before the centre crop."""
         # The epsilon undoes the rounding of size / (size / resize); no timm model is affected.
         return math.floor(self.size / self.crop_fraction + 1e-6)
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and least <= value <= most
 
 
 def training_transform(spec: InputSpec) -> Callable[[Image.Image], Tensor]:

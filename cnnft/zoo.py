@@ -1,18 +1,22 @@
 """The model zoos: a name -> an `Identity`; an `Identity` -> a network and its `InputSpec`."""
 
 import difflib
-import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cnnft.config import Fit
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.files import parse_json
 from cnnft.hub import Remote
 from cnnft.transforms import InputSpec
 
@@ -32,6 +36,10 @@ _FORBIDDEN_ARGS = frozenset(
     {"cache_dir", "checkpoint_path", "num_classes", "pretrained", "pretrained_cfg"}
     | {"pretrained_cfg_overlay", "weights"}
 )
+
+_LARGEST_ARGUMENT = 10**6
+_MOST_TENSORS = 5_000
+"""Of parameters; the libraries' deepest network has fewer than 2,000."""
 
 CROP_MODE_OF_FIT: dict[Fit, str] = {"crop": "center", "squash": "squash", "pad": "border"}
 """timm's words for ours."""
@@ -53,8 +61,38 @@ class Identity:
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     """timm's description of the weights; the form that its config.json has."""
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError`: a description may come from anywhere, and must only describe."""
+        texts = (self.name, self.library, self.architecture, self.tag)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a name is no text")
+        if not isinstance(self.model_args, dict) or not isinstance(self.pretrained_cfg, dict):
+            raise ValueError("the arguments are no JSON object")
+        if not _is_known(self.library, self.architecture):
+            raise ValueError(f"{self.library} has no classifier {self.architecture[:50]!r}")
+        if forbidden := sorted(_FORBIDDEN_ARGS & self.model_args.keys()):
+            raise ValueError(f"a model description may not set {forbidden[0]}")
+        if any(abs(number) > _LARGEST_ARGUMENT for number in _numbers(self.model_args)):
+            raise ValueError(f"an argument is larger than {_LARGEST_ARGUMENT:,}")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _is_known(library: str, architecture: str) -> bool:
+    """Whether it is one of the names that are built here: others would be fetched from a hub."""
+    if library == "torchvision":
+        return architecture in _torchvision_names()
+    return library == "timm" and timm.is_model(architecture)
+
+
+def _numbers(value: object) -> Iterator[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _numbers(inner)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def resolve(name: str) -> Identity:
@@ -121,19 +159,27 @@ def _from_hub(name: str) -> Identity:
 
 def _described(name: str, config_file: Path) -> Identity:
     """From a config.json as timm writes it."""
+    description = parse_json(config_file.read_bytes(), config_file)
     try:
-        description = json.loads(config_file.read_text(encoding="utf-8"))
-        architecture, config = description["architecture"], dict(description["pretrained_cfg"])
-        model_args = dict(description.get("model_args") or {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise CnnftError(f"{config_file} is not a timm model description ({error!r})") from error
-    library = description.get("cnnft", {}).get("backbone", {}).get("library", "timm")
-    if library != "timm" or not timm.is_model(architecture):
-        raise CnnftError(
-            f"{config_file} describes {architecture!r} of {library}, which is no network of timm's"
+        config = dict(description["pretrained_cfg"])
+        identity = Identity(
+            name,
+            description.get("cnnft", {}).get("backbone", {}).get("library", "timm"),
+            description["architecture"],
+            config.get("tag", ""),
+            description.get("model_args") or {},
+            {"num_classes": description.get("num_classes", 1000)} | config,
         )
-    config.setdefault("num_classes", description.get("num_classes", 1000))
-    return Identity(name, "timm", architecture, config.get("tag", ""), model_args, config)
+        if identity.library != "timm":
+            raise ValueError(f"{identity.architecture} is of {identity.library}, not of timm")
+        input_spec(identity)
+    except CnnftError:
+        raise
+    except Exception as error:  # timm raises anything on what it does not expect
+        raise CnnftError(
+            f"{config_file} is not a timm model description ({first_line(error)})"
+        ) from error
+    return identity
 
 
 def described_beside(weights: Path, identity: Identity) -> Identity:
@@ -186,11 +232,8 @@ def build(identity: Identity, classes: int) -> nn.Module:
     """The network with random weights and a head for `classes` classes.
 
     Raises:
-        CnnftError: constructor arguments that would read files or fetch weights: a description may
-            come from anywhere, and must not do more than describe.
+        Exception: whatever the library says of arguments that it does not know.
     """
-    if forbidden := sorted(_FORBIDDEN_ARGS & identity.model_args.keys()):
-        raise CnnftError(f"{identity.name}: a model description may not set {forbidden[0]}")
     network: nn.Module
     if identity.library == "torchvision":
         from torchvision.models import get_model
@@ -199,16 +242,42 @@ def build(identity: Identity, classes: int) -> nn.Module:
             identity.architecture, weights=None, num_classes=classes, **identity.model_args
         )
     else:
-        try:
-            network = timm.create_model(
-                identity.architecture,
-                pretrained_cfg=identity.pretrained_cfg,
-                num_classes=classes,
-                **identity.model_args,
-            )
-        except TypeError as error:
-            raise CnnftError(f"{identity.name} cannot be built: {error}") from error
+        network = timm.create_model(
+            identity.architecture,
+            pretrained_cfg=identity.pretrained_cfg,
+            num_classes=classes,
+            **identity.model_args,
+        )
     return network
+
+
+def numbers_held(identity: Identity, classes: int) -> int:
+    """How many numbers the network's tensors hold, found without making them; 0: not known.
+
+    Raises:
+        ValueError: more than this machine has memory for, or tensors without end.
+        Exception: whatever the library says of arguments that it does not know.
+    """
+    tensors = count(1)
+
+    def stop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if next(tensors) > _MOST_TENSORS:
+            raise ValueError(f"it has more than {_MOST_TENSORS:,} tensors")
+
+    watching = register_module_parameter_registration_hook(stop)
+    try:
+        with torch.device("meta"):
+            state = build(identity, classes).state_dict()
+    except (RuntimeError, NotImplementedError):  # some compute their widths with tensors
+        return 0
+    finally:
+        watching.remove()
+    held = sum(tensor.numel() for tensor in state.values())
+    try:
+        torch.empty(held)  # asked for and given back; memory that is not used costs nothing
+    except RuntimeError as error:
+        raise ValueError(f"it holds {held:,} numbers, which do not fit into memory") from error
+    return held
 
 
 def input_spec(identity: Identity) -> InputSpec:
@@ -227,6 +296,8 @@ def input_spec(identity: Identity) -> InputSpec:
         )
     config = timm.data.resolve_data_config(pretrained_cfg=identity.pretrained_cfg)
     channels, height, width = config["input_size"]
+    if not all(isinstance(extent, int) for extent in (channels, height, width)):
+        raise ValueError("input_size makes no sense")
     if channels != 3 or height != width:
         raise UsageError(
             f"backbone {identity.name} takes {channels} × {height} × {width} pixels: "

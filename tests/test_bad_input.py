@@ -7,15 +7,19 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Outcome, draw
+from PIL import Image
 from safetensors.torch import save_file
 
 import cnnft as package
+from cnnft.downloads import DownloadError
+from cnnft.hub import Remote
 
 Cli = Callable[..., Outcome]
 
@@ -143,6 +147,7 @@ def test_strict_stops_at_an_unreadable_image(refused: Refused, flat: Path) -> No
         ("--epochs", 0),
         ("--epochs", -1),
         ("--batch-size", 0),
+        ("--image-size", 10**9),
         ("--lr", 0),
         ("--lr", -0.1),
         ("--lr", "nan"),
@@ -253,6 +258,16 @@ def written(path: Path, content: bytes) -> Path:
     return path
 
 
+def packed(path: Path) -> Path:
+    """The same archive, deflated."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path
+
+
 def saved(path: Path, value: object) -> Path:
     torch.save(value, path)
     return path
@@ -269,6 +284,14 @@ WRONG_WEIGHTS: dict[str, tuple[Weights, str]] = {
     "text named safetensors": (lambda f: written(f / "w.safetensors", b"hello"), "cannot be read"),
     "an empty file": (lambda f: written(f / "w.pth", b""), "cannot be read"),
     "no tensors": (lambda f: saved(f / "w.pth", {"epoch": 3}), "no state dict"),
+    "terabytes in four bytes": (
+        lambda f: saved(f / "w.pth", {"fc.weight": torch.zeros(1).expand(10**6, 10**6)}),
+        "'fc.weight' that is no plain array",
+    ),
+    "an archive that unpacks without end": (
+        lambda f: packed(saved(f / "w.pth", {"fc.weight": torch.zeros(10**6)})),
+        "its parts are larger than the file",
+    ),
     "a whole pickled object": (lambda f: saved(f / "w.pt", Path("x")), "cannot be read"),
 }
 
@@ -314,6 +337,7 @@ def test_weights_that_are_not_there(refused: Refused, flat: Path, tmp_path: Path
         ("pretrained = 'yes'", 2, "--pretrained"),
         ("[training]\nepochs = 3", 2, "'training'"),
         ("epochs = ", 1, "not valid TOML"),
+        ("epochs = " + "[" * 10_000 + "]" * 10_000, 1, "not valid TOML"),
         ("\x00", 1, "not valid TOML"),
     ],
 )
@@ -359,6 +383,10 @@ def describe_anew(run: Path, change: Callable[[dict], object]) -> None:
     path.write_text(json.dumps(description))
 
 
+def nested(levels: int) -> dict:
+    return {"a": nested(levels - 1)} if levels else {}
+
+
 def drop_a_tensor(run: Path) -> None:
     state = package.load(run).network.state_dict()
     del state["fc.bias"]
@@ -386,7 +414,7 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "a list for a description": (
         lambda r: (r / "config.json").write_text("[]"),
-        ("config.json", "does not describe"),
+        ("config.json", "holds no JSON object"),
     ),
     "no classes": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].pop("classes")),
@@ -399,6 +427,77 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a newer format": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].update(format=2, version="9.0")),
         ("cnnft 9.0", "update cnnft"),
+    ),
+    "a description without end": (
+        lambda r: describe_anew(r, lambda d: d.update(model_args=nested(100))),
+        ("config.json", "nested more than 50 deep"),
+    ),
+    "brackets without end": (
+        lambda r: (r / "config.json").write_text("[" * 100_000 + "]" * 100_000),
+        ("config.json", "damaged"),
+    ),
+    "one class twice": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes=["ants", "ants"])),
+        ("config.json", "one twice"),
+    ),
+    "a class that no file can hold": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes=["ants", "\ud800"])),
+        ("config.json", "damaged", "surrogates"),
+    ),
+    "classes that are no list": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes="ab")),
+        ("config.json", "a list of names is none"),
+    ),
+    "images of a million pixels a side": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"]["input_spec"].update(size=10**6)),
+        ("config.json", "size makes no sense"),
+    ),
+    "a mean of text": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"]["input_spec"].update(mean="abc")),
+        ("config.json", "mean or std makes no sense"),
+    ),
+    "a head of an unknown kind": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"].update(head_kind="tree")),
+        ("config.json", "head_kind is unknown"),
+    ),
+    "weights from a number": (
+        lambda r: describe_anew(r, lambda d: d["cnnft"]["backbone"].update(weights_source=3)),
+        ("config.json", "no text"),
+    ),
+    "a much larger network": (
+        lambda r: describe_anew(r, lambda d: d["model_args"].update(channels=[2000] * 4)),
+        ("config.json", "does not fit the network it names: that holds"),
+    ),
+    "a network that no memory holds": (
+        lambda r: describe_anew(r, lambda d: d["model_args"].update(channels=[10**6] * 4)),
+        ("config.json", "do not fit into memory"),
+    ),
+    "layers without end": (
+        lambda r: describe_anew(
+            r, lambda d: d.update(architecture="resnet18", model_args={"layers": [10**6, 1, 1, 1]})
+        ),
+        (
+            "config.json",
+            "has more than 5,000 tensors",
+        ),
+    ),
+    "a number without end": (
+        lambda r: describe_anew(r, lambda d: d["model_args"].update(stem_width=10**12)),
+        ("config.json", "larger than 1,000,000"),
+    ),
+    "an architecture from a hub": (
+        lambda r: describe_anew(r, lambda d: d.update(architecture="hf-hub:nobody/nothing")),
+        ("config.json", "timm has no classifier 'hf-hub:nobody/nothing'"),
+    ),
+    "a detector, which would fetch its backbone": (
+        lambda r: describe_anew(
+            r,
+            lambda d: (
+                d["cnnft"]["backbone"].update(library="torchvision"),
+                d.update(architecture="fasterrcnn_resnet50_fpn", model_args={}),
+            ),
+        ),
+        ("config.json", "torchvision has no classifier"),
     ),
     "an unknown architecture": (
         lambda r: describe_anew(r, lambda d: d.update(architecture="resnet1")),
@@ -589,6 +688,54 @@ def test_names_that_a_run_could_not_record(refused: Refused, flat: Path) -> None
     refused(1, ("class folder", "is not UTF-8"), flat)
 
 
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"architecture": 3}, "a name is no text"),
+        ({"model_args": [1]}, "no JSON object"),
+        ({"model_args": {"colour": "red"}}, "cannot be built"),
+        ({"model_args": {"channels": [10**6] * 4}}, "do not fit into memory"),
+        ({"model_args": {"in_chans": 1}}, "cannot be built"),
+        ({"pretrained_cfg": {"input_size": [3, 32, "32"]}}, "not a timm model description"),
+        ({"pretrained_cfg": {"input_size": 3}}, "not a timm model description"),
+        ({"cnnft": {"backbone": {"library": "torchvision"}}}, "torchvision"),
+    ],
+)
+def test_descriptions_of_no_backbone(
+    refused: Refused, flat: Path, tmp_path: Path, change: dict, part: str
+) -> None:
+    folder = tmp_path / "backbone"
+    shutil.copytree(BUILTIN.parent, folder)
+    description = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(description | change))
+    refused(1, (str(folder), part), flat, "--backbone", f"local-dir:{folder}")
+
+
+def test_a_program_is_no_image(cnnft: Cli, trained: Path, flat: Path) -> None:
+    program = flat / "ants" / "program.jpg"
+    Image.new("RGB", (8, 8)).save(program, "EPS")
+    outcome = cnnft("predict", program, "-m", trained)
+    assert outcome.code == 1 and "is not an image of a format" in outcome.out
+
+
+def test_a_head_is_not_fetched_from_where_its_file_says(
+    cnnft: Cli, trained: Path, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fetch(remote: Remote) -> None:
+        raise DownloadError(f"not from {remote.place}")
+
+    monkeypatch.setattr("cnnft.hub.Remote.fetch", fetch)
+    description = package.load(trained).describe() | {"architecture": "test_resnet"}
+    description |= {"pretrained_cfg": {"url": "https://example.com/x.pth"}, "model_args": {}}
+    name = "test_resnet.r160_in1k"
+    description["cnnft"]["backbone"] |= {"name": name, "weights_source": name}
+    state = {name: torch.zeros(2) for name in description["cnnft"]["head"]}
+    save_file(state, tmp_path / "head.safetensors", {"cnnft": json.dumps(description)})
+    image = flat / "ants" / "0.png"
+    outcome = cnnft("predict", image, "-m", tmp_path / "head.safetensors")
+    outcome.fails_with(1, f"not from timm/{name}")
+
+
 def test_a_description_may_not_make_timm_read_files(
     refused: Refused, flat: Path, tmp_path: Path
 ) -> None:
@@ -634,6 +781,12 @@ def test_a_damaged_list_of_images_does_not_switch_off_the_leak_protection(
     path = copied / "data.csv"
     path.write_text(path.read_text()[:-40] if content is None else content)
     cnnft("evaluate", flat, "-m", copied).fails_with(1, "data.csv is damaged")
+
+
+@pytest.mark.parametrize("metrics", ["{}", "[]", '{"train": 3, "val": {"n": 4}}', "{"])
+def test_metrics_that_say_nothing(cnnft: Cli, copied: Path, flat: Path, metrics: str) -> None:
+    (copied / "metrics.json").write_text(metrics)
+    cnnft("evaluate", flat, "-m", copied).fails_with(1, "metrics.json is damaged")
 
 
 @pytest.mark.parametrize("arguments", [{"tta": "HFLIP"}, {"top": 0}, {"batch_size": 0}])

@@ -1,0 +1,58 @@
+"""A few hundred of the damaged and hostile files that tools/fuzz.py reads for an hour."""
+
+import sys
+import warnings
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tools.fuzz import LIMIT, Target, example, make_targets
+
+NAMES = (
+    *("image", "run", "head file", "exported model", "checkpoint"),
+    *("weights .safetensors", "weights .pth", "local-dir"),
+)
+
+
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
+    return make_targets(tmp_path_factory.mktemp("seeds"))
+
+
+def test_every_target_is_tried(targets: dict[str, Target]) -> None:
+    assert targets.keys() == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_undamaged_files_are_read(targets: dict[str, Target], name: str, tmp_path: Path) -> None:
+    """So that a refusal is of the damage."""
+    target = targets[name]
+    for files in target.seeds:
+        if name != "image" or not _is_postscript(files):
+            whole = Target((files,), lambda random, files: files, target.reads)
+            assert example(whole, Random(0), tmp_path / "example")
+
+
+def _is_postscript(files: dict[str, bytes]) -> bool:
+    return any(content.startswith(b"%!PS") for content in files.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_files_are_read_or_refused(
+    targets: dict[str, Target], name: str, tmp_path: Path
+) -> None:
+    @settings(
+        max_examples=40, derandomize=True, database=None, deadline=1000 * LIMIT,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.randoms(use_true_random=False))
+    def read(random: Random) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            example(targets[name], random, tmp_path / "example")
+
+    read()
