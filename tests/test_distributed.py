@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from cnnft.batches import KeyedBatches
 from cnnft.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tools.each_step import follow
+from tools.each_step import children, follow, start_torchrun
 
 COMMON = {
     "backbone": "builtin", "epochs": 2, "workers": 0, "device": "cpu", "batchnorm": "frozen",
@@ -34,16 +33,6 @@ CASES = {
 }
 TOLERANCE = 1e-5
 """Of weights of about 1 after some steps: the same sums in another order."""
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
-
-
-def start_torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*TORCHRUN, str(processes), *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
 
 
 def torchrun(processes: int, *arguments: object) -> Outcome:
@@ -104,6 +93,7 @@ def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
 def test_a_killed_process_is_restarted_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
     command = [
         "-m", "cnnft", "finetune", data, "--backbone=builtin", "--epochs=6", "--batch-size=4",
@@ -115,7 +105,7 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(data: Path, tmp_path:
     killed = start_torchrun(2, "--max-restarts=1", *command, tmp_path / "killed")
     state = tmp_path / "killed" / "run" / "state"
     wait_until(lambda: len(list(state.glob("*.safetensors"))) == 2)
-    os.kill(processes_of(killed.pid)[1], signal.SIGKILL)
+    os.kill(children(killed.pid)[1], signal.SIGKILL)
     _, err = killed.communicate(timeout=300)
     assert killed.returncode == 0, err
     assert [path.name for path in (tmp_path / "killed").iterdir()] == ["run"]
@@ -131,11 +121,6 @@ def wait_until(holds: Callable[[], bool], seconds: float = 200) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def processes_of(agent: int) -> list[int]:
-    listed = subprocess.run(["pgrep", "-P", str(agent)], capture_output=True, text=True, check=True)
-    return [int(line) for line in listed.stdout.split()]
 
 
 def test_shares_cover_everything_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

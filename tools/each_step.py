@@ -4,6 +4,8 @@ python tools/each_step.py CASES.json OUT      CASES: name -> fields of Config
 """
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +17,23 @@ from cnnft.config import Config
 from cnnft.planning import prepare
 from cnnft.recipe import carry_out
 from cnnft.training import StepDone
+
+
+def start_torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    """`torchrun --nproc-per-node processes arguments` from the root of the repository."""
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(processes), *map(str, arguments),
+        ],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started (Linux)."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def follow(settings: dict[str, object], folder: Path) -> None:

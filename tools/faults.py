@@ -30,6 +30,7 @@ from cnnft import checkpoints, recipe, run
 from cnnft.cli import main as cnnft
 from cnnft.run import Run
 from tools.document import fill
+from tools.each_step import children, start_torchrun
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
 
@@ -341,8 +342,36 @@ def other_faults(data: Path, folder: Path, tries: int, chance: random.Random) ->
     return faults
 
 
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def killed_under_torchrun(data: Path, folder: Path, kills: int, chance: random.Random) -> Fault:
+    """Kill one of two processes as often; torchrun starts both again, and they resume."""
+    fault = Fault("one of two processes under torchrun dies", kills)
+    command = ["-m", "cnnft", "finetune", data, *COMMON, "--workers=0", "--epochs=10", "--runs-dir"]
+    _, said = (whole := start_torchrun(2, *command, folder / "whole")).communicate()
+    assert whole.returncode == 0, said
+    expected, runs = outcome(folder / "whole"), folder / "killed"
+    training = start_torchrun(2, f"--max-restarts={kills}", *command, runs)
+    for _ in range(kills):
+        before = reached(runs)
+        while reached(runs) == before:  # it goes on from where it was
+            assert training.poll() is None, training.communicate()
+            time.sleep(0.01)
+        if reached(runs) < _LAST_STEP:
+            os.kill(chance.choice(children(training.pid)), signal.SIGKILL)
+            fault.survived += 1
+    _, said = training.communicate()
+    assert training.returncode == 0, said
+    fault.tries = fault.survived
+    fault.bytes_lost = bytes_lost(expected, outcome(runs))
+    return fault
+
+
+_LAST_STEP = 40  # 10 epochs of 20 images in batches of 6, the last of 2
+
+
+def reached(runs: Path) -> int:
+    """The step of the newest checkpoint."""
+    names = [path.name for path in (runs / "run" / "state").glob("*.safetensors")]
+    return max((int(name.split("-")[0]) for name in names), default=0)
 
 
 def main() -> None:
@@ -371,6 +400,7 @@ def main() -> None:
         ]
         fill(DOCUMENT, "kills", table(header, rows) + f"\n\nSeed {options.seed}.")
         faults = other_faults(data, Path(place) / "faults", options.tries, chance)
+        faults.append(killed_under_torchrun(data, Path(place) / "many", 3, chance))
         lines = [
             [
                 fault.name, str(fault.tries), str(fault.survived), str(fault.bytes_lost),
