@@ -541,7 +541,7 @@ DIFFED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "truncated environment": (
         lambda r: truncate(r / "environment.json"),
-        ("environment.json", "cannot be read"),
+        ("environment.json", "is damaged"),
     ),
     "a list for an environment": (
         lambda r: (r / "environment.json").write_text("[]"),

@@ -342,7 +342,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
         runs_dir=folder / "runs", name="run",
     )  # fmt: skip
     image = data / "a" / "0.png"
-    train, val = split(check(scan(data))[0], 0.2, seed=0)
+    train, val = split(check(scan(data)), 0.2, seed=0)
     state = build(_tiny(), 10).state_dict()
     opened = open_backbone(name, 2)
     # The first weights that do not match build 30 networks to name the likeliest; later ones share
