@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,20 +85,16 @@ class KeyedBatches(Sampler[list[Key]]):
         return self.epochs * self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order: list[int] = []
         for step in range(self.first_step, len(self)):
-            epoch, within = divmod(step, self.steps_per_epoch)
-            if within == 0 or not order:
-                order = self.order(epoch)
-            batch = [(epoch, order[place]) for place in self._places(within)]
-            mine = [batch[i] for i in distributed.share(len(batch))]
-            yield mine or [(epoch, ~batch[0][1])]
+            epoch, batch = step // self.steps_per_epoch, self.at(step)
+            share = distributed.share(len(batch))
+            yield [(epoch, i) for i in batch[share.start : share.stop] or [~batch[0]]]
 
     def at(self, step: int) -> list[int]:
         """The images of a step, in all processes."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = self.order(epoch)
-        return [order[place] for place in self._places(within)]
+        places = self._places(within)
+        return _order(self.images, self.seed, epoch)[places.start : places.stop]
 
     def size(self, step: int) -> int:
         """How many images the step has, in all processes."""
@@ -108,10 +105,12 @@ class KeyedBatches(Sampler[list[Key]]):
         stop = self.images if last else (within + 1) * self.batch_size
         return range(within * self.batch_size, stop)
 
-    def order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(keyed_seed("order", self.seed, epoch))
-        order: list[int] = torch.randperm(self.images, generator=generator).tolist()
-        return order
+
+@lru_cache(maxsize=2)  # each step asks for it
+def _order(images: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(keyed_seed("order", seed, epoch))
+    order: list[int] = torch.randperm(images, generator=generator).tolist()
+    return order
 
 
 def training_batches(
@@ -135,8 +134,9 @@ def training_batches(
 
 
 def _leave_signals_alone(worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal: the main one decides what becomes of it."""
+    """Ctrl-C, and torchrun's SIGTERM, reach whole groups: the main process decides what follows."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stack_training(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -240,4 +240,4 @@ def default_workers() -> int:
     """Half of the processors that this process may use, at most 8: the rest compute."""
     allowed = getattr(os, "sched_getaffinity", None)
     count = len(allowed(0)) if allowed else os.cpu_count() or 1
-    return min(count // 2, 8)
+    return min(count // 2 // distributed.local_world, 8)

@@ -38,8 +38,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     digest = hashlib.sha256(content).hexdigest()[:16]
     path = folder / f"{checkpoint.step:010d}-{digest}.safetensors"
     write_whole(path, content)
-    for old in [other for other in _newest_first(folder) if other != path][KEPT - 1 :]:
-        old.unlink(missing_ok=True)
+    others = [other for other in _newest_first(folder) if other != path]
+    older = [other for other in others if other.name < path.name]
+    for other in set(others) - set(older[: KEPT - 1]):  # newer ones were damaged
+        other.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -47,7 +49,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     for path in _newest_first(folder):
         try:
             return _read(path)
-        except (CnnftError, SafetensorError, KeyError, TypeError, ValueError):
+        except (CnnftError, SafetensorError, OSError, KeyError, TypeError, ValueError):
             _log.warning("%s is damaged: going back to the checkpoint before it", path)
     return None
 

@@ -74,7 +74,8 @@ class Classifier:
         workers: int | None = None,
     ) -> list[Prediction]:
         """One prediction per file, in order. `top`: how many classes each holds (None: all)."""
-        return list(self.stream(images, tta=tta, top=top, batch_size=batch_size, workers=workers))
+        mine = self.stream(images, tta=tta, top=top, batch_size=batch_size, workers=workers)
+        return distributed.gather(list(mine))
 
     def stream(
         self,
@@ -85,7 +86,7 @@ class Classifier:
         batch_size: int = 32,
         workers: int | None = None,
     ) -> Iterator[Prediction]:
-        """`predict`, yielding as batches are done."""
+        """`predict`, yielding as batches are done; of several processes each gives its share."""
         paths = [Path(images)] if isinstance(images, str | Path) else [Path(i) for i in images]
         if tta not in get_args(TestTimeViews):
             choices = ", ".join(get_args(TestTimeViews))
@@ -209,6 +210,9 @@ def from_description(
                 f"its weights are {given:,}"
             )
         network = build(identity, len(classes))
+        if identity.model_args:  # some that make no sense show only when it computes
+            with torch.inference_mode():
+                network.eval()(torch.zeros(1, 3, spec.size, spec.size))
         if head_kind == "mlp":
             replace_by_mlp(network, head_tensors(network, lambda other: build(identity, other)))
     except CnnftError:
@@ -261,7 +265,6 @@ def load(
             f"{path} is for programs that run ONNX: give the run that it was made from"
         )
     place = choose_device(device)
-    distributed.join()
     classifier = _load_run(path, weights) if path.is_dir() else _load_file(path, weights)
     classifier.network.to(place)
     classifier.network.eval()

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
 
+from cnnft import distributed
 from cnnft.errors import UsageError
 
 # The closed choices of the command line and of Python, with the names that users type.
@@ -143,10 +144,10 @@ class Config:
 
     @property
     def images_at_once(self) -> int:
-        """How many images go through the network together where nothing is learned."""
-        batch = self.batch_size if isinstance(self.batch_size, int) else Config.batch_size
-        assert isinstance(batch, int)
-        return min(batch, self.micro_batch or batch)
+        """How many images go through the network together in each process."""
+        batch = self.batch_size if isinstance(self.batch_size, int) else 32
+        own = max(batch // distributed.world, 1)
+        return min(own, self.micro_batch or own)
 
     def to_dict(self) -> dict[str, Any]:
         """What a run saves: plain values only, absent where None; `Config(**...)` reads it back."""

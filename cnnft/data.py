@@ -324,9 +324,11 @@ def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Sa
     home: dict[str, int] = {}
     for digest, label in zip(samples.hashes, samples.labels, strict=True):
         home.setdefault(digest, label)
+    contents_of: list[list[str]] = [[] for _ in samples.classes]
+    for digest, label in home.items():
+        contents_of[label].append(digest)
     val_hashes: set[str] = set()
-    for label, name in enumerate(samples.classes):
-        contents = [digest for digest, owner in home.items() if owner == label]
+    for name, contents in zip(samples.classes, contents_of, strict=True):
         if len(contents) < 2:
             raise CnnftError(
                 f"class {name} has {len(contents)} different image(s) that no other class has: at "

@@ -6,8 +6,12 @@ Small things travel over gloo, gradients on GPUs over NCCL.
 
 import atexit
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
     import torch
@@ -20,26 +24,27 @@ rank = int(os.environ["RANK"]) if _launched else 0
 world = int(os.environ["WORLD_SIZE"]) if _launched else 1
 local_rank = int(os.environ.get("LOCAL_RANK", 0)) if _launched else 0
 """Which of the machine's devices is this process's."""
+local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _launched else 1
+"""Processes on this machine."""
 is_main = rank == 0
 """The one that writes and speaks."""
-restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-"""torchrun started all processes again, because one had died."""
 
 
 def launch() -> str:
-    """Names this call of torchrun, restarts included (asked of the main process)."""
-    return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')} {os.getppid()}"
+    """Names this call of torchrun, restarts of its processes included; empty without torchrun."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # LAUNCH/attempt_0/0/error.json
+    return str(Path(file).parents[2]) if _launched and len(Path(file).parents) > 3 else ""
 
 
-def join() -> None:
-    """Meet the other processes; waits until all are there."""
+def _dist() -> Any:
+    """torch.distributed, where all processes have met."""
     import torch
     from torch import distributed as dist
 
-    if world == 1 or dist.is_initialized():
-        return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    atexit.register(dist.destroy_process_group)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return dist
 
 
 def says_first(text: str) -> bool:
@@ -60,40 +65,59 @@ def says_first(text: str) -> bool:
 
 
 def share(count: int) -> range:
-    """Which of `count` things are this process's: a contiguous part, in the order of ranks."""
-    return range(rank * count // world, (rank + 1) * count // world)
+    """Which of `count` things are this process's: a contiguous part, in the order of ranks.
+
+    Where they are fewer than the processes, the main one has some.
+    """
+    return range(-(-rank * count // world), -(-(rank + 1) * count // world))
 
 
 def gather(values: list[T]) -> list[T]:
     """The lists of all processes, one after the other in the order of ranks."""
     if world == 1:
         return values
-    from torch import distributed as dist
-
     lists: list[list[T]] = [[] for _ in range(world)]
-    dist.all_gather_object(lists, values)
+    _dist().all_gather_object(lists, values)
     return [value for part in lists for value in part]
 
 
-def from_main(value: T) -> T:
-    """What the main process has as `value`."""
+def by_main(function: Callable[[], T]) -> T:
+    """What `function` gives in the main process, which alone calls it, or the error it raises."""
     if world == 1:
-        return value
-    from torch import distributed as dist
-
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
+        return function()
+    box: list[Any] = [None, None]
+    if is_main:
+        try:
+            box[0] = function()
+        except CnnftError as error:
+            box[1] = error
+    _dist().broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
     return box[0]
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """One process of each machine does it, then the others, for whom its files are there."""
+    if world == 1:
+        yield
+        return
+    if local_rank:
+        _dist().barrier()
+    try:
+        yield
+    finally:
+        if not local_rank:
+            _dist().barrier()
 
 
 def total(values: "Tensor") -> "Tensor":
     """The sum over all processes."""
     if world == 1:
         return values
-    from torch import distributed as dist
-
     summed = values.clone()
-    dist.all_reduce(summed)
+    _dist().all_reduce(summed)
     return summed
 
 
@@ -115,6 +139,7 @@ def parallel(network: "nn.Module", device: "torch.device") -> "nn.Module":
         return network
     from torch.nn.parallel import DistributedDataParallel
 
+    _dist()
     return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
 
@@ -129,7 +154,5 @@ def share_statistics(network: "nn.Module") -> None:
     """The main process's buffers everywhere, so that all evaluate the same network."""
     if world == 1:
         return
-    from torch import distributed as dist
-
     for buffer in network.buffers():
-        dist.broadcast(buffer, src=0)
+        _dist().broadcast(buffer, src=0)

@@ -63,17 +63,22 @@ def embed(
     finally:
         for handle in handles:
             handle.remove()
-    values, layer = torch.cat(distributed.gather(entering)), order[0]
-    linear = isinstance(layer, nn.Linear) and layer.bias is not None and len(order) == 1
-    if linear and values.ndim == 2:
-        with torch.no_grad():  # not where something follows the layer
-            some = values[:_CHECKED].to(next(layer.parameters()).device)
-            logits = layer(some).float().cpu()
-        linear = torch.allclose(logits.log_softmax(dim=1), log_probs[:_CHECKED], atol=1e-3)
+    values = torch.cat(distributed.gather(entering))
+    linear = distributed.by_main(lambda: _are_linear(order, values, log_probs))
     if values.ndim > 2:
         values = values.flatten(2).mean(dim=2) if values.ndim == 4 else values.mean(dim=1)
         linear = False
     return Features(values, linear)
+
+
+def _are_linear(order: list[nn.Module], values: Tensor, log_probs: Tensor) -> bool:
+    """Whether the head is one linear layer, and nothing follows it."""
+    layer = order[0]
+    if not isinstance(layer, nn.Linear) or layer.bias is None or len(order) > 1 or values.ndim > 2:
+        return False
+    with torch.no_grad():
+        logits = layer(values[:_CHECKED].to(layer.weight.device)).float().cpu()
+    return torch.allclose(logits.log_softmax(dim=1), log_probs[:_CHECKED], atol=1e-3)
 
 
 def probe(values: Tensor, labels: Tensor, classes: int, seed: int) -> Probe:

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from cnnft import distributed
 from cnnft.downloads import DownloadError, patiently
 from cnnft.errors import first_line
 
@@ -62,16 +63,17 @@ class Remote:
         Raises:
             DownloadError: it is not here and cannot be fetched.
         """
-        if found := self.cached():
-            return found
-        _log.info("fetching %s: kept on this machine from then on", self.what)
-        try:
-            return patiently(self._download)
-        except Exception as error:  # the hub libraries raise many kinds, few of them documented
-            raise DownloadError(
-                f"cannot download {self.what}: {first_line(error)}. Give a file that you have with "
-                "--weights FILE, or use --backbone builtin, which needs no network"
-            ) from error
+        with distributed.one_first():
+            if found := self.cached():
+                return found
+            _log.info("fetching %s: kept on this machine from then on", self.what)
+            try:
+                return patiently(self._download)
+            except Exception as error:  # the hub libraries raise many kinds, few documented
+                raise DownloadError(
+                    f"cannot download {self.what}: {first_line(error)}. Give a file that you have "
+                    "with --weights FILE, or use --backbone builtin, which needs no network"
+                ) from error
 
     def pin(self, path: Path) -> Pin:
         """Of the file that was fetched to `path`."""

@@ -69,11 +69,14 @@ def choose_device(name: str) -> torch.device:
     if name == "auto" and torch.cuda.is_available():
         name = "cuda"
     elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        alone = distributed.world == 1  # Apple's GPUs cannot compute together
+        name = "mps" if alone and torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and distributed.world > 1:
         name = f"cuda:{distributed.local_rank}"
     try:
         device = torch.device(name)
+        if device.index is not None and device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.empty(1, device=device).cpu()
     except Exception as error:  # torch raises a different kind for every backend it lacks
         raise UsageError(

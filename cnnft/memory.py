@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from cnnft import distributed
 from cnnft.freezing import train_mode
 from cnnft.training import all_logits
 
@@ -17,25 +18,27 @@ LEAST_STEPS = 10
 _RESERVED = 2.0
 """Workspaces and gradients of activations, times what is kept."""
 
-_CGROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
+_CGROUPS = tuple(
+    (folder / limit, folder / used, folder / "memory.stat")
+    for folder, limit, used in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    )
 )
-"""(limit, used) of a container, in versions 2 and 1."""
+"""(limit, used, statistics) of a container, in versions 2 and 1."""
 _MEMINFO = Path("/proc/meminfo")
 
 
 def largest_batch(network: nn.Module, size: int, images: int) -> int:
-    """The largest power of two whose training step fits the device's free memory.
+    """The largest power of two whose training step fits the free memory of all devices.
 
     At most LARGEST, and small enough for LEAST_STEPS steps in an epoch of `images`.
     """
     device = next(network.parameters()).device
-    fits = available(device) / (_RESERVED * bytes_per_image(network, size))
-    most = max(min(fits, LARGEST, images / LEAST_STEPS), 1)
+    trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    free = available(device) - 2 * trained  # gradients and momentum
+    fits = min(distributed.gather([free / (_RESERVED * bytes_per_image(network, size))]))
+    most = max(min(fits * distributed.world, LARGEST, images / LEAST_STEPS), 1)
     return 1 << (int(most).bit_length() - 1)
 
 
@@ -57,24 +60,36 @@ def _kept(network: nn.Module, images: int, size: int) -> int:
 
     pixels = torch.zeros(images, 3, size, size, device=device)
     labels = torch.zeros(images, dtype=torch.long, device=device)
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+    devices = [device] if device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+    ):
         loss = sum(cross_entropy(logits, labels) for logits in all_logits(network(pixels)))
     assert isinstance(loss, Tensor)
     return sum(kept.values()) + pixels.nbytes
 
 
 def available(device: torch.device) -> int:
-    """Free bytes on the device; on the host no more than the container's limit leaves."""
+    """Free bytes for this process: on its GPU, or its part of the host's or the container's."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was computed before left it to this process alone
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    room = [_host_memory()]
-    for limit, used in _CGROUPS:
+    room = max(min(_host_memory(), _container_memory()), 0)
+    return int(room) // distributed.local_world
+
+
+def _container_memory() -> float:
+    for limit, used, statistics in _CGROUPS:
         try:
-            room.append(int(limit.read_text()) - int(used.read_text()))
+            cached = dict(line.split() for line in statistics.read_text().splitlines())
+            # Files that were read count as used until somebody needs the room.
+            files = int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0))
+            return int(limit.read_text()) - int(used.read_text()) + files
         except (OSError, ValueError):  # no such file; no limit is written "max"
             continue
-    return max(min(room), 0)
+    return float("inf")
 
 
 def _host_memory() -> int:

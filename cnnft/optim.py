@@ -126,7 +126,6 @@ SMALL_BATCH = 8
 def freezes_statistics(config: Config) -> bool:
     """Whether BatchNorm layers that train keep their pretrained statistics."""
     if config.batchnorm == "auto":
-        processes = 1 if config.sync_bn else distributed.world
-        seen = min(config.images_per_step // processes, config.images_at_once)
+        seen = config.images_at_once * (distributed.world if config.sync_bn else 1)
         return config.pretrained and seen < SMALL_BATCH
     return config.batchnorm == "frozen"

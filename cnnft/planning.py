@@ -27,7 +27,7 @@ from cnnft.freezing import freeze
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
 from cnnft.memory import largest_batch
-from cnnft.optim import LearningRates, learning_rates
+from cnnft.optim import LearningRates, freezes_statistics, learning_rates
 from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.zoo import local_folder, resolve
@@ -67,24 +67,30 @@ class Plan:
         return trained, sum(size for size, _ in sizes) - trained
 
 
-def prepare(config: Config, *, on_files: OnFiles = lambda count, total: None) -> Plan:
+def prepare(
+    config: Config,
+    *,
+    restored: bool = False,
+    on_files: OnFiles = lambda count, total: None,
+) -> Plan:
     """Read the data, open the backbone, decide what trains and how fast.
+
+    `restored`: all weights will be a checkpoint's, so the head is not probed again.
 
     Raises:
         CnnftError: what the user has to mend, in a sentence.
     """
     device = choose_device(config.device)
-    _require_gpus(config, device)
+    _require_cuda_for_sync_bn(config, device)
     resolve(config.backbone)  # a wrong name is known before the data is read
     data.require_folder(config.data)
-    distributed.join()
     asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers
     found = _read(config, on_files)
     backbone = _open(config, len(found.train.classes), device)
     spec = _input_spec(config, backbone.input_spec, found.train, workers)
     probed = None
-    if wants_probe(config) or config.mode == "auto":
+    if (wants_probe(config) and not restored) or config.mode == "auto":
         probed = _probe(config, backbone, spec, found.train, workers)
     if asked == "auto":
         assert probed is not None and probed.advice is not None
@@ -93,7 +99,9 @@ def prepare(config: Config, *, on_files: OnFiles = lambda count, total: None) ->
             backbone = _open(config, len(found.train.classes), device)
     network, head = backbone.network, _new_head(config, backbone)
     starts_from_probe = probed is not None and probed.fitted is not None and wants_probe(config)
-    if starts_from_probe:
+    if restored:
+        starts_from_probe = wants_probe(config)
+    elif starts_from_probe:
         assert probed is not None and probed.fitted is not None
         install(network, head, probed.fitted)
     elif config.probe_first:
@@ -104,8 +112,12 @@ def prepare(config: Config, *, on_files: OnFiles = lambda count, total: None) ->
     if config.sync_bn:
         network = convert_sync_batchnorm(network)
     if config.batch_size == "auto":
-        fits = largest_batch(network, spec.size, len(found.train) // distributed.world)
-        config = replace(config, batch_size=distributed.from_main(fits) * distributed.world)
+        config = replace(config, batch_size=largest_batch(network, spec.size, len(found.train)))
+    config = replace(
+        config,
+        probe_first=starts_from_probe,
+        batchnorm="frozen" if freezes_statistics(config) else "train",
+    )
     weights = backbone.weights
     return Plan(
         config=config,
@@ -137,7 +149,7 @@ def prepare(config: Config, *, on_files: OnFiles = lambda count, total: None) ->
     )
 
 
-def _require_gpus(config: Config, device: torch.device) -> None:
+def _require_cuda_for_sync_bn(config: Config, device: torch.device) -> None:
     if config.sync_bn and device.type != "cuda":
         raise UsageError(
             f"--sync-bn is for several GPUs, and this trains on {device}: leave it out"
@@ -262,7 +274,8 @@ def _probe(
     if not features.linear and config.mode != "auto":
         return _Probed(None, None)
     labels, counts = torch.tensor(samples.labels), samples.counts()
-    fitted = probe(features.values, labels, len(samples.classes), config.seed)
+    classes = len(samples.classes)
+    fitted = distributed.by_main(lambda: probe(features.values, labels, classes, config.seed))
     advice = advise(len(samples) / len(counts), fitted.accuracy, max(counts) / len(samples))
     return _Probed(advice, fitted if features.linear else None)
 

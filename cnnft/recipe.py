@@ -23,7 +23,7 @@ from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
-from cnnft.optim import freezes_statistics, make_optimizer, make_schedule
+from cnnft.optim import make_optimizer, make_schedule
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
@@ -74,9 +74,8 @@ def carry_out(
     Raises:
         CnnftError: the loss is not finite; a file cannot be read any more, or none be written.
     """
-    resuming = run is not None
-    run = run or Run.create(plan.config, plan.config.name or default_name(plan.config))
-    with run.locked():
+    resuming, name = run is not None, plan.config.name or _default_name(plan.config)
+    with run.locked() if run else Run.create(plan.config, name) as run:
         run.save_config(plan.config)
         run.save_data(plan.train, plan.val, plan.skipped)
         run.save_environment(environment(plan.device))
@@ -97,7 +96,7 @@ def _train(
         schedule=make_schedule(config, plan.batches.steps_per_epoch),
         keys=plan.batches,
         keep_statistics=(
-            batchnorms(classifier.network, classifier.head) if freezes_statistics(config) else ()
+            batchnorms(classifier.network, classifier.head) if config.batchnorm == "frozen" else ()
         ),
         micro_batch=config.micro_batch,
         tolerated=config.skip_nonfinite,
@@ -119,7 +118,7 @@ def _train(
     val_batches = view_batches(
         plan.val.paths, EvaluationViews(spec), config.images_at_once, plan.workers
     )
-    due = _Due(config.checkpoint_every)
+    due = _Due(config.checkpoint_every, state.step)
 
     def save() -> None:
         tensors, numbers = state.state_dict()
@@ -161,9 +160,9 @@ def _train(
 class _Due:
     """Whether the next checkpoint is due."""
 
-    def __init__(self, every: str) -> None:
+    def __init__(self, every: str, step: int) -> None:
         self.seconds, self.steps = parse_interval(every)
-        self.reset(0)
+        self.reset(step)
 
     def reset(self, step: int) -> None:
         self.step, self.time = step, time.monotonic()
@@ -173,8 +172,12 @@ class _Due:
         return long or step - self.step >= self.steps
 
 
+class DivergedError(CnnftError):
+    """Going on would only diverge again."""
+
+
 def _explained(events: Iterator[Event], plan: Plan) -> Iterator[Event]:
-    """`events`; a loss that is not finite is told with the step's files and the likely cause."""
+    """`events`; what stops them is told with the images it is about, and the likely cause."""
     try:
         yield from events
     except NonFiniteLossError as error:
@@ -182,12 +185,19 @@ def _explained(events: Iterator[Event], plan: Plan) -> Iterator[Event]:
             cause = "at the first step the weights, or --normalize, are to blame"
         else:
             cause = "most often a learning rate is too high: lower --lr or --head-lr"
-        files = [str(plan.train.paths[index]) for index in plan.batches.at(error.step)]
+        files = [plan.train.paths[index] for index in plan.batches.at(error.step)]
         shown = ", ".join(files[:_FILES_SHOWN]) + (", …" if len(files) > _FILES_SHOWN else "")
-        _log.info("files of step %d:\n%s", error.step + 1, "\n".join(files))
+        _log.debug("images of step %d: %s", error.step + 1, ", ".join(files))
+        raise DivergedError(
+            f"{error}: {cause}; its images: {shown} (with --skip-nonfinite N, also beside "
+            "--resume, up to N such steps are left out)"
+        ) from error
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
         raise CnnftError(
-            f"{error}: {cause}; its images: {shown} (--skip-nonfinite N leaves out up to N such "
-            "steps; the last good checkpoint is kept)"
+            "BatchNorm cannot train on a single image of this size: raise --batch-size or "
+            "--image-size, use fewer processes, or --batchnorm frozen"
         ) from error
 
 
@@ -207,7 +217,7 @@ def _validate(network: nn.Module, batches: ViewLoader, plan: Plan) -> tuple[Scor
         if not math.isfinite(val.loss):
             raise NotANumberError("the loss on val is not finite")
     except NotANumberError as error:
-        raise CnnftError(
+        raise DivergedError(
             f"training diverged ({error}): lower --lr or --head-lr; the run keeps the best epoch "
             "before, if there was one"
         ) from error
@@ -246,8 +256,7 @@ def finetune(*args: Any, **kwargs: Any) -> Run:
     return finished.run
 
 
-def default_name(config: Config) -> str:
-    """Of a run that is given none."""
+def _default_name(config: Config) -> str:
     backbone = config.backbone.removeprefix("local-dir:").rstrip("/")
     return f"{Path(config.data).name}-{Path(backbone).name}"
 

@@ -17,9 +17,9 @@ and renamed.
 """
 
 import csv
-import glob  # pathlib escapes no patterns
 import io
 import json
+import logging
 import shutil
 import tomllib
 from collections import Counter
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
 from cnnft import distributed
@@ -51,6 +51,8 @@ _COLUMNS = {
     "data.csv": ("split", "class", "file", "sha256"),
     "val_predictions.csv": ("file", "sha256", "class", "predicted", "probability"),
 }
+
+_log = logging.getLogger(__name__)
 
 _STATE = "state"
 _LAUNCH = "state/launch"
@@ -92,8 +94,9 @@ class Run:
         return self.path / "run.log"
 
     @classmethod
-    def create(cls, config: Config, name: str) -> "Run":
-        """A new directory: `name`, or `name`-2, -3, ...; with `config.force` `name` itself.
+    @contextmanager
+    def create(cls, config: Config, name: str) -> "Iterator[Run]":
+        """A new, locked directory: `name`, or `name`-2, -3, ...; with `config.force` `name` itself.
 
         What `force` replaces is kept, hidden, until the new run has weights.
 
@@ -101,48 +104,51 @@ class Run:
             UsageError: `force` would replace something that is no run.
             CnnftError: the directory cannot be made; the run to replace is being trained.
         """
-        path = _make_directory(config, name) if distributed.is_main else None
-        path = distributed.from_main(path)
-        assert path is not None
-        run = cls(path)
-        run.save_config(config)
-        run._write(_LAUNCH, distributed.launch().encode())
-        return run
+        run = cls(distributed.by_main(lambda: _make_directory(config, name)))
+        with run.locked():
+            run.save_config(config)  # from here on it is a run
+            if launch := distributed.launch():
+                run._write(_LAUNCH, launch.encode())
+            yield run
 
     @classmethod
-    def of_this_launch(cls, config: Config, name: str) -> "Run | None":
+    def of_this_launch(cls, runs_dir: str | Path) -> "Run | None":
         """The run that torchrun's processes made before it had to start them again."""
-        found: Path | None = None
-        if distributed.is_main and distributed.restarted:
-            for path in sorted(Path(config.runs_dir).glob(f"{glob.escape(name)}*")):
-                launch = path / _LAUNCH
-                if launch.is_file() and launch.read_text() == distributed.launch():
-                    found = path
-        found = distributed.from_main(found)
-        return None if found is None else cls(found)
+        launch = distributed.launch()
+        if not launch:
+            return None
+
+        def find() -> Path | None:
+            files = Path(runs_dir).glob(f"*/{_LAUNCH}")
+            return next((f.parents[1] for f in files if f.read_text() == launch), None)
+
+        path = distributed.by_main(find)
+        return None if path is None else cls(path)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> "Iterator[Run]":
         """Nobody else trains in it meanwhile; a process that dies lets go.
 
         Raises:
             CnnftError: somebody does.
         """
-        if not distributed.is_main:
-            yield
-            return
+        lock = FileLock(self.path / _STATE / "lock")
+        distributed.by_main(lambda: self._acquire(lock))
+        try:
+            yield self
+        finally:
+            lock.release()
+
+    def _acquire(self, lock: BaseFileLock) -> None:
         try:
             (self.path / _STATE).mkdir(exist_ok=True)
-            lock = FileLock(self.path / _STATE / "lock")
             lock.acquire(blocking=False)
         except Timeout as error:
             raise CnnftError(f"{self.path} is being trained by another process") from error
         except OSError as error:
             raise CnnftError(f"{self.path} cannot be written ({error.strerror})") from error
-        with lock:
-            remove_unfinished(self.path)
-            remove_unfinished(self.path / _STATE)
-            yield
+        remove_unfinished(self.path)
+        remove_unfinished(self.path / _STATE)
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -181,14 +187,19 @@ class Run:
         """Raises `CnnftError` where the images are not those that the run began with."""
         if not (self.path / "data.csv").exists():  # it was interrupted before it began
             return
-        before = [(row["split"], row["sha256"]) for row in self._rows()]
-        now = [("train", digest) for digest in train.hashes]
-        now += [("val", digest) for digest in val.hashes]
+        before = [(row["split"], row["class"], row["sha256"]) for row in self._rows()]
+        now = [
+            (split, samples.classes[label], digest)
+            for split, samples in (("train", train), ("val", val))
+            for label, digest in zip(samples.labels, samples.hashes, strict=True)
+        ]
         if before != now:
-            changed = len(set(before) ^ set(now))
+            one, other = Counter(before), Counter(now)
+            changed = max((one - other).total(), (other - one).total())
+            what = f"{changed} image(s)" if changed else "the names of images"
             raise CnnftError(
-                f"{self.path} cannot go on: {changed} image(s) of its data were added, removed or "
-                "changed since it began; start a new run"
+                f"{self.path} cannot go on: {what} of its data were added, removed or changed "
+                "since it began; start a new run"
             )
 
     def save_data(self, train: Samples, val: Samples, skipped: Sequence[Skipped]) -> None:
@@ -356,10 +367,13 @@ def _put_aside(path: Path) -> None:
         raise UsageError(f"--force would delete {path}, which is not a run: choose another --name")
     with Run(path).locked():
         pass  # nobody trains in it
-    if _replaced(path).exists():  # and this one, which was to replace it, got no weights
-        shutil.rmtree(path)
-    else:
-        path.rename(_replaced(path))
+    if (path / "model.safetensors").exists():
+        shutil.rmtree(_replaced(path), ignore_errors=True)
+    elif _replaced(path).exists():
+        shutil.rmtree(path)  # it was to replace that one, and got no weights
+        return
+    path.rename(_replaced(path))
+    _log.info("%s is kept as %s until the new run has weights", path, _replaced(path))
 
 
 def _replaced(path: Path) -> Path:

@@ -3,10 +3,9 @@
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +54,16 @@ class TrainState:
     """Steps whose loss is not finite that may be left out."""
     step: int = 0
     """Steps taken so far."""
-    totals: Tensor | None = None
+    left_out: int = 0
+    """Such steps so far."""
+    totals: Tensor = field(init=False)
     """Of the present epoch so far, in this process, on the device, (3,): summed loss, images
     classified right, images."""
+
+    def __post_init__(self) -> None:
+        device = next(self.network.parameters()).device
+        precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.totals = torch.zeros(3, dtype=precision, device=device)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int | None]]:
         """All that `restore` needs: tensors by name, and numbers; every process has to ask.
@@ -65,7 +71,6 @@ class TrainState:
         Raises:
             NonFiniteLossError: the state is not worth keeping.
         """
-        assert self.totals is not None
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         for index, values in self.optimizer.state_dict()["state"].items():
             for name, value in values.items():
@@ -77,7 +82,7 @@ class TrainState:
         numbers = {
             "step": self.step,
             "micro_batch": self.micro_batch,
-            "tolerated": self.tolerated,
+            "left_out": self.left_out,
         }
         return tensors, numbers
 
@@ -93,10 +98,11 @@ class TrainState:
                 optimizer["state"].setdefault(int(index), {})[value] = tensor
         self.network.load_state_dict(network)
         self.optimizer.load_state_dict(optimizer)
-        totals = tensors["totals"].to(next(self.network.parameters()).device)
-        self.totals = totals if distributed.is_main else torch.zeros_like(totals)
-        self.step, self.tolerated = numbers["step"] or 0, numbers["tolerated"] or 0
-        self.micro_batch = numbers["micro_batch"]
+        if distributed.is_main:  # it had the sum of all processes
+            self.totals.copy_(tensors["totals"])
+        self.step, self.left_out = numbers["step"] or 0, numbers["left_out"] or 0
+        sizes = [size for size in (self.micro_batch, numbers["micro_batch"]) if size]
+        self.micro_batch = min(sizes, default=None)
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,8 @@ def train(
             looks at the loss of the step before instead of waiting.
     """
     device = next(state.network.parameters()).device
-    precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-    if state.totals is None:
-        state.totals = torch.zeros(3, dtype=precision, device=device)
     network = distributed.parallel(state.network, device)
-    unread: deque[tuple[int, Tensor]] = deque(maxlen=2)
+    unread: tuple[int, Tensor] | None = None
     start = time.monotonic()
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -147,15 +150,18 @@ def train(
         train_mode(state.network, state.keep_statistics)
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule(state.step)
-        statistics = [b.clone() for b in state.network.buffers()] if state.tolerated else []
+        tolerant = state.left_out < state.tolerated
+        statistics = [b.clone() for b in state.network.buffers()] if tolerant else []
 
         sums = _gradients(state, network, pixels, labels, objective)
-        if state.tolerated and distributed.anywhere(not _usable(state, sums[0]))[0]:
+        if tolerant and distributed.anywhere(not _usable(state, sums[0]))[0]:
             _leave_out(state, statistics)
         else:
-            unread.append((state.step, sums[0]))
-            if device.type == "cpu" or len(unread) > 1:
-                _require_finite(state, *unread.popleft())
+            if device.type == "cpu":
+                _require_finite(state, state.step, sums[0])
+            elif unread is not None:
+                _require_finite(state, *unread)
+            unread = state.step, sums[0]
             state.optimizer.step()
             state.totals += sums
 
@@ -195,7 +201,6 @@ def _gradients(
 def _gradients_in_parts(
     state: TrainState, network: nn.Module, pixels: Tensor, labels: Tensor, objective: Objective
 ) -> Tensor:
-    assert state.totals is not None
     torch.manual_seed(keyed_seed("step", state.keys.seed, state.step, distributed.rank))
     state.optimizer.zero_grad()
     # The wrapper of several processes takes the mean of their gradients, and we want the sum.
@@ -224,7 +229,7 @@ def _usable(state: TrainState, loss: Tensor) -> bool:
 def _leave_out(state: TrainState, statistics: Sequence[Tensor]) -> None:
     """As if the step had not been computed; its learning rate is used up."""
     _log.warning("step %d: the loss is not finite; the step is left out", state.step + 1)
-    state.tolerated -= 1
+    state.left_out += 1
     for buffer, before in zip(state.network.buffers(), statistics, strict=True):
         buffer.copy_(before)
 
@@ -242,7 +247,6 @@ def _require_finite(state: TrainState, step: int, loss: Tensor) -> None:
 
 def _finish_epoch(state: TrainState) -> tuple[float, float]:
     """(mean loss, accuracy) over the images of all processes."""
-    assert state.totals is not None
     loss, correct, images = distributed.total(state.totals).tolist()
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the summed loss of the epoch is {loss}", state.step - 1)

@@ -11,7 +11,8 @@ PACKAGE = Path(cnnft.__file__).parent
 
 LAYERS = [
     {"errors"},
-    {"config", "distributed"},
+    {"distributed"},
+    {"config"},
     {"images", "downloads", "files", "environment"},
     {"transforms", "hub"},
     {"data"},
@@ -94,3 +95,11 @@ def test_architecture_md_names_every_room():
     text = (PACKAGE.parent / "ARCHITECTURE.md").read_text(encoding="utf-8")
     for name in LEVEL:
         assert f"{name}.py" in text or f"{name}/" in text, f"ARCHITECTURE.md does not name {name}"
+
+
+def test_nothing_is_timed_by_a_clock_that_jumps():
+    """Intervals are measured on the monotonic clock; the wall clock only stamps the log."""
+    for path in modules():
+        source = path.read_text(encoding="utf-8")
+        assert "time.time(" not in source, path
+        assert "datetime.now" not in source or path.name == "console.py", path

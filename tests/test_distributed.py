@@ -14,8 +14,9 @@ import torch
 from conftest import Outcome, draw_folder
 from safetensors.torch import load_file
 
-from cnnft import distributed
+from cnnft import distributed, load
 from cnnft.batches import KeyedBatches
+from cnnft.evaluation import evaluate_folder
 from cnnft.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,6 +32,7 @@ CASES = {
     "shares of none": {"batch_size": 3, "mode": "feature-extractor"},
     "probe": {"batch_size": 8, "normalize": "dataset"},
 }
+TRAINED_STATISTICS = {"batch_size": 8, "batchnorm": "train", "probe_first": False}
 TOLERANCE = 1e-5
 """Of weights of about 1 after some steps: the same sums in another order."""
 
@@ -52,7 +54,8 @@ def data(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_step_is_that_of_one_process(data: Path, tmp_path: Path, processes: int) -> None:
     cases = {name: COMMON | more | {"data": str(data)} for name, more in CASES.items()}
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    statistics = COMMON | TRAINED_STATISTICS | {"data": str(data)}
+    (tmp_path / "cases.json").write_text(json.dumps(cases | {"statistics": statistics}))
     outcome = torchrun(processes, "tools/each_step.py", tmp_path / "cases.json", tmp_path / "many")
     assert outcome.code == 0, outcome.err
     for name, settings in cases.items():
@@ -70,6 +73,10 @@ def test_every_step_is_that_of_one_process(data: Path, tmp_path: Path, processes
         assert run.metrics()["val"]["n"] == 6
         assert run.metrics()["val"]["correct"] == alone_run.metrics()["val"]["correct"]
         assert (run.path / "data.csv").read_bytes() == (alone_run.path / "data.csv").read_bytes()
+    # Where BatchNorm learns statistics, all processes evaluated what the main one saved.
+    run = Run(tmp_path / "many" / "statistics" / "run")
+    found = evaluate_folder(load(run.path), data, workers=0)
+    assert found.overall.loss == pytest.approx(run.metrics()["val"]["loss"], abs=1e-5)
 
 
 def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -> None:
@@ -88,8 +95,32 @@ def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -
     together, alone = (list(csv.DictReader(file.open())) for file in csvs)
     assert len(alone) == 22 and [row["file"] for row in together] == [r["file"] for r in alone]
     assert [row["label"] for row in together] == [row["label"] for row in alone]
-    outcome = torchrun(2, "-m", "cnnft", "finetune", tmp_path / "none")
-    assert outcome.code != 0 and outcome.err.count("no such folder") == 1
+    (runs / "photos").mkdir()
+    outcome = torchrun(
+        2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--runs-dir", runs, "--force",
+        "--name=photos", "--no-probe-first", "--device=cpu",
+    )  # fmt: skip
+    assert outcome.code != 0 and outcome.err.count("which is not a run") == 1, outcome.err
+    assert "this is a bug" not in outcome.err
+
+
+@pytest.mark.slow
+def test_told_to_stop_all_save_and_one_goes_on(data: Path, tmp_path: Path, cnnft) -> None:
+    started = start_torchrun(
+        2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--epochs=200",
+        "--batch-size=4", "--workers=1", "--device=cpu", "--checkpoint-every=1", "--name=run",
+        "--image-size=64", "--runs-dir", tmp_path,
+    )  # fmt: skip
+    state = tmp_path / "run" / "state"
+    wait_until(lambda: len(list(state.glob("*.safetensors"))) == 2)
+    started.send_signal(signal.SIGTERM)
+    _, err = started.communicate(timeout=100)
+    assert err.count("go on with: cnnft finetune --resume") == 1, err
+    saved = Run(tmp_path / "run").load_checkpoint()
+    assert saved is not None and f"interrupted after step {saved.step};" in err
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace("epochs = 200", f"epochs = {saved.step // 4 + 1}"))
+    assert cnnft("finetune", "--resume", tmp_path / "run").code == 0
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_tolerated_steps_are_left_out_as_if_they_were_not_there():
     events = list(train(of_one, batches(bad=1), SUM))
     with_gap = [batch for i, batch in enumerate(batches()) if i != 1]
     list(train(state(other), with_gap, SUM))
-    assert torch.equal(weights(one), weights(other)) and of_one.tolerated == 0
+    assert torch.equal(weights(one), weights(other)) and of_one.left_out == 1
     epochs = [event for event in events if isinstance(event, EpochDone)]
     assert len(epochs) == 2 and 0 <= epochs[0].accuracy <= 1  # of the images that counted
     with pytest.raises(NonFiniteLossError):
@@ -153,7 +153,8 @@ def test_batch_size_auto_is_settled_in_the_plan_and_fits(flat: Path, tmp_path: P
     plan = prepare(config)
     each = memory.bytes_per_image(plan.classifier.network, 32)
     assert plan.config.batch_size == 8 == plan.batches.batch_size  # ten steps of 96 images
-    monkeypatch.setattr(memory, "available", lambda device: 2 * each * 5)
+    trained = sum(p.nbytes for p in plan.classifier.network.parameters())
+    monkeypatch.setattr(memory, "available", lambda device: 2 * trained + 2 * each * 5)
     assert prepare(config).config.batch_size == 4
     monkeypatch.setattr(memory, "available", lambda device: 0)
     assert prepare(config).config.batch_size == 1
@@ -177,9 +178,10 @@ def test_memory_is_no_more_than_the_container_has(tmp_path: Path, monkeypatch):
     cpu = torch.device("cpu")
     assert memory.available(cpu) > 0
     (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 1000 kB\n")
-    limit, used = tmp_path / "max", tmp_path / "current"
-    monkeypatch.setattr(memory, "_CGROUPS", [(limit, used)])
-    used.write_text("1000\n")
+    limit, used, statistics = (tmp_path / name for name in ("max", "current", "stat"))
+    monkeypatch.setattr(memory, "_CGROUPS", [(limit, used, statistics)])
+    used.write_text("1500\n")
+    statistics.write_text("anon 1000\ninactive_file 300\nactive_file 200\n")
     for text, expected in (("max", 1024_000), ("50000", 49_000), ("500", 0)):
         limit.write_text(f"{text}\n")
         assert memory.available(cpu) == expected

@@ -186,6 +186,7 @@ def damage_safetensors(random: Random, content: bytes) -> bytes:
     try:
         header = json.loads(text)
         (key, inner), *_ = header["__metadata__"].items()
+        inner = inner.encode()
     except (ValueError, KeyError, RecursionError, TypeError, AttributeError):
         header = key = None
     if how == 0:
@@ -194,7 +195,7 @@ def damage_safetensors(random: Random, content: bytes) -> bytes:
         length = random.choice((0, 1, 2**31, 2**40, 2**64 - 1, length - 1, length + 1))
         return (length % 2**64).to_bytes(8, "little") + text + body
     if how >= 3 and key is not None:
-        changed = damage_json(random, inner.encode()).decode("utf-8", errors="replace")
+        changed = damage_json(random, inner).decode("utf-8", errors="replace")
         text = json.dumps(header | {"__metadata__": {key: changed}}).encode()
     else:
         text = damage_json(random, text)
@@ -211,7 +212,10 @@ def damage_toml(random: Random, content: bytes) -> bytes:
 
 
 def damage_csv(random: Random, content: bytes) -> bytes:
-    rows = list(csv.reader(io.StringIO(content.decode("utf-8", errors="replace"))))
+    try:
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8", errors="replace"))))
+    except csv.Error:  # damaged before
+        return damage_bytes(random, content)
     if random.random() < 0.3 or len(rows) < 2 or not all(rows):
         return damage_bytes(random, content)
     row = random.choice(rows)

@@ -80,13 +80,18 @@ def _write_log() -> None:
 
 class _Say(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        if record.levelno >= logging.WARNING:
+            warn(record.getMessage())
+        elif record.levelno >= logging.INFO:
+            say(printable(record.getMessage()))
+        else:
+            note(printable(record.getMessage()))
 
 
 def relay_logs() -> None:
     """What the library logs is said here; the hub's retries, which it would print, are not."""
     log = logging.getLogger("cnnft")
-    log.handlers, log.level, log.propagate = [_Say()], logging.INFO, False
+    log.handlers, log.level, log.propagate = [_Say()], logging.DEBUG, False
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its logger up when imported
 
 

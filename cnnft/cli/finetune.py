@@ -1,7 +1,7 @@
 """cnnft finetune DATA: from a folder of images to a trained run."""
 
 import dataclasses
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +15,7 @@ from cnnft.errors import UsageError
 if TYPE_CHECKING:
     from cnnft.planning import Plan
     from cnnft.recipe import Finished
+    from cnnft.run import Run
 
 _MODEL, _TRAINING, _DATA, _RUN = "Model", "Training", "Data", "Run and machine"
 _MUCH, _IMAGES = "How much to train", "How the network sees images"
@@ -247,18 +248,21 @@ def command(
     given = _given(context)
     if resume is not None and (config is not None or force):
         raise UsageError("--resume goes on with a run as it is: leave out --config and --force")
-    settings = _settings(given, config) if resume is None else _resumed(given, resume)
 
-    from cnnft.planning import prepare
-    from cnnft.recipe import default_name
     from cnnft.run import Run
 
-    with console.progress() as bar:
-        plan = prepare(settings, on_files=console.reading_images(bar))
     if resume is None:
-        run = Run.of_this_launch(plan.config, plan.config.name or default_name(plan.config))
+        settings = _settings(given, config)
+        run = Run.of_this_launch(settings.runs_dir)
+        settings = settings if run is None else run.config()
     else:
         run = Run.open(resume)
+        settings = _resumed(given, run)
+    from cnnft.planning import prepare
+
+    with console.progress() as bar:
+        restored = run is not None and run.has_checkpoint()
+        plan = prepare(settings, restored=restored, on_files=console.reading_images(bar))
     if run is not None:
         run.require_same_data(plan.train, plan.val)
     show_plan(plan)
@@ -293,12 +297,10 @@ def _settings(given: dict[str, Any], config_file: str | None) -> Config:
     return Config.from_dict(read_config_file(config_file) | given, config_file)
 
 
-def _resumed(given: dict[str, Any], path: str) -> Config:
-    """The settings of the run; given ones may lengthen it or move it to another device."""
-    from cnnft.run import Run
-
-    before = Run.open(path).config()
-    free = {"epochs", "workers", "device"}
+def _resumed(given: dict[str, Any], run: "Run") -> Config:
+    """The settings of the run, and given ones that may change on the way."""
+    path, before = run.path, run.config()
+    free = {"epochs", "workers", "device", "micro_batch", "checkpoint_every", "skip_nonfinite"}
     other = [
         key.replace("_", "-")
         for key, value in given.items()
@@ -316,7 +318,7 @@ def _resumed(given: dict[str, Any], path: str) -> Config:
 
 
 def _same(given: Any, before: Any) -> bool:
-    return given == before or str(Path(str(given)).absolute()) == str(before)
+    return given == before or os.path.abspath(str(given)) == str(before)  # noqa: PTH100
 
 
 def _show_end(plan: "Plan", finished: "Finished") -> None:

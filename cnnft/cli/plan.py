@@ -57,7 +57,7 @@ def class_table(counts: dict[str, dict[str, int]]) -> Table:
         table.add_column(split, justify="right")
     classes = list(next(iter(counts.values())))
     for name in classes[:_MOST_CLASSES]:
-        table.add_row(name, *(str(of[name]) for of in counts.values()))
+        table.add_row(console.printable(name), *(str(of[name]) for of in counts.values()))
     if len(classes) > _MOST_CLASSES:
         table.add_row(f"… {len(classes) - _MOST_CLASSES} more", *("" for _ in counts))
     table.add_row(f"{len(classes)} classes", *(str(sum(of.values())) for of in counts.values()))

@@ -69,13 +69,15 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
 
 def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
     """`events`; where they end in an error, how to go on."""
-    from cnnft.recipe import Started
+    from cnnft.recipe import DivergedError, Started
 
     run: Run | None = None
     try:
         for event in events:
             run = event.run if isinstance(event, Started) else run
             yield event
+    except DivergedError:
+        raise  # as it would again
     except Exception:
         if run is not None and run.has_checkpoint():
             console.say(f"what was reached is kept; go on with: cnnft finetune --resume {run.path}")
