@@ -23,9 +23,10 @@ from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
-from cnnft.optim import freezes_statistics, make_optimizer, make_schedule
+from cnnft.optim import freezes_statistics, make_optimizer
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
+from cnnft.schedules import make_schedule
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews, training_transform
 
@@ -89,12 +90,14 @@ def _train(
     plan: Plan, run: Run, saved: Checkpoint | None, stop: Callable[[], bool]
 ) -> Iterator[Event]:
     config, classifier, spec = plan.config, plan.classifier, plan.classifier.input_spec
+    history: list[Epoch] = []
+    multiplier = make_schedule(config, plan.batches.steps_per_epoch)
     state = TrainState(
         network=classifier.network,
         optimizer=make_optimizer(
             classifier.network, classifier.head, plan.stages, plan.rates, config
         ),
-        schedule=make_schedule(config, plan.batches.steps_per_epoch),
+        schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
         keys=plan.batches,
         keep_statistics=(
             batchnorms(classifier.network, classifier.head) if freezes_statistics(config) else ()
@@ -102,11 +105,10 @@ def _train(
         micro_batch=config.micro_batch,
         tolerated=config.skip_nonfinite,
     )
-    history: list[Epoch] = []
     if saved:
         try:
             state.restore(saved.tensors, saved.values["state"])
-            history = [Epoch(**row) for row in saved.values["history"]]
+            history.extend(Epoch(**row) for row in saved.values["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CnnftError(
                 f"{run.path}: its checkpoint is of another cnnft or another network "
@@ -122,8 +124,8 @@ def _train(
     due = _Due(config.checkpoint_every)
 
     def save() -> None:
-        tensors, numbers = state.state_dict()
-        values = {"state": numbers, "history": [asdict(epoch) for epoch in history]}
+        tensors, state_values = state.state_dict()
+        values = {"state": state_values, "history": [asdict(epoch) for epoch in history]}
         run.save_checkpoint(Checkpoint(state.step, tensors, values))
         due.reset(state.step)
 

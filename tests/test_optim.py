@@ -6,7 +6,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
 
 from cnnft.config import Config
 from cnnft.freezing import freeze, train_mode
-from cnnft.optim import learning_rates, make_optimizer, make_schedule
+from cnnft.optim import learning_rates, make_optimizer
+from cnnft.schedules import make_schedule
 
 
 def rates(architecture: str = "resnet18", **settings: object) -> tuple[float, float, str]:

@@ -147,8 +147,39 @@ def command(
         _option(
             _TRAINING,
             Config.schedule,
-            f"How the rates fall: half a cosine, or × {Config.step_gamma} every "
-            f"{Config.step_epochs} epochs.",
+            "How the rates fall; a config file sets the details (README).",
+        ),
+    ] = None,
+    warmup_epochs: Annotated[
+        float | None,
+        _option(
+            _TRAINING,
+            "none",
+            "The rates rise this long before the schedule begins.",
+            metavar="EPOCHS",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        _option(
+            _TRAINING,
+            f"{Config.optimizer}, momentum {Config.momentum}",
+            "sgd, plain-sgd, nesterov, rmsprop, adagrad, adadelta, adam, adamw, adamax, nadam, or "
+            "another of timm.optim.",
+            metavar="NAME",
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        _option(_TRAINING, Config.weight_decay, "Draw weights towards zero; not norms and biases."),
+    ] = None,
+    decay_all: Annotated[
+        bool | None,
+        typer.Option(
+            "--decay-all",
+            rich_help_panel=_TRAINING,
+            show_default=False,
+            help="Norms and biases too.",
         ),
     ] = None,
     skip_nonfinite: Annotated[
@@ -240,6 +271,14 @@ def command(
         bool,
         typer.Option("--dry-run", rich_help_panel=_RUN, help="Stop after the summary."),
     ] = False,
+    plot_schedule: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_RUN,
+            help="Draw the learning rates over the epochs, .png or .svg.",
+        ),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -248,6 +287,10 @@ def command(
     if resume is not None and (config is not None or force):
         raise UsageError("--resume goes on with a run as it is: leave out --config and --force")
     settings = _settings(given, config) if resume is None else _resumed(given, resume)
+    if plot_schedule is not None:
+        from cnnft.plotting import require_plot
+
+        require_plot(plot_schedule)
 
     from cnnft.planning import prepare
     from cnnft.recipe import default_name
@@ -262,6 +305,10 @@ def command(
     if run is not None:
         run.require_same_data(plan.train, plan.val)
     show_plan(plan)
+    if plot_schedule is not None:
+        from cnnft.plotting import plot_schedule as draw
+
+        draw(plan.config, plan.rates, plan.batches.steps_per_epoch, plot_schedule)
     if dry_run:
         if json:
             console.result_json(plan_json(plan))
