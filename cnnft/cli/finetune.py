@@ -2,12 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from cnnft.cli import console, options
-from cnnft.cli.plan import plan_json, show_plan
+from cnnft.cli.plan import optimizer_words, plan_json, show_plan
 from cnnft.cli.training import train
 from cnnft.config import BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
 from cnnft.errors import UsageError
@@ -147,7 +147,8 @@ def command(
         _option(
             _TRAINING,
             Config.schedule,
-            "How the rates fall; a config file sets the details (README).",
+            "How the rates fall: " + ", ".join(get_args(Schedule)) + ".",
+            metavar="NAME",
         ),
     ] = None,
     warmup_epochs: Annotated[
@@ -179,7 +180,7 @@ def command(
             "--decay-all",
             rich_help_panel=_TRAINING,
             show_default=False,
-            help="Norms and biases too.",
+            help="Norms and biases decay too.",
         ),
     ] = None,
     skip_nonfinite: Annotated[
@@ -308,7 +309,8 @@ def command(
     if plot_schedule is not None:
         from cnnft.plotting import plot_schedule as draw
 
-        draw(plan.config, plan.rates, plan.batches.steps_per_epoch, plot_schedule)
+        words, steps = optimizer_words(plan.config), plan.batches.steps_per_epoch
+        draw(plan.config, plan.rates, steps, words, plot_schedule)
     if dry_run:
         if json:
             console.result_json(plan_json(plan))

@@ -46,14 +46,14 @@ def show_plan(plan: "Plan") -> None:
         console.say(f"{'' if i else 'learning rates':<16}{step}")
     console.say(
         f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
-        f"{_optimizer_words(plan.config)}, on {plan.device}\n"
+        f"{optimizer_words(plan.config)}, on {plan.device}\n"
     )
 
 
-def _optimizer_words(config: "Config") -> str:
+def optimizer_words(config: "Config") -> str:
     words = [f"{config.schedule} schedule", config.optimizer]
     if config.warmup_epochs:
-        words[0] += f" after {config.warmup_epochs:g} epochs of warm-up"
+        words[0] += f" after a warm-up (epochs: {config.warmup_epochs:g})"
     if config.weight_decay:
         spared = "" if config.decay_all else " (not of norms and biases)"
         words.append(f"weight decay {config.weight_decay:g}{spared}")
