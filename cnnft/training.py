@@ -95,8 +95,8 @@ class TrainState:
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON; the tensors in it are moved to `tensors`, named after their place.
 
-    An optimizer's state holds what its author liked: step counts, None, lists of tensors, and keys
-    that are numbers, which JSON does not know.
+    An optimizer's state holds what its author liked: step counts, None, lists of tensors; and keys
+    that are numbers, tuples and types, which JSON does not know.
     """
     if isinstance(value, Tensor):
         tensors[name] = value
@@ -107,6 +107,8 @@ def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list | tuple):
         parts = [_without_tensors(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
         return {type(value).__name__: parts}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     return value
 
 
@@ -121,6 +123,8 @@ def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
             return [_with_tensors(item, tensors) for item in items]
         case {"tuple": items}:
             return tuple(_with_tensors(item, tensors) for item in items)
+        case {"dtype": name}:
+            return getattr(torch, name)
     return value
 
 

@@ -194,7 +194,7 @@ def test_an_unknown_flag_or_command(cnnft: Cli, refused: Refused, flat: Path) ->
         (("--weights", BUILTIN, "--no-pretrained", "--backbone=test_resnet"), ("contradict",)),
         (("--weights", BUILTIN), ("builtin",)),
         (("--decay-all",), ("--decay-all", "--weight-decay")),
-        (("--optimizer=adamv",), ("unknown --optimizer 'adamv'", "adamw")),
+        (("--optimizer=adamv",), ("unknown --optimizer 'adamv'", "did you mean adam ")),
         (("--optimizer=lbfgs",), ("--optimizer lbfgs computes the loss several times",)),
         (("--optimizer=adahessian",), ("second derivatives",)),
         (("--optimizer=kron",), ("random numbers of its own",)),
