@@ -103,7 +103,8 @@ def test_other_optimizers_and_schedules_resume_too(whole, tmp_path: Path, more: 
     plan = prepare(settings(whole[0], tmp_path, "stopped", plateau_patience=0, **more))
     taken: list[StepDone] = []
     for event in carry_out(plan, stop=lambda: len(taken) > 2 * STEPS):
-        taken += [event] if isinstance(event, StepDone) else []
+        if isinstance(event, StepDone):
+            taken.append(event)
     run = Run.open(event.run.path)
     assert isinstance(event, Stopped) and event.step == 2 * STEPS + 1
     finish(run.config(), run)
