@@ -70,8 +70,7 @@ class Config:
     warmup_epochs: float = 0.0  # the rates rise to their full size; then the schedule begins
     schedule: Schedule = "cosine"
     step_epochs: int = 7  # step: every 7 epochs; exponential: smoothly over 7 epochs ...
-    step_gamma: float = 0.1  # ... the rate falls to a tenth, as in the tutorial (also multistep,
-    # plateau)
+    step_gamma: float = 0.1  # ... the rate falls to a tenth; so do multistep's and plateau's
     milestones: str | None = None  # multistep: "30,60,90"; None: half and three quarters of all
     inverse_epochs: float = 1.0  # inverse: after this many the rate is half
     restart_epochs: float | None = None  # the first cosine; None: so that three fill the training
@@ -166,7 +165,7 @@ class Config:
         within = f"at least 0, below --epochs {self.epochs}"
         _require(0 <= warmup < self.epochs, "warmup_epochs", warmup, within)
         _require(0 < slow < float("inf"), "inverse_epochs", slow, "above 0 and finite")
-        _require(longer >= 1, "restart_multiplier", longer, "at least 1")
+        _require(1 <= longer <= 100, "restart_multiplier", longer, "at least 1, at most 100")
         _require(0 < rise < 1, "cycle_rise", rise, "between 0 and 1")
         _require(patience >= 0, "plateau_patience", patience, "at least 0")
         if restart is not None:
@@ -176,21 +175,24 @@ class Config:
                     f"restart_epochs {restart:g}: training ends before the first restart; lower "
                     "it, or take --schedule cosine"
                 )
-        if self.milestones is not None:
-            reached = parse_milestones(self.milestones)
-            if (
-                self.schedule == "multistep"
-                and not warmup <= reached[0] <= reached[-1] < self.epochs
-            ):
-                raise UsageError(
-                    f"milestones {self.milestones!r}: each must come after the warm-up and before "
-                    f"the end, --epochs {self.epochs}"
-                )
+        first, last = self.milestone_epochs[0], self.milestone_epochs[-1]
+        if self.schedule == "multistep" and not warmup < first <= last < self.epochs:
+            raise UsageError(
+                f"milestones {first:g} to {last:g}: each must come after the warm-up, "
+                f"--warmup-epochs {warmup:g}, and before the end, --epochs {self.epochs}"
+            )
         if self.schedule == "one-cycle" and warmup:
             raise UsageError(
                 "--warmup-epochs with --schedule one-cycle, which rises by itself: leave it out "
                 "(cycle_rise in the config file says for how long)"
             )
+
+    @property
+    def milestone_epochs(self) -> tuple[float, ...]:
+        """After which multistep falls; half and three quarters of training (He et al., 2016)."""
+        if self.milestones is None:
+            return self.epochs / 2, self.epochs * 3 / 4
+        return parse_milestones(self.milestones)
 
     @property
     def images_per_step(self) -> int:

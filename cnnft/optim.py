@@ -156,8 +156,9 @@ def require_optimizer(config: Config) -> None:
         raise UsageError(f"--optimizer {name} {reason}: take another one, such as sgd or adamw")
     if name not in optimizers():
         raise UsageError(f"unknown --optimizer {name!r:.100}{did_you_mean(name, optimizers())}")
-    if name == "nesterov" and not config.momentum:
-        raise UsageError("--optimizer nesterov is about momentum, which is 0: take plain-sgd")
+    info = _info(name)
+    if info.has_momentum and (info.defaults or {}).get("nesterov") and not config.momentum:
+        raise UsageError(f"--optimizer {name} is about momentum, which is 0: take plain-sgd")
 
 
 def optimizers() -> list[str]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from cnnft.config import Config, parse_milestones
+from cnnft.config import Config
 
 _PERIODS = 3  # of cosine-restarts, where their length is not given
 _PLATEAU_THRESHOLD = 1e-4  # falling by a smaller share is standing still; as torch has it
@@ -51,7 +51,7 @@ def _shape(config: Config, steps_per_epoch: int, warmup: int, steps: int) -> Cal
     if config.schedule == "step":
         return lambda step: gamma ** (step // every)
     if config.schedule == "multistep":
-        at = [epoch * steps_per_epoch - warmup for epoch in milestones(config)]
+        at = [epoch * steps_per_epoch - warmup for epoch in config.milestone_epochs]
         return lambda step: gamma ** sum(step >= milestone for milestone in at)
     if config.schedule == "exponential":
         return lambda step: gamma ** (step / every)
@@ -65,18 +65,11 @@ def _shape(config: Config, steps_per_epoch: int, warmup: int, steps: int) -> Cal
         longer = config.restart_multiplier
         first = steps / sum(longer**period for period in range(_PERIODS))
         if config.restart_epochs is not None:
-            first = config.restart_epochs * steps_per_epoch
+            first = max(round(config.restart_epochs * steps_per_epoch), 1)
         return lambda step: cosine_restarts(step, first, longer)
     if config.schedule == "one-cycle":
         return lambda step: one_cycle(step, steps, config.cycle_rise)
     return lambda step: 1.0
-
-
-def milestones(config: Config) -> tuple[float, ...]:
-    """Epochs at whose end multistep falls: after half and three quarters (He et al., 2016)."""
-    if config.milestones is None:
-        return config.epochs / 2, config.epochs * 3 / 4
-    return parse_milestones(config.milestones)
 
 
 def cosine(step: float, total: float) -> float:
@@ -86,6 +79,8 @@ def cosine(step: float, total: float) -> float:
 
 def cosine_restarts(step: float, period: float, longer: int) -> float:
     """Cosines one after the other, each `longer` times the one before (Loshchilov and Hutter)."""
+    if longer == 1:
+        return cosine(step % period, period)
     while step >= period:
         step, period = step - period, period * longer
     return cosine(step, period)

@@ -352,6 +352,7 @@ def test_weights_that_are_not_there(refused: Refused, flat: Path, tmp_path: Path
         ("milestones = 'ten'", 2, "rising order"),
         ("milestones = '10,30'\nschedule = 'multistep'", 2, "before the end, --epochs 25"),
         ("milestones = '1,9'\nschedule = 'multistep'\nwarmup_epochs = 2", 2, "after the warm-up"),
+        ("schedule = 'multistep'\nwarmup_epochs = 13", 2, "milestones 12.5 to 18.75"),
         ("restart_epochs = 25\nschedule = 'cosine-restarts'", 2, "before the first restart"),
         ("restart_epochs = 0", 2, "restart_epochs"),
         ("restart_multiplier = 0", 2, "restart_multiplier"),
