@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_origin
 
@@ -14,7 +15,10 @@ BatchNorm = Literal["auto", "train", "frozen"]
 Head = Literal["linear", "mlp"]
 HeadInit = Literal["default", "xavier", "kaiming", "zeros"]
 Fit = Literal["crop", "squash", "pad"]
-Schedule = Literal["cosine", "step"]
+Schedule = Literal[
+    "cosine", "cosine-restarts", "one-cycle", "step", "multistep", "exponential", "inverse",
+    "inverse-sqrt", "plateau", "constant",
+]  # fmt: skip
 TestTimeViews = Literal["none", "hflip", "five-crop", "ten-crop"]
 Split = Literal["val", "test", "all"]
 ExportFormat = Literal["head", "safetensors", "onnx"]
@@ -25,7 +29,10 @@ LARGEST_IMAGE = 8192
 
 _LARGEST_STATISTIC = 1e6
 _LONGEST_NAME = 200  # file systems take 255, and names count up
-_WITHOUT_FLAG = {"data", "momentum", "step_epochs", "step_gamma"}
+_WITHOUT_FLAG = {
+    "data", "momentum", "step_epochs", "step_gamma", "milestones", "inverse_epochs",
+    "restart_epochs", "restart_multiplier", "cycle_rise", "plateau_patience",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,20 @@ class Config:
     micro_batch: int | None = None  # computed at once in each process; None: all
     lr: float | None = None  # of the pretrained layers; None: the 1/10 rule
     head_lr: float | None = None  # of the new head; None: the rate of training from scratch
-    momentum: float = 0.9
+    optimizer: str = "sgd"
+    momentum: float = 0.9  # of sgd and of what is made from it
+    weight_decay: float = 0.0
+    decay_all: bool = False  # normalisation layers and biases too
+    warmup_epochs: float = 0.0  # the rates rise to their full size; then the schedule begins
     schedule: Schedule = "cosine"
-    step_epochs: int = 7  # schedule "step": every 7 epochs ...
-    step_gamma: float = 0.1  # ... the rate falls to a tenth, as in the tutorial
+    step_epochs: int = 7  # step: every 7 epochs; exponential: smoothly over 7 epochs ...
+    step_gamma: float = 0.1  # ... the rate falls to a tenth; so do multistep's and plateau's
+    milestones: str | None = None  # multistep: "30,60,90"; None: half and three quarters of all
+    inverse_epochs: float = 1.0  # inverse: after this many the rate is half
+    restart_epochs: float | None = None  # the first cosine; None: so that three fill the training
+    restart_multiplier: int = 2  # each cosine is as many times longer than the one before
+    cycle_rise: float = 0.3  # one-cycle: the share of the training in which the rate rises
+    plateau_patience: int = 3  # plateau: epochs without a lower loss on val that are put up with
     val_fraction: float = 0.2
     split_seed: int = 0
     seed: int = 0
@@ -87,6 +104,9 @@ class Config:
         _require(self.step_epochs >= 1, "step_epochs", self.step_epochs, "at least 1")
         _require(0 < self.step_gamma <= 1, "step_gamma", self.step_gamma, "above 0, at most 1")
         _require(0 <= self.momentum < 1, "momentum", self.momentum, "at least 0, below 1")
+        decayed = self.weight_decay
+        _require(0 <= decayed < float("inf"), "weight_decay", decayed, "at least 0 and finite")
+        self._check_schedule()
         parse_interval(self.checkpoint_every)
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2^63")
@@ -104,6 +124,8 @@ class Config:
         _require(fits, "image_size", size, f"at least 16 pixels, at most {LARGEST_IMAGE}")
         if self.normalize not in ("pretrained", "dataset"):
             parse_statistics(self.normalize)
+        if self.decay_all and not self.weight_decay:
+            raise UsageError("--decay-all goes with --weight-decay: give both, or neither")
         if stages is not None and self.mode != "finetune":
             raise UsageError("--train-stages goes with --mode finetune")
         if self.lr is not None and self.mode == "auto":
@@ -135,6 +157,43 @@ class Config:
             )
         if self.name is not None and len(self.name.encode()) > _LONGEST_NAME:
             raise UsageError(f"--name {self.name[:20]}… is too long: {_LONGEST_NAME} bytes at most")
+
+    def _check_schedule(self) -> None:
+        """A schedule of which training would see nothing is a mistake."""
+        warmup, restart = self.warmup_epochs, self.restart_epochs
+        slow, longer, rise = self.inverse_epochs, self.restart_multiplier, self.cycle_rise
+        patience = self.plateau_patience
+        within = f"at least 0, below --epochs {self.epochs}"
+        _require(0 <= warmup < self.epochs, "warmup_epochs", warmup, within)
+        _require(0 < slow < float("inf"), "inverse_epochs", slow, "above 0 and finite")
+        _require(1 <= longer <= 100, "restart_multiplier", longer, "at least 1, at most 100")
+        _require(0 < rise < 1, "cycle_rise", rise, "between 0 and 1")
+        _require(patience >= 0, "plateau_patience", patience, "at least 0")
+        if restart is not None:
+            _require(restart > 0, "restart_epochs", restart, "above 0")
+            if self.schedule == "cosine-restarts" and restart >= self.epochs - warmup:
+                raise UsageError(
+                    f"restart_epochs {restart:g}: training ends before the first restart; lower "
+                    "it, or take --schedule cosine"
+                )
+        first, last = self.milestone_epochs[0], self.milestone_epochs[-1]
+        if self.schedule == "multistep" and not warmup < first <= last < self.epochs:
+            raise UsageError(
+                f"milestones {first:g} to {last:g}: each must come after the warm-up, "
+                f"--warmup-epochs {warmup:g}, and before the end, --epochs {self.epochs}"
+            )
+        if self.schedule == "one-cycle" and warmup:
+            raise UsageError(
+                "--warmup-epochs with --schedule one-cycle, which rises by itself: leave it out "
+                "(cycle_rise in the config file says for how long)"
+            )
+
+    @property
+    def milestone_epochs(self) -> tuple[float, ...]:
+        """After which multistep falls; half and three quarters of training (He et al., 2016)."""
+        if self.milestones is None:
+            return self.epochs / 2, self.epochs * 3 / 4
+        return parse_milestones(self.milestones)
 
     @property
     def images_per_step(self) -> int:
@@ -192,6 +251,23 @@ def parse_statistics(text: str) -> tuple[Channels, Channels]:
             "standard deviations, such as 0.5,0.5,0.5/0.2,0.2,0.2"
         ) from error
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def parse_milestones(text: str) -> tuple[float, ...]:
+    """ "30,60,90" -> (30.0, 60.0, 90.0), epochs in rising order.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    try:
+        epochs = tuple(float(part) for part in text.split(","))
+        if not all(a < b for a, b in pairwise((0.0, *epochs, float("inf")))):
+            raise ValueError
+    except ValueError as error:
+        raise UsageError(
+            f"milestones {text!r:.100}: give epochs in rising order, such as '30,60,90'"
+        ) from error
+    return epochs
 
 
 def parse_interval(text: str) -> tuple[float, float]:

@@ -1,5 +1,8 @@
 """The user's mistake, in one sentence, and what to do about it."""
 
+import difflib
+from collections.abc import Iterable
+
 _LONGEST_REASON = 200  # characters; some libraries print whole tensors of names
 
 
@@ -13,6 +16,12 @@ class UsageError(CnnftError):
     """A wrong flag or argument: an unknown name, a missing path, an impossible combination."""
 
     exit_code = 2
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: what is near it, or nothing."""
+    close = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(close)}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,14 +1,16 @@
-"""The learning-rate rule, parameter groups, and the schedule as a function of the step."""
+"""The learning-rate rule, parameter groups, optimizers by name."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 
 from cnnft import distributed
 from cnnft.config import Config
+from cnnft.errors import UsageError, did_you_mean
 
 REFERENCE_BATCH = 256
 """Original learning rates are stated per this many images (Goyal et al., 2017)."""
@@ -16,6 +18,29 @@ REFERENCE_BATCH = 256
 _ORIGINAL_LR = 0.1
 _ORIGINAL_LR_PLAIN = 0.01
 _PLAIN = ("alexnet", "vgg", "squeezenet")  # networks that train from scratch at a lower rate
+
+_NORMALISED_LR = 0.001
+"""Of optimizers that divide by the size of the gradients, so that a step is about as long as the
+rate (Kingma and Ba, 2015; Hinton's RMSprop). The batch changes the gradients' noise, not the length
+of such a step: nothing is scaled linearly."""
+_OWN_LR = {
+    "Adagrad": 0.01,  # its steps begin as long as Adam's and shrink with the root of their number
+    "Adadelta": 1.0,  # its steps have the weights' own unit (Zeiler, 2012)
+    "Lion": 0.0001,  # every weight moves by the whole rate (Chen et al., 2023)
+    "Lars": 1.0,  # times its trust coefficient of 0.001
+    "Muon": 0.02,
+    "MADGRAD": 0.01,
+    "RMSpropTF": 0.0001,  # its momentum makes steps ten times as long as the rate
+}
+"""By class: the rates they were published with, or that timm defaults to."""
+
+_OWN_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("momentum", {}),  # timm's "sgd" is Nesterov's
+    "plain-sgd": ("momentum", {"momentum": 0.0}),
+    # As Hinton taught it; with timm's momentum of 0.9 a rate means ten times as much.
+    "rmsprop": ("rmsprop", {"momentum": 0.0}),
+}
+"""Name -> timm's name, and what is set otherwise than timm does."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +55,22 @@ class LearningRates:
 def learning_rates(config: Config, architecture: str, probed: bool = False) -> LearningRates:
     """The 1/10 rule: pretrained layers train at a tenth of the rate of training from scratch.
 
-    scratch = original × batch / 256 (linear scaling, Goyal et al., 2017); pretrained layers at
+    scratch = original × batch / 256 (linear scaling, Goyal et al., 2017) for SGD and what is made
+    from it, the optimizer's usual rate for others; pretrained layers at
     scratch / 10, a new head at scratch, and at scratch / 10 too if it was `probed`; without
     pretraining everything at scratch. `config.lr` and `config.head_lr` override the outcome.
     """
-    original = _ORIGINAL_LR_PLAIN if architecture.startswith(_PLAIN) else _ORIGINAL_LR
-    scratch = original * config.images_per_step / REFERENCE_BATCH
-    steps = [
-        f"from scratch: {original:g} (original, per {REFERENCE_BATCH} images) "
-        f"× {config.images_per_step} / {REFERENCE_BATCH} = {scratch:g}"
-    ]
+    kind = _info(config.optimizer).opt_class.__name__
+    if kind.startswith("SGD"):
+        original = _ORIGINAL_LR_PLAIN if architecture.startswith(_PLAIN) else _ORIGINAL_LR
+        scratch = original * config.images_per_step / REFERENCE_BATCH
+        steps = [
+            f"from scratch: {original:g} (original, per {REFERENCE_BATCH} images) "
+            f"× {config.images_per_step} / {REFERENCE_BATCH} = {scratch:g}"
+        ]
+    else:
+        scratch = _OWN_LR.get(kind, _NORMALISED_LR)
+        steps = [f"from scratch: {scratch:g} (usual for {config.optimizer}, whatever the batch)"]
     head, backbone = scratch, scratch
     if config.head_lr is not None:
         head = config.head_lr
@@ -71,12 +102,12 @@ def make_optimizer(
     stages: Sequence[Sequence[str]],
     rates: LearningRates,
     config: Config,
-) -> torch.optim.SGD:
-    """SGD over the parameters that train: a group for the head, and one for the backbone.
+) -> torch.optim.Optimizer:
+    """`config.optimizer` for the parameters that train: a group for the head, one for the backbone.
 
     With `config.layer_decay` each stage is a group of its own, and the rates fall towards the
-    input (Howard and Ruder, 2018). Every parameter is frozen or in exactly one group; this is
-    asserted.
+    input (Howard and Ruder, 2018). With `config.weight_decay` the parameters that do not decay are
+    groups of their own. Every parameter is frozen or in exactly one group; this is asserted.
     """
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     if config.layer_decay is None:
@@ -92,8 +123,17 @@ def make_optimizer(
     ]
     head_parameters = [p for name, p in trained.items() if name in head]
     groups.append({"name": "head", "params": head_parameters, "lr": rates.head})
+    if config.weight_decay and not config.decay_all:
+        groups = [part for group in groups for part in _decaying_and_not(group)]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.SGD(groups, momentum=config.momentum)
+    name, options = _OWN_NAMES.get(config.optimizer, (config.optimizer, {}))
+    optimizer = create_optimizer_v2(
+        groups,
+        name,
+        lr=rates.head,  # some want one; each group has its own
+        weight_decay=config.weight_decay,
+        **{"momentum": config.momentum} | options,
+    )
     grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
     frozen = [id(p) for p in network.parameters() if not p.requires_grad]
     assert sorted(grouped + frozen) == sorted(id(p) for p in network.parameters())
@@ -102,21 +142,48 @@ def make_optimizer(
     return optimizer
 
 
-Multiplier = Callable[[int], float]
-"""Step -> what the initial learning rates are multiplied by."""
+def _decaying_and_not(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Scales, shifts and biases, which have one dimension, are not drawn towards zero."""
+    decaying = [p for p in group["params"] if p.ndim > 1]
+    others = [p for p in group["params"] if p.ndim <= 1]
+    return [group | {"params": decaying}, group | {"params": others, "weight_decay": 0.0}]
 
 
-def make_schedule(config: Config, steps_per_epoch: int) -> Multiplier:
-    total = config.epochs * steps_per_epoch
-    if config.schedule == "step":
-        every = config.step_epochs * steps_per_epoch
-        return lambda step: config.step_gamma ** (step // every)
-    return lambda step: cosine(step, total)
+def require_optimizer(config: Config) -> None:
+    """Raises `UsageError` where there is none of that name, or it needs another training step."""
+    name = config.optimizer
+    if reason := _unfit(name):
+        raise UsageError(f"--optimizer {name} {reason}: take another one, such as sgd or adamw")
+    if name not in optimizers():
+        raise UsageError(f"unknown --optimizer {name!r:.100}{did_you_mean(name, optimizers())}")
+    info = _info(name)
+    if info.has_momentum and (info.defaults or {}).get("nesterov") and not config.momentum:
+        raise UsageError(f"--optimizer {name} is about momentum, which is 0: take plain-sgd")
 
 
-def cosine(step: int, total: int) -> float:
-    """Half a period, from 1 towards 0 (Loshchilov and Hutter, 2017, without restarts)."""
-    return (1 + math.cos(math.pi * step / total)) / 2
+def optimizers() -> list[str]:
+    """Every name that `config.optimizer` can have: timm's of first order, and some of our own."""
+    return sorted({*_OWN_NAMES, *(name for name in list_optimizers() if not _unfit(name))})
+
+
+def _unfit(name: str) -> str | None:
+    """Why torch or timm has the optimizer and cnnft does not; None of other names."""
+    if name == "lbfgs":
+        return "computes the loss several times in a step"
+    if name not in list_optimizers():
+        return None
+    info = get_optimizer_info(name)
+    if isinstance(info.opt_class, str):
+        return f"is of the package {info.opt_class.partition('.')[0]}, which cnnft does not use"
+    if info.second_order:
+        return "needs second derivatives"
+    if info.opt_class.__name__ == "Kron":
+        return "draws random numbers of its own, so that an interrupted run would end differently"
+    return None
+
+
+def _info(name: str) -> Any:
+    return get_optimizer_info(_OWN_NAMES.get(name, (name, {}))[0])
 
 
 SMALL_BATCH = 8

@@ -27,7 +27,12 @@ from cnnft.freezing import freeze
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
 from cnnft.memory import largest_batch
-from cnnft.optim import LearningRates, freezes_statistics, learning_rates
+from cnnft.optim import (
+    LearningRates,
+    freezes_statistics,
+    learning_rates,
+    require_optimizer,
+)
 from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.zoo import local_folder, resolve
@@ -83,6 +88,7 @@ def prepare(
     device = choose_device(config.device)
     _require_cuda_for_sync_bn(config, device)
     resolve(config.backbone)  # a wrong name is known before the data is read
+    require_optimizer(config)
     data.require_folder(config.data)
     asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers

@@ -23,9 +23,10 @@ from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
-from cnnft.optim import make_optimizer, make_schedule
+from cnnft.optim import make_optimizer
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
+from cnnft.schedules import make_schedule
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews, training_transform
 
@@ -88,12 +89,14 @@ def _train(
     plan: Plan, run: Run, saved: Checkpoint | None, stop: Callable[[], bool]
 ) -> Iterator[Event]:
     config, classifier, spec = plan.config, plan.classifier, plan.classifier.input_spec
+    history: list[Epoch] = []
+    multiplier = make_schedule(config, plan.batches.steps_per_epoch)
     state = TrainState(
         network=classifier.network,
         optimizer=make_optimizer(
             classifier.network, classifier.head, plan.stages, plan.rates, config
         ),
-        schedule=make_schedule(config, plan.batches.steps_per_epoch),
+        schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
         keys=plan.batches,
         keep_statistics=(
             batchnorms(classifier.network, classifier.head) if config.batchnorm == "frozen" else ()
@@ -101,11 +104,10 @@ def _train(
         micro_batch=config.micro_batch,
         tolerated=config.skip_nonfinite,
     )
-    history: list[Epoch] = []
     if saved:
         try:
             state.restore(saved.tensors, saved.values["state"])
-            history = [Epoch(**row) for row in saved.values["history"]]
+            history.extend(Epoch(**row) for row in saved.values["history"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CnnftError(
                 f"{run.path}: its checkpoint is of another cnnft or another network "
@@ -121,8 +123,8 @@ def _train(
     due = _Due(config.checkpoint_every, state.step)
 
     def save() -> None:
-        tensors, numbers = state.state_dict()
-        values = {"state": numbers, "history": [asdict(epoch) for epoch in history]}
+        tensors, state_values = state.state_dict()
+        values = {"state": state_values, "history": [asdict(epoch) for epoch in history]}
         run.save_checkpoint(Checkpoint(state.step, tensors, values))
         due.reset(state.step)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from cnnft import distributed
 from cnnft.batches import IGNORED, KeyedBatches, keyed_seed
 from cnnft.errors import CnnftError
 from cnnft.freezing import train_mode
-from cnnft.optim import Multiplier
 
 AUXILIARY_WEIGHT = 0.4
 """Of the loss of an auxiliary classifier (as PyTorch's tutorial weighs Inception v3's)."""
@@ -42,7 +42,8 @@ class TrainState:
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: Multiplier
+    schedule: Callable[[int], float]
+    """Step -> what the initial learning rates are multiplied by."""
     keys: KeyedBatches
     """Which images make up which step."""
     keep_statistics: Sequence[nn.Module] = ()
@@ -65,44 +66,72 @@ class TrainState:
         precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         self.totals = torch.zeros(3, dtype=precision, device=device)
 
-    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int | None]]:
-        """All that `restore` needs: tensors by name, and numbers; every process has to ask.
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that `restore` needs: tensors by name, and JSON values; every process has to ask.
 
         Raises:
             NonFiniteLossError: the state is not worth keeping.
         """
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            for name, value in values.items():
-                if value is not None:
-                    tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+        optimizer = _without_tensors(self.optimizer.state_dict(), "optimizer", tensors)
         tensors["totals"] = distributed.total(self.totals)
         if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
             raise NonFiniteLossError("the loss or a weight is not finite", self.step - 1)
-        numbers = {
+        values = {
             "step": self.step,
             "micro_batch": self.micro_batch,
             "left_out": self.left_out,
+            "optimizer": optimizer,
         }
-        return tensors, numbers
+        return tensors, values
 
-    def restore(self, tensors: dict[str, Tensor], numbers: dict[str, int | None]) -> None:
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go back to the state that both were taken in."""
-        network, optimizer = {}, self.optimizer.state_dict()
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "network":
-                network[rest] = tensor
-            elif kind == "optimizer":
-                index, _, value = rest.partition(".")
-                optimizer["state"].setdefault(int(index), {})[value] = tensor
+        prefix = "network."
+        network = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self.network.load_state_dict(network)
-        self.optimizer.load_state_dict(optimizer)
+        self.optimizer.load_state_dict(_with_tensors(values["optimizer"], tensors))
         if distributed.is_main:  # it had the sum of all processes
             self.totals.copy_(tensors["totals"])
-        self.step, self.left_out = numbers["step"] or 0, numbers["left_out"] or 0
-        sizes = [size for size in (self.micro_batch, numbers["micro_batch"]) if size]
+        self.step, self.left_out = values["step"], values["left_out"]
+        sizes = [size for size in (self.micro_batch, values["micro_batch"]) if size]
         self.micro_batch = min(sizes, default=None)
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON; the tensors in it are moved to `tensors`, named after their place.
+
+    An optimizer's state holds what its author liked: step counts, None, lists of tensors; and keys
+    that are numbers, tuples and types, which JSON does not know.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        pairs = [[k, _without_tensors(v, f"{name}.{k}", tensors)] for k, v in value.items()]
+        return {"dict": pairs}
+    if isinstance(value, list | tuple):
+        parts = [_without_tensors(v, f"{name}.{i}", tensors) for i, v in enumerate(value)]
+        return {type(value).__name__: parts}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_without_tensors`."""
+    match value:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"dict": items}:
+            return {key: _with_tensors(item, tensors) for key, item in items}
+        case {"list": items}:
+            return [_with_tensors(item, tensors) for item in items]
+        case {"tuple": items}:
+            return tuple(_with_tensors(item, tensors) for item in items)
+        case {"dtype": name}:
+            return getattr(torch, name)
+    return value
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The model zoos: a name -> an `Identity`; an `Identity` -> a network and its `InputSpec`."""
 
-import difflib
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from cnnft.config import Fit
-from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.errors import CnnftError, UsageError, did_you_mean, first_line
 from cnnft.files import parse_json
 from cnnft.hub import Remote
 from cnnft.transforms import InputSpec
@@ -104,11 +103,13 @@ def resolve(name: str) -> Identity:
     if name.startswith("hf-hub:"):
         return _from_hub(name)
     if ":" in name or not timm.is_model(name.partition(".")[0]):
-        raise UsageError(f"unknown backbone {name!r}{_near(name, [*names(), 'builtin'])}")
+        raise UsageError(f"unknown backbone {name!r}{did_you_mean(name, [*names(), 'builtin'])}")
     architecture, _, tag = name.partition(".")
     tags = timm.list_pretrained(f"{architecture}.*") + timm.list_pretrained(architecture)
     if tag and name not in tags:
-        raise UsageError(f"backbone {architecture} has no weights {tag!r}{_near(name, tags)}")
+        raise UsageError(
+            f"backbone {architecture} has no weights {tag!r}{did_you_mean(name, tags)}"
+        )
     config = timm.get_pretrained_cfg(name)
     if config is None:
         raise UsageError(f"timm does not say what input backbone {name} expects: choose another")
@@ -203,7 +204,7 @@ def _from_torchvision(name: str) -> Identity:
     architecture, _, tag = name.removeprefix("torchvision/").partition("@")
     if architecture not in _torchvision_names():
         known = [f"torchvision/{other}" for other in _torchvision_names()]
-        raise UsageError(f"unknown backbone {name!r}{_near(name, known)}")
+        raise UsageError(f"unknown backbone {name!r}{did_you_mean(name, known)}")
     options = get_model_weights(architecture)
     if tag and tag not in options.__members__:
         choices = ", ".join(options.__members__)
@@ -221,11 +222,6 @@ def _torchvision_names() -> list[str]:
 
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
     return names
-
-
-def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.5)
-    return f": did you mean {' or '.join(close)}?" if close else ""
 
 
 def build(identity: Identity, classes: int) -> nn.Module:

@@ -16,7 +16,7 @@ LAYERS = [
     {"images", "downloads", "files", "environment"},
     {"transforms", "hub"},
     {"data"},
-    {"batches", "heads", "stages", "freezing", "optim", "metrics", "advice"},
+    {"batches", "heads", "stages", "freezing", "optim", "schedules", "metrics", "advice"},
     {"zoo"},
     {"pretrained"},
     {"backbones", "catalogue"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"checkpoints"},
     {"run"},
     {"planning"},
-    {"recipe", "evaluation", "exporting", "datacheck", "comparison"},
+    {"recipe", "evaluation", "exporting", "datacheck", "comparison", "plotting"},
     {"cli"},
 ]
 """Bottom to top: a module imports from lower layers only."""

@@ -1,12 +1,20 @@
-"""The learning-rate rule, parameter groups and schedules."""
+"""The learning-rate rule, parameter groups, optimizers by name."""
+
+import copy
+from functools import partial
+from typing import get_args
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.nn.functional import cross_entropy
 
-from cnnft.config import Config
+from cnnft.batches import KeyedBatches
+from cnnft.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from cnnft.config import Config, Schedule
 from cnnft.freezing import freeze, train_mode
-from cnnft.optim import learning_rates, make_optimizer, make_schedule
+from cnnft.optim import learning_rates, make_optimizer, optimizers
+from cnnft.schedules import make_schedule
+from cnnft.training import TrainState, train
 
 
 def rates(architecture: str = "resnet18", **settings: object) -> tuple[float, float, str]:
@@ -90,19 +98,135 @@ def test_dropout_is_off_among_frozen_layers_and_on_before_the_head():
     assert not network.training
 
 
-@pytest.mark.parametrize("name", ["step", "cosine"])
-def test_schedules_equal_torchs(name):
-    """torch steps its cosine by epoch and ours by step: compare with one step an epoch."""
-    config = Config("-", epochs=30, schedule=name)
-    ours = make_schedule(config, steps_per_epoch=1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = StepLR(optimizer, 7, 0.1) if name == "step" else CosineAnnealingLR(optimizer, 30)
-    for step in range(30):
-        assert ours(step) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+# ---------------------------------------------------------------- weight decay
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_norms_and_biases_decay_only_when_asked(network, decay_all):
+    freeze(network, HEAD, STAGES, "finetune")
+    config = Config("-", weight_decay=0.1, decay_all=decay_all)
+    optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
+    names = {id(p): name for name, p in network.named_parameters()}
+    decaying = {
+        names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]
+    }
+    assert decaying == (set(names.values()) if decay_all else {"0.weight", "4.weight"})
+    assert {(g["name"], g["lr"]) for g in optimizer.param_groups} == {
+        ("backbone", 0.00125), ("head", 0.0125),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- optimizers by name
+
+NAMED = (
+    "sgd", "plain-sgd", "nesterov", "rmsprop", "adagrad", "adadelta", "adam", "adamw", "adamax",
+    "nadam",
+)  # fmt: skip
+ORACLES = {
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+    "plain-sgd": torch.optim.SGD,
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "rmsprop": partial(torch.optim.RMSprop, alpha=0.9),  # Hinton's lecture
+    "adagrad": partial(torch.optim.Adagrad, eps=1e-8),
+    "adadelta": torch.optim.Adadelta,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+}
+
+
+def steps(network: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -> torch.Tensor:
+    """All weights after `count` plain steps."""
+    for step in range(count):
+        torch.manual_seed(step)
+        optimizer.zero_grad()
+        network(torch.randn(6, 3, 1, 1)).square().sum().backward()
         optimizer.step()
-        theirs.step()
+    return torch.cat([p.detach().flatten() for p in network.parameters()])
 
 
-def test_the_step_schedule_counts_epochs():
-    ours = make_schedule(Config("-", schedule="step", step_epochs=2), steps_per_epoch=3)
-    assert [round(ours(step), 9) for step in (0, 5, 6, 11, 12)] == [1, 1, 0.1, 0.1, 0.01]
+@pytest.mark.parametrize("name", NAMED)
+def test_a_name_means_torchs_optimizer_of_that_name(network, name):
+    config = Config("-", optimizer=name, lr=0.01, head_lr=0.01, weight_decay=0.1, decay_all=True)
+    other = copy.deepcopy(network)
+    ours = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
+    theirs = ORACLES[name](other.parameters(), lr=0.01, weight_decay=0.1)
+    assert type(ours) is type(theirs)
+    assert torch.allclose(steps(network, ours, 4), steps(other, theirs, 4), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "head"),
+    [("adam", 0.001), ("adamw", 0.001), ("rmsprop", 0.001), ("adagrad", 0.01), ("adadelta", 1),
+     ("lion", 0.0001), ("sgdw", 0.05), ("nesterov", 0.05)],
+)  # fmt: skip
+@pytest.mark.parametrize("architecture", ["resnet18", "vgg16"])
+def test_only_what_is_made_from_sgd_scales_with_the_batch_and_knows_plain_networks(
+    optimizer, head, architecture
+):
+    if architecture == "vgg16" and optimizer in ("sgdw", "nesterov"):
+        head /= 10
+    backbone, found, derivation = rates(architecture, optimizer=optimizer, batch_size=128)
+    assert (backbone, found) == pytest.approx((head / 10, head))
+    assert (
+        f"from scratch: {head:g} (usual for {optimizer}" in derivation
+        or "× 128 / 256" in derivation
+    )
+    assert f"head: {head:g} (new)" in derivation and f"/ 10 = {head / 10:g}" in derivation
+
+
+def trained(config: Config, network: torch.nn.Module) -> TrainState:
+    optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
+    return TrainState(
+        network, optimizer, make_schedule(config, 2), KeyedBatches(12, 6, 0, config.epochs)
+    )
+
+
+def take(state: TrainState, first: int, last: int) -> torch.Tensor:
+    """All weights and running statistics after cnnft's own steps from `first` to `last`."""
+    torch.manual_seed(first)
+    batches = [(torch.randn(6, 3, 4, 4), torch.arange(6) % 2) for _ in range(first, last)]
+    list(train(state, batches, partial(cross_entropy, reduction="sum")))
+    return torch.cat([t.double().flatten() for t in state.network.state_dict().values()])
+
+
+@pytest.fixture
+def pooled() -> torch.nn.Sequential:
+    """`network` for images larger than a pixel."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(), torch.nn.Linear(4, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_the_state_of_every_optimizer_survives_a_checkpoint(pooled, tmp_path, name):
+    """Through the file, into a new optimizer; the resumed steps are those of an unbroken run."""
+    config = Config("-", optimizer=name, weight_decay=0.01, epochs=3)
+    other = copy.deepcopy(pooled)
+    state = trained(config, pooled)
+    take(state, 0, 3)
+    tensors, values = state.state_dict()
+    save_checkpoint(tmp_path, Checkpoint(3, tensors, {"state": values}))
+    expected = take(state, 3, 6)
+
+    saved, resumed = load_checkpoint(tmp_path), trained(config, other)
+    resumed.restore(saved.tensors, saved.values["state"])
+    assert torch.equal(take(resumed, 3, 6), expected)
+    again = resumed.state_dict()[0]
+    assert again.keys() == state.state_dict()[0].keys()
+    assert all(torch.equal(again[n], tensor) for n, tensor in state.state_dict()[0].items())
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_every_optimizer_takes_steps_under_every_schedule(pooled, schedule):
+    start = copy.deepcopy(pooled.state_dict())
+    for name in NAMED:
+        pooled.load_state_dict(start)
+        config = Config("-", optimizer=name, schedule=schedule, epochs=4, weight_decay=0.01)
+        before = pooled[4].weight.clone()
+        weights = take(trained(config, pooled), 0, 2)
+        assert weights.isfinite().all(), name
+        assert not torch.equal(pooled[4].weight, before), name

@@ -23,7 +23,8 @@ from cnnft.config import Config
 from cnnft.freezing import freeze
 from cnnft.heads import head_tensors
 from cnnft.images import read_image
-from cnnft.optim import LearningRates, make_optimizer, make_schedule
+from cnnft.optim import LearningRates, make_optimizer
+from cnnft.schedules import make_schedule
 from cnnft.stages import stages
 from cnnft.training import StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews

@@ -11,7 +11,7 @@ import torch
 from conftest import Outcome, draw
 from safetensors.torch import load_file
 
-from cnnft import CnnftError, Config
+from cnnft import CnnftError, Config, schedules
 from cnnft.planning import prepare
 from cnnft.recipe import Stopped, carry_out
 from cnnft.run import Epoch, Run
@@ -87,6 +87,31 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, wo
     resumed = Config.from_dict(run.config().to_dict() | {"workers": workers}, "")
     assert finish(resumed, run).path == run.path
     same(run, expected)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle"},
+     {"optimizer": "adan", "schedule": "plateau", "warmup_epochs": 0.5},
+     {"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"}],
+    ids=lambda more: more["optimizer"],
+)  # fmt: skip
+def test_other_optimizers_and_schedules_resume_too(whole, tmp_path: Path, more: dict, monkeypatch):
+    """plateau falls in the last epoch, whose first step is the last one before the stop."""
+    monkeypatch.setattr(schedules, "_PLATEAU_THRESHOLD", 1.0)  # no loss is low enough
+    expected = finish(settings(whole[0], tmp_path, "expected", plateau_patience=0, **more))
+    plan = prepare(settings(whole[0], tmp_path, "stopped", plateau_patience=0, **more))
+    taken: list[StepDone] = []
+    for event in carry_out(plan, stop=lambda: len(taken) > 2 * STEPS):
+        if isinstance(event, StepDone):
+            taken.append(event)
+    run = Run.open(event.run.path)
+    assert isinstance(event, Stopped) and event.step == 2 * STEPS + 1
+    finish(run.config(), run)
+    same(run, expected)
+    if more["schedule"] == "plateau":
+        rates = [float(row[2]) for row in history(run)[1:]]
+        assert rates == pytest.approx([0.001, 0.001, 0.0001])  # the warm-up's epoch does not count
 
 
 @pytest.mark.parametrize("place", ["step", "epoch", "save_classifier", "save_checkpoint"])

@@ -44,7 +44,11 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "feature-extractor": ("--workers=0", "--mode=feature-extractor"),
     "accumulation, dropout": ("--workers=0", "--micro-batch=2", "--dropout=0.5"),
     "layer decay, tolerance": ("--workers=0", "--layer-decay=0.5", "--skip-nonfinite=3"),
-}
+    "adamw, plateau, warm-up": (
+        "--workers=0", "--optimizer=adamw", "--weight-decay=0.05", "--schedule=plateau",
+        "--warmup-epochs=0.5",
+    ),
+}  # fmt: skip
 """What holds state while training joins here, in one line."""
 
 PHASES = ("preparing", "training", "evaluating", "writing")

@@ -30,7 +30,8 @@ from cnnft.config import Config
 from cnnft.errors import CnnftError
 from cnnft.freezing import freeze
 from cnnft.heads import head_tensors
-from cnnft.optim import learning_rates, make_optimizer, make_schedule
+from cnnft.optim import learning_rates, make_optimizer
+from cnnft.schedules import make_schedule
 from cnnft.stages import stages
 from cnnft.training import StepDone, TrainState, train
 from cnnft.zoo import build, input_spec, names, resolve, with_auxiliary

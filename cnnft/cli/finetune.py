@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
 from cnnft.cli import console, options
-from cnnft.cli.plan import plan_json, show_plan
+from cnnft.cli.plan import optimizer_words, plan_json, show_plan
 from cnnft.cli.training import train
 from cnnft.config import BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
 from cnnft.errors import UsageError
@@ -148,8 +149,40 @@ def command(
         _option(
             _TRAINING,
             Config.schedule,
-            f"How the rates fall: half a cosine, or × {Config.step_gamma} every "
-            f"{Config.step_epochs} epochs.",
+            "How the rates fall: " + ", ".join(get_args(Schedule)) + ".",
+            metavar="NAME",
+        ),
+    ] = None,
+    warmup_epochs: Annotated[
+        float | None,
+        _option(
+            _TRAINING,
+            "none",
+            "The rates rise this long before the schedule begins.",
+            metavar="EPOCHS",
+        ),
+    ] = None,
+    optimizer: Annotated[
+        str | None,
+        _option(
+            _TRAINING,
+            f"{Config.optimizer}, momentum {Config.momentum}",
+            "sgd, plain-sgd, nesterov, rmsprop, adagrad, adadelta, adam, adamw, adamax, nadam, or "
+            "another of timm.optim.",
+            metavar="NAME",
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        _option(_TRAINING, Config.weight_decay, "Draw weights towards zero; not norms and biases."),
+    ] = None,
+    decay_all: Annotated[
+        bool | None,
+        typer.Option(
+            "--decay-all",
+            rich_help_panel=_TRAINING,
+            show_default=False,
+            help="Norms and biases decay too.",
         ),
     ] = None,
     skip_nonfinite: Annotated[
@@ -241,6 +274,14 @@ def command(
         bool,
         typer.Option("--dry-run", rich_help_panel=_RUN, help="Stop after the summary."),
     ] = False,
+    plot_schedule: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_RUN,
+            help="Draw the learning rates over the epochs, .png or .svg.",
+        ),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -248,6 +289,10 @@ def command(
     given = _given(context)
     if resume is not None and (config is not None or force):
         raise UsageError("--resume goes on with a run as it is: leave out --config and --force")
+    if plot_schedule is not None:
+        from cnnft.plotting import require_plot
+
+        require_plot(plot_schedule)
 
     from cnnft.run import Run
 
@@ -266,6 +311,11 @@ def command(
     if run is not None:
         run.require_same_data(plan.train, plan.val)
     show_plan(plan)
+    if plot_schedule is not None:
+        from cnnft.plotting import plot_schedule as draw
+
+        words, steps = optimizer_words(plan.config), plan.batches.steps_per_epoch
+        draw(plan.config, plan.rates, steps, words, plot_schedule)
     if dry_run:
         if json:
             console.result_json(plan_json(plan))

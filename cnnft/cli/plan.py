@@ -9,6 +9,7 @@ from cnnft.cli import console
 
 if TYPE_CHECKING:
     from cnnft.advice import Advice
+    from cnnft.config import Config
     from cnnft.planning import Plan
 
 _MOST_CLASSES = 20
@@ -45,8 +46,18 @@ def show_plan(plan: "Plan") -> None:
         console.say(f"{'' if i else 'learning rates':<16}{step}")
     console.say(
         f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
-        f"{plan.config.schedule} schedule, on {plan.device}\n"
+        f"{optimizer_words(plan.config)}, on {plan.device}\n"
     )
+
+
+def optimizer_words(config: "Config") -> str:
+    words = [f"{config.schedule} schedule", config.optimizer]
+    if config.warmup_epochs:
+        words[0] += f" after a warm-up (epochs: {config.warmup_epochs:g})"
+    if config.weight_decay:
+        spared = "" if config.decay_all else " (not of norms and biases)"
+        words.append(f"weight decay {config.weight_decay:g}{spared}")
+    return ", ".join(words)
 
 
 def class_table(counts: dict[str, dict[str, int]]) -> Table:
