@@ -23,7 +23,7 @@ from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
-from cnnft.optim import make_optimizer, make_schedule
+from cnnft.optim import freezes_statistics, make_optimizer, make_schedule
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
@@ -96,7 +96,7 @@ def _train(
         schedule=make_schedule(config, plan.batches.steps_per_epoch),
         keys=plan.batches,
         keep_statistics=(
-            batchnorms(classifier.network, classifier.head) if config.batchnorm == "frozen" else ()
+            batchnorms(classifier.network, classifier.head) if freezes_statistics(config) else ()
         ),
         micro_batch=config.micro_batch,
         tolerated=config.skip_nonfinite,

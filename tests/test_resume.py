@@ -118,7 +118,8 @@ def test_killed_anywhere_and_resumed(whole, tmp_path: Path, place: str, monkeypa
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path: Path):
     flat, expected = whole
-    run = Run.create(settings(flat, tmp_path, "early"), "early")
+    with Run.create(settings(flat, tmp_path, "early"), "early") as run:
+        pass
     finish(run.config(), run)
     same(run, expected)
 
