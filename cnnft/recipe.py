@@ -88,6 +88,8 @@ def _train(
     plan: Plan, run: Run, saved: Checkpoint | None, stop: Callable[[], bool]
 ) -> Iterator[Event]:
     config, classifier, spec = plan.config, plan.classifier, plan.classifier.input_spec
+    # As the run began, though the number of processes may be another now.
+    frozen = saved.values["frozen_statistics"] if saved else freezes_statistics(config)
     state = TrainState(
         network=classifier.network,
         optimizer=make_optimizer(
@@ -95,9 +97,7 @@ def _train(
         ),
         schedule=make_schedule(config, plan.batches.steps_per_epoch),
         keys=plan.batches,
-        keep_statistics=(
-            batchnorms(classifier.network, classifier.head) if freezes_statistics(config) else ()
-        ),
+        keep_statistics=batchnorms(classifier.network, classifier.head) if frozen else (),
         micro_batch=config.micro_batch,
         tolerated=config.skip_nonfinite,
     )
@@ -119,10 +119,16 @@ def _train(
         plan.val.paths, EvaluationViews(spec), config.images_at_once, plan.workers
     )
     due = _Due(config.checkpoint_every, state.step)
+    if saved:
+        _log.info("going on after step %d of %d", state.step, len(plan.batches))
 
     def save() -> None:
         tensors, numbers = state.state_dict()
-        values = {"state": numbers, "history": [asdict(epoch) for epoch in history]}
+        values = {
+            "state": numbers,
+            "history": [asdict(epoch) for epoch in history],
+            "frozen_statistics": frozen,
+        }
         run.save_checkpoint(Checkpoint(state.step, tensors, values))
         due.reset(state.step)
 

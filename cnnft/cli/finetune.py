@@ -27,7 +27,12 @@ def _option(panel: str, default: object, help: str, **more: Any) -> Any:
 
 
 def _batch_size(value: str | None) -> int | str | None:
-    return int(value) if value is not None and value.isdecimal() else value
+    if value in (None, "auto"):
+        return value
+    try:
+        return int(value or "")
+    except ValueError as error:
+        raise UsageError(f"--batch-size {value!r}: give a whole number, or auto") from error
 
 
 def command(
