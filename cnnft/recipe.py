@@ -106,6 +106,7 @@ def _train(
         try:
             state.restore(saved.tensors, saved.values["state"])
             history = [Epoch(**row) for row in saved.values["history"]]
+            run.require_classifier(of_an_epoch=bool(history))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CnnftError(
                 f"{run.path}: its checkpoint is of another cnnft or another network "
