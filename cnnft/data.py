@@ -14,7 +14,6 @@ import numpy as np
 from cnnft import distributed
 from cnnft.errors import CnnftError, UsageError
 from cnnft.images import (
-    SUFFIXES,
     ImageError,
     find_problem,
     ignoring_oddities,
@@ -255,7 +254,7 @@ def _require_images(samples: Samples, folder: Path) -> None:
             where = folder / name
             what = "holds no images" if where.is_dir() else "is missing"
             raise CnnftError(
-                f"{where} {what} ({', '.join(sorted(SUFFIXES))}): every class needs some in "
+                f"{where} {what}: every class needs some in "
                 f"{folder.name}; add images or remove the class everywhere"
             )
 

@@ -42,7 +42,15 @@ def _dist() -> Any:
     from torch import distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # The store outlives processes that die; those after them must not read their addresses.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world,
+        )
         atexit.register(dist.destroy_process_group)
     return dist
 

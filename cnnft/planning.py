@@ -22,22 +22,19 @@ from cnnft.classifier import Classifier
 from cnnft.config import Config, Mode, parse_statistics
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
-from cnnft.features import Probe, embed, install, probe
+from cnnft.features import Features, Probe, embed, install, probe
 from cnnft.freezing import freeze
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
 from cnnft.memory import largest_batch
-from cnnft.optim import (
-    LearningRates,
-    freezes_statistics,
-    learning_rates,
-    require_optimizer,
-)
+from cnnft.optim import LearningRates, learning_rates, require_optimizer
 from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.zoo import local_folder, resolve
 
 _log = logging.getLogger(__name__)
+
+_FEW = 8  # images that tell whether the head is one linear layer
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,9 @@ def prepare(
             backbone = _open(config, len(found.train.classes), device)
     network, head = backbone.network, _new_head(config, backbone)
     starts_from_probe = probed is not None and probed.fitted is not None and wants_probe(config)
-    if restored:
-        starts_from_probe = wants_probe(config)
+    if restored and wants_probe(config):  # the rates depend on whether there was one
+        few = found.train.take(range(min(len(found.train), _FEW)))
+        starts_from_probe = _features(config, backbone, spec, few, workers).linear
     elif starts_from_probe:
         assert probed is not None and probed.fitted is not None
         install(network, head, probed.fitted)
@@ -119,11 +117,6 @@ def prepare(
         network = convert_sync_batchnorm(network)
     if config.batch_size == "auto":
         config = replace(config, batch_size=largest_batch(network, spec.size, len(found.train)))
-    config = replace(
-        config,
-        probe_first=starts_from_probe,
-        batchnorm="frozen" if freezes_statistics(config) else "train",
-    )
     weights = backbone.weights
     return Plan(
         config=config,
@@ -275,8 +268,7 @@ def _probe(
     first = {digest: i for i, digest in reversed(list(enumerate(samples.hashes)))}
     samples = samples.take(sorted(first.values()))
     _log.info("probing the frozen features of %d training images", len(samples))
-    batches = view_batches(samples.paths, EvaluationViews(spec), config.images_at_once, workers)
-    features = embed(backbone.network, backbone.head, batches, samples.paths)
+    features = _features(config, backbone, spec, samples, workers)
     if not features.linear and config.mode != "auto":
         return _Probed(None, None)
     labels, counts = torch.tensor(samples.labels), samples.counts()
@@ -284,6 +276,13 @@ def _probe(
     fitted = distributed.by_main(lambda: probe(features.values, labels, classes, config.seed))
     advice = advise(len(samples) / len(counts), fitted.accuracy, max(counts) / len(samples))
     return _Probed(advice, fitted if features.linear else None)
+
+
+def _features(
+    config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
+) -> Features:
+    batches = view_batches(samples.paths, EvaluationViews(spec), config.images_at_once, workers)
+    return embed(backbone.network, backbone.head, batches, samples.paths)
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -23,7 +23,7 @@ from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
-from cnnft.optim import make_optimizer
+from cnnft.optim import freezes_statistics, make_optimizer
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
@@ -91,6 +91,8 @@ def _train(
     config, classifier, spec = plan.config, plan.classifier, plan.classifier.input_spec
     history: list[Epoch] = []
     multiplier = make_schedule(config, plan.batches.steps_per_epoch)
+    # As the run began, though the number of processes may be another now.
+    frozen = saved.values["frozen_statistics"] if saved else freezes_statistics(config)
     state = TrainState(
         network=classifier.network,
         optimizer=make_optimizer(
@@ -98,9 +100,7 @@ def _train(
         ),
         schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
         keys=plan.batches,
-        keep_statistics=(
-            batchnorms(classifier.network, classifier.head) if config.batchnorm == "frozen" else ()
-        ),
+        keep_statistics=batchnorms(classifier.network, classifier.head) if frozen else (),
         micro_batch=config.micro_batch,
         tolerated=config.skip_nonfinite,
     )
@@ -108,6 +108,7 @@ def _train(
         try:
             state.restore(saved.tensors, saved.values["state"])
             history.extend(Epoch(**row) for row in saved.values["history"])
+            run.require_classifier(of_an_epoch=bool(history))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CnnftError(
                 f"{run.path}: its checkpoint is of another cnnft or another network "
@@ -121,10 +122,16 @@ def _train(
         plan.val.paths, EvaluationViews(spec), config.images_at_once, plan.workers
     )
     due = _Due(config.checkpoint_every, state.step)
+    if saved:
+        _log.info("going on after step %d of %d", state.step, len(plan.batches))
 
     def save() -> None:
         tensors, state_values = state.state_dict()
-        values = {"state": state_values, "history": [asdict(epoch) for epoch in history]}
+        values = {
+            "state": state_values,
+            "history": [asdict(epoch) for epoch in history],
+            "frozen_statistics": frozen,
+        }
         run.save_checkpoint(Checkpoint(state.step, tensors, values))
         due.reset(state.step)
 

@@ -265,6 +265,12 @@ class Run:
         if distributed.is_main:
             shutil.rmtree(_replaced(self.path), ignore_errors=True)
 
+    def require_classifier(self, of_an_epoch: bool) -> None:
+        """Raises `CnnftError` where an epoch's weights were saved and are not there any more."""
+        for name in ("config.json", "model.safetensors"):
+            if of_an_epoch and not (self.path / name).is_file():
+                raise CnnftError(f"{self.path} has lost its {name}: start a new run")
+
     def description(self) -> dict[str, Any]:
         """What `Classifier.describe` said of its classifier."""
         return self._read_json("config.json")

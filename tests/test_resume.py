@@ -12,6 +12,7 @@ from conftest import Outcome, draw
 from safetensors.torch import load_file
 
 from cnnft import CnnftError, Config, schedules
+from cnnft.checkpoints import Checkpoint, save_checkpoint
 from cnnft.planning import prepare
 from cnnft.recipe import Stopped, carry_out
 from cnnft.run import Epoch, Run
@@ -143,7 +144,8 @@ def test_killed_anywhere_and_resumed(whole, tmp_path: Path, place: str, monkeypa
 
 def test_killed_before_the_first_checkpoint(whole, tmp_path: Path):
     flat, expected = whole
-    run = Run.create(settings(flat, tmp_path, "early"), "early")
+    with Run.create(settings(flat, tmp_path, "early"), "early") as run:
+        pass
     finish(run.config(), run)
     same(run, expected)
 
@@ -235,3 +237,19 @@ def test_only_two_checkpoints_are_kept(whole):
 def test_config_without_data_is_no_run_to_resume(tmp_path: Path):
     with pytest.raises(CnnftError):
         Run.open(tmp_path)
+
+
+def test_a_run_that_lost_its_weights_is_not_resumed(cnnft: Cli, tmp_path: Path, flat: Path):
+    run = finish(settings(flat, tmp_path, "lost"))
+    (run.path / "model.safetensors").unlink()
+    cnnft("finetune", "--resume", run.path).fails_with(1, "has lost its model.safetensors")
+
+
+def test_a_damaged_checkpoint_does_not_push_out_the_good_one(tmp_path: Path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, Checkpoint(step, {"x": torch.ones(1)}, {}))
+    newest = max(tmp_path.iterdir())
+    newest.write_bytes(b"damaged")
+    newest.rename(tmp_path / newest.name.replace("0002-", "0009-"))
+    save_checkpoint(tmp_path, Checkpoint(2, {"x": torch.ones(1)}, {}))
+    assert sorted(int(path.name.split("-")[0]) for path in tmp_path.iterdir()) == [1, 2]

@@ -48,6 +48,8 @@ def _explain(error: Exception) -> str:
     reason = str(error).split("\n")[0].rstrip(".")
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory: lower --batch-size, or take a smaller --backbone"
+    if "gloo" in reason or "NCCL" in reason:
+        return f"another of the processes ended ({reason})"
     if "DataLoader worker" in reason:
         return (
             f"a process that loads images died ({reason}), most often for lack of memory: lower "

@@ -28,7 +28,12 @@ def _option(panel: str, default: object, help: str, **more: Any) -> Any:
 
 
 def _batch_size(value: str | None) -> int | str | None:
-    return int(value) if value is not None and value.isdecimal() else value
+    if value in (None, "auto"):
+        return value
+    try:
+        return int(value or "")
+    except ValueError as error:
+        raise UsageError(f"--batch-size {value!r}: give a whole number, or auto") from error
 
 
 def command(
@@ -293,16 +298,8 @@ def command(
         from cnnft.plotting import require_plot
 
         require_plot(plot_schedule)
+    run, settings = _started(given, config) if resume is None else _resumed(given, resume)
 
-    from cnnft.run import Run
-
-    if resume is None:
-        settings = _settings(given, config)
-        run = Run.of_this_launch(settings.runs_dir)
-        settings = settings if run is None else run.config()
-    else:
-        run = Run.open(resume)
-        settings = _resumed(given, run)
     from cnnft.planning import prepare
 
     with console.progress() as bar:
@@ -347,9 +344,22 @@ def _settings(given: dict[str, Any], config_file: str | None) -> Config:
     return Config.from_dict(read_config_file(config_file) | given, config_file)
 
 
-def _resumed(given: dict[str, Any], run: "Run") -> Config:
-    """The settings of the run, and given ones that may change on the way."""
-    path, before = run.path, run.config()
+def _started(given: dict[str, Any], config_file: str | None) -> tuple["Run | None", Config]:
+    """The settings, and the run that torchrun's processes began before they were started again."""
+    settings = _settings(given, config_file)
+
+    from cnnft.run import Run
+
+    run = Run.of_this_launch(settings.runs_dir)
+    return run, settings if run is None else run.config()
+
+
+def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
+    """The run and its settings, with given ones that may change on the way."""
+    from cnnft.run import Run
+
+    run = Run.open(path)
+    before = run.config()
     free = {"epochs", "workers", "device", "micro_batch", "checkpoint_every", "skip_nonfinite"}
     other = [
         key.replace("_", "-")
@@ -364,7 +374,7 @@ def _resumed(given: dict[str, Any], run: "Run") -> Config:
     config = dataclasses.replace(before, **{k: v for k, v in given.items() if k in free})
     if config.epochs < before.epochs:
         raise UsageError(f"--epochs {config.epochs} is less than the {before.epochs} of {path}")
-    return config
+    return run, config
 
 
 def _same(given: Any, before: Any) -> bool:
