@@ -14,7 +14,7 @@ LAYERS = [
     {"config", "distributed"},
     {"images", "downloads", "files", "environment"},
     {"transforms", "hub"},
-    {"data"},
+    {"data", "augmentation"},
     {"batches", "heads", "stages", "freezing", "optim", "metrics", "advice"},
     {"zoo"},
     {"pretrained"},
