@@ -26,7 +26,7 @@ LAYERS = [
     {"checkpoints"},
     {"run"},
     {"planning"},
-    {"recipe", "evaluation", "exporting", "datacheck", "comparison"},
+    {"recipe", "evaluation", "exporting", "datacheck", "comparison", "contactsheet"},
     {"cli"},
 ]
 """Bottom to top: a module imports from lower layers only."""

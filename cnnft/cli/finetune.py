@@ -123,7 +123,9 @@ def command(
     ] = None,
     hflip: Annotated[
         bool | None,
-        _option(_RANDOM, "as --augment has it", "Mirror half of the images: b becomes d."),
+        _option(
+            _RANDOM, "as --augment has it", "Mirror half of the images; not where b and d differ."
+        ),
     ] = None,
     erase: Annotated[
         float | None,
