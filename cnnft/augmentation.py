@@ -147,7 +147,7 @@ def mixing(config: Config, classes: int) -> Mix:
     The labels (B,) become shares of the classes (B, C). With both, one is drawn for each batch.
     """
     mixes = [
-        mix(alpha=alpha, num_classes=classes)
+        mix(alpha=float(alpha), num_classes=classes)  # Beta takes no integers
         for mix, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
         if alpha
     ]
