@@ -56,7 +56,7 @@ PRESETS: dict[Augment, Augmentation] = {
     "none": Augmentation(),
     "basic": _BASIC,
     "standard": _STANDARD,
-    "strong": replace(_STANDARD, hue=0.05, rotation=15, perspective=0.2, erase=0.25),
+    "strong": replace(_STANDARD, hue=0.05, rotation=15, erase=0.25),
     "trivial": replace(_BASIC, policy="trivial"),
     "randaugment": replace(_BASIC, policy="randaugment"),
     "lecture": replace(_BASIC, brightness=0.4, saturation=0.4, hue=0.1, pca=0.1),

@@ -25,14 +25,14 @@ LARGEST_IMAGE = 8192
 
 _LARGEST_STATISTIC = 1e6
 _LONGEST_NAME = 200  # file systems take 255, and names count up
-_RARE_AUGMENTATION = {
+RARE_AUGMENTATION = {
     "rotation": 180, "translation": 1, "shear": 89, "perspective": 1, "crop_and_pad": 0.9,
     "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5, "sharpness": 100,
     "blur": 5, "noise": 1, "pca": 10,
 }  # fmt: skip
 """Parts of the augmentation that a config file alone sets -> the most that they may be."""
-_MOST = {**_RARE_AUGMENTATION, "erase": 1, "mixup": 100, "cutmix": 100}
-_WITHOUT_FLAG = {"data", "momentum", "step_epochs", "step_gamma", "vflip", *_RARE_AUGMENTATION}
+_MOST = {**RARE_AUGMENTATION, "erase": 1, "mixup": 100, "cutmix": 100}
+_WITHOUT_FLAG = {"data", "momentum", "step_epochs", "step_gamma", "vflip", *RARE_AUGMENTATION}
 
 
 @dataclass(frozen=True)

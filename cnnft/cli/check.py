@@ -62,7 +62,9 @@ def command(
     sheet = None if show_augment is None else _sheet_settings(data, augment, config)
     if sheet is None and (augment is not None or config is not None):
         raise UsageError("--augment and --config are about a sheet: give --show-augment FILE.png")
-    if show_augment is not None and (show_augment.suffix != ".png" or show_augment.is_dir()):
+    if show_augment is not None and (
+        show_augment.suffix.lower() != ".png" or show_augment.is_dir()
+    ):
         raise UsageError(f"--show-augment {show_augment}: give the .png file to write")
     spec = PLAIN if backbone is None else input_spec(resolve(backbone))
     spec = spec if fit is None else dataclasses.replace(spec, fit=fit)
@@ -103,7 +105,7 @@ def _sheet_settings(data: str, augment: Augment | None, config_file: str | None)
 
     values = {} if config_file is None else read_config_file(config_file)
     given: dict[str, Any] = {"data": data} | ({} if augment is None else {"augment": augment})
-    return Config.from_dict(values | given, f"--config {config_file}")
+    return Config.from_dict(values | given, str(config_file))
 
 
 def _show(found: "DataCheck") -> None:
