@@ -15,6 +15,7 @@ BatchNorm = Literal["auto", "train", "frozen"]
 Head = Literal["linear", "mlp"]
 HeadInit = Literal["default", "xavier", "kaiming", "zeros"]
 Fit = Literal["crop", "squash", "pad"]
+Augment = Literal["none", "basic", "standard", "strong", "trivial", "randaugment", "lecture"]
 Schedule = Literal[
     "cosine", "cosine-restarts", "one-cycle", "step", "multistep", "exponential", "inverse",
     "inverse-sqrt", "plateau", "constant",
@@ -29,9 +30,17 @@ LARGEST_IMAGE = 8192
 
 _LARGEST_STATISTIC = 1e6
 _LONGEST_NAME = 200  # file systems take 255, and names count up
+RARE_AUGMENTATION = {
+    "rotation": 180, "translation": 1, "shear": 89, "perspective": 1, "crop_and_pad": 0.9,
+    "brightness": 1, "contrast": 1, "saturation": 1, "hue": 0.5, "sharpness": 100,
+    "blur": 5, "noise": 1, "pca": 10,
+}  # fmt: skip
+"""Parts of the augmentation that a config file alone sets -> the most that they may be."""
+_MOST = {**RARE_AUGMENTATION, "erase": 1, "mixup": 100, "cutmix": 100}
 _WITHOUT_FLAG = {
     "data", "momentum", "step_epochs", "step_gamma", "milestones", "inverse_epochs",
-    "restart_epochs", "restart_multiplier", "cycle_rise", "plateau_patience",
+    "restart_epochs", "restart_multiplier", "cycle_rise", "plateau_patience", "vflip",
+    *RARE_AUGMENTATION,
 }  # fmt: skip
 
 
@@ -59,6 +68,25 @@ class Config:
     image_size: int | None = None  # None: as pretrained
     fit: Fit | None = None  # None: as the backbone's authors did
     normalize: str = "pretrained"  # or dataset, or MEAN/STD
+    augment: Augment = "basic"  # of each part below, None: as it has it (docs/augmentation.md)
+    hflip: bool | None = None  # mirror half of the images left to right
+    vflip: bool | None = None  # ... upside down
+    rotation: float | None = None  # degrees at most
+    translation: float | None = None  # share of the side at most
+    shear: float | None = None  # degrees at most
+    perspective: float | None = None  # share by which corners move, in half of the images
+    crop_and_pad: float | None = None  # padded by this share of the side, and cropped back
+    brightness: float | None = None  # times up to 1 ± this; so too:
+    contrast: float | None = None
+    saturation: float | None = None
+    hue: float | None = None  # turned by a share of the colour circle at most
+    sharpness: float | None = None  # times 1 + this, in half of the images
+    blur: float | None = None  # Gaussian, sigma in pixels at most
+    noise: float | None = None  # Gaussian, sigma, 255 being 1
+    pca: float | None = None  # lighting noise: sigma of the principal components
+    erase: float | None = None  # share of the images in which a rectangle is erased
+    mixup: float = 0.0  # alpha of Beta(alpha, alpha); 0: no image is mixed with another
+    cutmix: float = 0.0  # alike; with both, one of them at random in each step
     epochs: int = 25  # as PyTorch's transfer-learning tutorial
     batch_size: int | Literal["auto"] = 32  # per step, in all processes; auto: what fits
     micro_batch: int | None = None  # computed at once in each process; None: all
@@ -115,6 +143,10 @@ class Config:
             value = getattr(self, rate)
             _require(value is None or 0 < value < float("inf"), rate, value, "above 0 and finite")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0, below 1")
+        for part, most in _MOST.items():
+            value = getattr(self, part)
+            fits = value is None or 0 <= value <= most
+            _require(fits, part, value, f"at least 0, at most {most}")
         decay = self.layer_decay
         _require(decay is None or 0 < decay <= 1, "layer_decay", decay, "above 0, at most 1")
         stages = self.train_stages

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cnnft import distributed
+from cnnft.augmentation import augmentation, mixing, training_transform
 from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_batches
 from cnnft.checkpoints import Checkpoint
 from cnnft.config import Config, parse_interval
@@ -28,7 +29,7 @@ from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
-from cnnft.transforms import EvaluationViews, training_transform
+from cnnft.transforms import EvaluationViews
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ def _train(
         schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
         keys=plan.batches,
         keep_statistics=batchnorms(classifier.network, classifier.head) if frozen else (),
+        mix=mixing(config, len(classifier.classes)),
         micro_batch=config.micro_batch,
         tolerated=config.skip_nonfinite,
     )
@@ -114,7 +116,8 @@ def _train(
                 f"{run.path}: its checkpoint is of another cnnft or another network "
                 f"({first_line(error)}): start a new run"
             ) from error
-    training_images = TrainingImages(plan.train, training_transform(spec), config.seed)
+    transform = training_transform(spec, augmentation(config))
+    training_images = TrainingImages(plan.train, transform, config.seed)
     batches = training_batches(
         training_images, replace(plan.batches, first_step=state.step), plan.workers
     )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from cnnft import distributed
+from cnnft.augmentation import Mix
 from cnnft.batches import IGNORED, KeyedBatches, keyed_seed
 from cnnft.errors import CnnftError
 from cnnft.freezing import train_mode
@@ -21,8 +22,8 @@ AUXILIARY_WEIGHT = 0.4
 """Of the loss of an auxiliary classifier (as PyTorch's tutorial weighs Inception v3's)."""
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, C), labels (B,)) -> summed loss of the batch; images labelled IGNORED have none."""
-
+"""(logits (B, C), labels (B,) or shares of the classes (B, C)) -> summed loss of the batch; images
+labelled IGNORED have none."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class TrainState:
     """Which images make up which step."""
     keep_statistics: Sequence[nn.Module] = ()
     """BatchNorm layers that train but keep their pretrained statistics."""
+    mix: Mix = lambda pixels, labels: (pixels, labels)
+    """What becomes of a batch at random, such as mixup."""
     micro_batch: int | None = None
     """Images that are computed at once, in each process; their gradients add up to the batch's.
     None: all. Halved where they do not fit the device's memory."""
@@ -153,6 +156,7 @@ class EpochDone:
     loss: float
     """Mean over the epoch's images, as they were seen: augmented, by the network of that step."""
     accuracy: float
+    """Alike; a mixed image is classified right as the class that has the greatest share in it."""
     seconds: float
 
 
@@ -162,8 +166,8 @@ def train(
     """Take one step per batch (pixels (B, 3, H, W), labels (B,)); yield after each, and each epoch.
 
     At every yield the state is consistent: the caller may evaluate, save, or stop for good.
-    Randomness inside the network (dropout, stochastic depth) is seeded from (seed, step, rank), so
-    that it does not depend on what happened in between.
+    Randomness in the batch (mixup) and the network (dropout, stochastic depth) is seeded from
+    (seed, step, rank), so that it does not depend on what happened in between.
 
     Raises:
         NonFiniteLossError: more often than tolerated. A GPU computes ahead of this process, which
@@ -231,21 +235,23 @@ def _gradients_in_parts(
     state: TrainState, network: nn.Module, pixels: Tensor, labels: Tensor, objective: Objective
 ) -> Tensor:
     torch.manual_seed(keyed_seed("step", state.keys.seed, state.step, distributed.rank))
+    pixels, targets = state.mix(pixels, labels)
     state.optimizer.zero_grad()
     # The wrapper of several processes takes the mean of their gradients, and we want the sum.
     weight = distributed.world / state.keys.size(state.step)
     parts = math.ceil(len(labels) / (state.micro_batch or len(labels)))
     sums = torch.zeros_like(state.totals)
-    pairs = zip(pixels.tensor_split(parts), labels.tensor_split(parts), strict=True)
-    for part, (some_pixels, some_labels) in enumerate(pairs, start=1):
+    pairs = zip(pixels.tensor_split(parts), targets.tensor_split(parts), strict=True)
+    for part, (some_pixels, some_targets) in enumerate(pairs, start=1):
         with nullcontext() if part == parts else distributed.without_sync(network):
             logits, *auxiliary = all_logits(network(some_pixels))
-            loss = objective(logits, some_labels)
+            loss = objective(logits, some_targets)
             for other in auxiliary:
-                loss = loss + AUXILIARY_WEIGHT * objective(other, some_labels)
+                loss = loss + AUXILIARY_WEIGHT * objective(other, some_targets)
             (loss * weight).backward()
-        correct = (logits.argmax(dim=1) == some_labels).sum()
-        sums += torch.stack([loss.detach(), correct, (some_labels != IGNORED).sum()]).to(sums)
+        main = some_targets if some_targets.ndim == 1 else some_targets.argmax(dim=1)
+        correct = (logits.argmax(dim=1) == main).sum()
+        sums += torch.stack([loss.detach(), correct, (main != IGNORED).sum()]).to(sums)
     return sums
 
 

@@ -1,7 +1,6 @@
-"""`InputSpec` -> the training, evaluation and test-time transforms: PIL image -> tensors."""
+"""`InputSpec` -> the evaluation and test-time transforms: PIL image -> tensors."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -48,20 +47,18 @@ class InputSpec:
         # The epsilon undoes the rounding of size / (size / resize); no timm model is affected.
         return math.floor(self.size / self.crop_fraction + 1e-6)
 
+    @property
+    def mode(self) -> InterpolationMode:
+        return InterpolationMode(self.interpolation)
+
+    @property
+    def mean_colour(self) -> list[int]:
+        """What fills the places where an image has no pixels: 0 to the network."""
+        return [round(255 * channel) for channel in self.mean]
+
 
 def _is_number(value: object, least: float, most: float) -> bool:
     return isinstance(value, int | float) and least <= value <= most
-
-
-def training_transform(spec: InputSpec) -> Callable[[Image.Image], Tensor]:
-    """Random resized crop (area 8-100 %) and horizontal flip -> (3, size, size)."""
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(spec.size, interpolation=_mode(spec)),
-            v2.RandomHorizontalFlip(),
-            _Normalize(spec),
-        ]
-    )
 
 
 _LONGEST = 50
@@ -82,7 +79,7 @@ class EvaluationViews:
     def __init__(self, spec: InputSpec, tta: TestTimeViews = "none") -> None:
         self.spec = spec
         self.tta = tta
-        self.normalize = _Normalize(spec)
+        self.normalize = v2.Compose([to_tensor, v2.Normalize(spec.mean, spec.std)])
 
     def __call__(self, image: Image.Image) -> Tensor:
         crops = self._crops(image)
@@ -93,41 +90,38 @@ class EvaluationViews:
     def _crops(self, image: Image.Image) -> list[Image.Image]:
         size = self.spec.size
         if self.tta in ("none", "hflip"):
-            return [F.center_crop(_resize(image, self.spec, self.spec.resize), [size, size])]
+            return [evaluation_crop(image, self.spec)]
         # Corners need a margin; a spec that keeps the whole image has none, so 8/7 is the least
         # (256 for 224, the classic choice).
         resized = _resize(image, self.spec, max(self.spec.resize, round(size * 8 / 7)))
         *corners, _ = F.five_crop(resized, [size, size])
-        return [F.center_crop(_resize(image, self.spec, self.spec.resize), [size, size]), *corners]
+        return [evaluation_crop(image, self.spec), *corners]
+
+
+def evaluation_crop(image: Image.Image, spec: InputSpec) -> Image.Image:
+    """What evaluation sees of an image, size × size, before its pixels become numbers."""
+    return F.center_crop(_resize(image, spec, spec.resize), [spec.size, spec.size])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W), float, 255 being 1."""
+    # timm and torchvision's presets divide by 255; v2.to_dtype multiplies by 1 / 255, which
+    # differs in the last bit.
+    return F.pil_to_tensor(image) / 255
 
 
 def _resize(image: Image.Image, spec: InputSpec, side: int) -> Image.Image:
     if spec.fit == "squash":
-        return F.resize(image, [side, side], interpolation=_mode(spec))
+        return F.resize(image, [side, side], interpolation=spec.mode)
     if spec.fit == "pad":
         scale = side / max(image.size)
         width, height = (max(round(extent * scale), 1) for extent in image.size)
-        image = F.resize(image, [height, width], interpolation=_mode(spec))
+        image = F.resize(image, [height, width], interpolation=spec.mode)
         left, top = (side - width) // 2, (side - height) // 2
-        fill = [round(255 * channel) for channel in spec.mean]
-        return F.pad(image, [left, top, side - width - left, side - height - top], fill=fill)
+        return F.pad(
+            image, [left, top, side - width - left, side - height - top], fill=spec.mean_colour
+        )
     most = _LONGEST * min(image.size)
     if max(image.size) > most:
         image = F.center_crop(image, [min(extent, most) for extent in (image.height, image.width)])
-    return F.resize(image, [side], interpolation=_mode(spec))
-
-
-def _mode(spec: InputSpec) -> InterpolationMode:
-    return InterpolationMode(spec.interpolation)
-
-
-class _Normalize:
-    """PIL image -> float tensor (3, H, W), scaled to [0, 1], minus mean, over std."""
-
-    def __init__(self, spec: InputSpec) -> None:
-        self.mean, self.std = list(spec.mean), list(spec.std)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        # timm and torchvision's presets divide by 255; v2.to_dtype multiplies by 1 / 255, which
-        # differs in the last bit.
-        return F.normalize(F.pil_to_tensor(image) / 255, self.mean, self.std)
+    return F.resize(image, [side], interpolation=spec.mode)

@@ -15,7 +15,7 @@ LAYERS = [
     {"config"},
     {"images", "downloads", "files", "environment"},
     {"transforms", "hub"},
-    {"data"},
+    {"data", "augmentation"},
     {"batches", "heads", "stages", "freezing", "optim", "schedules", "metrics", "advice"},
     {"zoo"},
     {"pretrained"},
@@ -27,7 +27,7 @@ LAYERS = [
     {"checkpoints"},
     {"run"},
     {"planning"},
-    {"recipe", "evaluation", "exporting", "datacheck", "comparison", "plotting"},
+    {"recipe", "evaluation", "exporting", "datacheck", "comparison", "plotting", "contactsheet"},
     {"cli"},
 ]
 """Bottom to top: a module imports from lower layers only."""

@@ -164,6 +164,9 @@ def test_strict_stops_at_an_unreadable_image(refused: Refused, flat: Path) -> No
         ("--val-fraction", 1),
         ("--val-fraction", -0.5),
         ("--val-fraction", "nan"),
+        ("--erase", 1.5),
+        ("--mixup", -1),
+        ("--cutmix", "inf"),
         ("--workers", -1),
         ("--seed", -1),
         ("--seed", 2**63),
@@ -176,7 +179,7 @@ def test_numbers_out_of_range(refused: Refused, flat: Path, flag: str, value: ob
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--epochs", "many"), ("--epochs", "1.5"), ("--lr", "fast"), ("--mode", "freeze"),
-     ("--schedule", "linear"), ("--seed", "x")],
+     ("--schedule", "linear"), ("--seed", "x"), ("--augment", "mild"), ("--mixup", "on")],
 )  # fmt: skip
 def test_values_of_the_wrong_kind(refused: Refused, flat: Path, flag: str, value: str) -> None:
     refused(2, (flag,), flat, f"{flag}={value}")

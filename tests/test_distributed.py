@@ -83,7 +83,8 @@ def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -
     runs = tmp_path / "runs"
     outcome = torchrun(
         2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--mode=feature-extractor",
-        "--epochs=1", "--workers=1", "--device=cpu", "--runs-dir", runs,
+        "--epochs=1", "--workers=1", "--device=cpu", "--mixup=0.2", "--batch-size=1",
+        "--runs-dir", runs,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert outcome.out == f"{runs}/data-builtin\n" and outcome.err.count("best epoch") == 1

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
+from cnnft import config
+from cnnft.augmentation import PRESETS
 from cnnft.cli.app import app
 from cnnft.data import IGNORED
 from cnnft.images import SUFFIXES
@@ -47,6 +49,12 @@ def test_the_table_of_images_names_every_suffix_and_every_ignored_name():
     words = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     assert set(re.findall(r"(?<=\s)\.[a-z]+(?=\s)", words.split("(in any case)")[0])) == SUFFIXES
     assert all(name in words.lower() for name in IGNORED)
+
+
+def test_the_tables_of_augmentation_name_every_preset_and_every_part_without_a_flag():
+    text = (ROOT / "docs" / "augmentation.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)`[^=|]*\|", text, re.MULTILINE)[: len(PRESETS)] == list(PRESETS)
+    assert all(f"`{name}" in text for name in {"vflip", *config.RARE_AUGMENTATION})
 
 
 def test_ci_runs_lint_and_then_test():

@@ -115,6 +115,19 @@ def test_other_optimizers_and_schedules_resume_too(whole, tmp_path: Path, more: 
         assert rates == pytest.approx([0.001, 0.001, 0.0001])  # the warm-up's epoch does not count
 
 
+def test_augmented_and_mixed_batches_are_the_same_after_a_stop(whole, tmp_path: Path) -> None:
+    flat, other = whole
+    more = {"augment": "strong", "mixup": 0.2, "cutmix": 1.0}
+    expected = finish(settings(flat, tmp_path, "expected", **more))
+    first = settings(flat, tmp_path, "stopped", **more)
+    *_, stopped = carry_out(prepare(first), stop=iter([False] * 4 + [True] * 9).__next__)
+    assert isinstance(stopped, Stopped) and 0 < stopped.step < EPOCHS * STEPS
+    run = Run.open(stopped.run.path)
+    finish(Config.from_dict(run.config().to_dict() | {"workers": 2}, ""), run)
+    same(run, expected)
+    assert history(run) != history(other)
+
+
 @pytest.mark.parametrize("place", ["step", "epoch", "save_classifier", "save_checkpoint"])
 def test_killed_anywhere_and_resumed(whole, tmp_path: Path, place: str, monkeypatch):
     """Killed in an epoch, after one, or while the files of one are written."""

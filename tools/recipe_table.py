@@ -30,12 +30,13 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import tutorial
 from cnnft import Config, load
+from cnnft.augmentation import training_transform
 from cnnft.batches import view_batches
 from cnnft.images import read_image
 from cnnft.inference import infer_all
 from cnnft.planning import Plan, prepare
 from cnnft.recipe import carry_out
-from cnnft.transforms import EvaluationViews, InputSpec, training_transform
+from cnnft.transforms import EvaluationViews, InputSpec
 from tools.document import fill
 
 SETS = ("hymenoptera", "textures", "flowers")

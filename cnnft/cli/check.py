@@ -1,13 +1,14 @@
 """cnnft check DATA: what is wrong with a dataset, and how much to train on it."""
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cnnft.cli import console, options
 from cnnft.cli.plan import advice_json, class_table, show_advice
-from cnnft.config import Channels, Config, Fit
+from cnnft.config import Augment, Channels, Config, Fit
 from cnnft.errors import CnnftError, UsageError
 
 if TYPE_CHECKING:
@@ -28,27 +29,57 @@ def command(
         str | None, typer.Option(metavar="FILE", help="The backbone's weights.")
     ] = None,
     fit: Annotated[Fit | None, typer.Option(help="As for finetune.")] = None,
+    show_augment: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png", help="Draw what training would see of a few images of each class."
+        ),
+    ] = None,
+    augment: Annotated[
+        Augment | None,
+        typer.Option(show_default=Config.augment, help="As for finetune: what is drawn."),
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="As for finetune: the parts of it that have no flag."),
+    ] = None,
     workers: options.Workers = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Check a folder of images, and advise how much to train on it."""
+    from cnnft.augmentation import augmentation
     from cnnft.batches import default_workers
+    from cnnft.contactsheet import contact_sheet
     from cnnft.datacheck import PLAIN, check_folder
+    from cnnft.files import write_whole
     from cnnft.planning import prepare
     from cnnft.zoo import input_spec, resolve
 
     if backbone is None and (weights is not None or fit is not None):
         raise UsageError("--weights and --fit are about a network: give --backbone too")
+    sheet = None if show_augment is None else _sheet_settings(data, augment, config)
+    if sheet is None and (augment is not None or config is not None):
+        raise UsageError("--augment and --config are about a sheet: give --show-augment FILE.png")
+    if show_augment is not None and (
+        show_augment.suffix.lower() != ".png" or show_augment.is_dir()
+    ):
+        raise UsageError(f"--show-augment {show_augment}: give the .png file to write")
     spec = PLAIN if backbone is None else input_spec(resolve(backbone))
+    spec = spec if fit is None else dataclasses.replace(spec, fit=fit)
     with console.progress() as bar:
         found = check_folder(
             data,
-            spec if fit is None else dataclasses.replace(spec, fit=fit),
+            spec,
             workers=default_workers() if workers is None else workers,
             on_files=console.reading_images(bar),
         )
+    if sheet is not None and show_augment is not None:
+        if backbone is None:
+            spec = dataclasses.replace(spec, mean=found.mean, std=found.std)
+        write_whole(show_augment, contact_sheet(data, spec, augmentation(sheet)))
+        console.say(f"wrote {show_augment}")
     advice = None
     if backbone is not None:
         settings = Config(
@@ -67,6 +98,14 @@ def command(
     if advice is not None:
         console.result("")
         show_advice(advice, console.result)
+
+
+def _sheet_settings(data: str, augment: Augment | None, config_file: str | None) -> Config:
+    from cnnft.run import read_config_file
+
+    values = {} if config_file is None else read_config_file(config_file)
+    given: dict[str, Any] = {"data": data} | ({} if augment is None else {"augment": augment})
+    return Config.from_dict(values | given, str(config_file))
 
 
 def _show(found: "DataCheck") -> None:

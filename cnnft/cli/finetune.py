@@ -10,7 +10,7 @@ import typer
 from cnnft.cli import console, options
 from cnnft.cli.plan import optimizer_words, plan_json, show_plan
 from cnnft.cli.training import train
-from cnnft.config import BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
+from cnnft.config import Augment, BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
 from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MODEL, _TRAINING, _DATA, _RUN = "Model", "Training", "Data", "Run and machine"
 _MUCH, _IMAGES = "How much to train", "How the network sees images"
+_RANDOM = "What training does to images at random"
 
 
 def _option(panel: str, default: object, help: str, **more: Any) -> Any:
@@ -118,6 +119,37 @@ def command(
             "Mean and std: the pretraining's, the training images', or given per channel.",
             metavar="pretrained|dataset|MEAN/STD",
         ),
+    ] = None,
+    augment: Annotated[
+        Augment | None,
+        _option(
+            _RANDOM,
+            Config.augment,
+            "Crops, flips, colours (cnnft check --show-augment draws them).",
+        ),
+    ] = None,
+    hflip: Annotated[
+        bool | None,
+        _option(
+            _RANDOM, "as --augment has it", "Mirror half of the images; not where b and d differ."
+        ),
+    ] = None,
+    erase: Annotated[
+        float | None,
+        _option(
+            _RANDOM,
+            "as --augment has it",
+            "Erase a rectangle in this share of the images.",
+            metavar="P",
+        ),
+    ] = None,
+    mixup: Annotated[
+        float | None,
+        _option(_RANDOM, "off", "Blend images and labels; 0.2 is usual.", metavar="ALPHA"),
+    ] = None,
+    cutmix: Annotated[
+        float | None,
+        _option(_RANDOM, "off", "Put a part of one into another; 1 is usual.", metavar="ALPHA"),
     ] = None,
     epochs: Annotated[
         int | None, _option(_TRAINING, Config.epochs, "Passes over the data.")

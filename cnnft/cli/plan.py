@@ -34,6 +34,7 @@ def show_plan(plan: "Plan") -> None:
     spec = plan.classifier.input_spec
     console.say(f"backbone        {_backbone_line(plan)}")
     console.say(f"input           {spec.size} × {spec.size} px, {spec.fit}, {spec.interpolation}")
+    console.say(f"augmentation    {_augmentation_line(plan)}")
     console.say(
         f"mode            {_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"
     )
@@ -127,6 +128,18 @@ def _mode_line(plan: "Plan") -> str:
     stages = plan.config.train_stages
     last = "" if stages is None else f", last {stages} of {len(plan.stages)} stages"
     return plan.config.mode + last
+
+
+def _augmentation_line(plan: "Plan") -> str:
+    from cnnft.augmentation import changes
+
+    mixes = {"mixup": plan.config.mixup or None, "cutmix": plan.config.cutmix or None}
+    parts = [
+        f"{name} {value:g}" if not isinstance(value, bool) else name if value else f"no {name}"
+        for name, value in (changes(plan.config) | mixes).items()
+        if value is not None
+    ]
+    return ", ".join([plan.config.augment, *parts])
 
 
 def _backbone_line(plan: "Plan") -> str:
