@@ -93,7 +93,8 @@ def _train(
     history: list[Epoch] = []
     multiplier = make_schedule(config, plan.batches.steps_per_epoch)
     # As the run began, though the number of processes may be another now.
-    frozen = saved.values["frozen_statistics"] if saved else freezes_statistics(config)
+    before = saved.values if saved else {}
+    frozen = before.get("frozen_statistics", freezes_statistics(config))
     state = TrainState(
         network=classifier.network,
         optimizer=make_optimizer(
