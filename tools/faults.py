@@ -1,6 +1,6 @@
 """Break training in every way that is known, resume it, and compare what comes out, byte for byte.
 
-    python tools/faults.py --kills 50        fills docs/reliability.md
+    python tools/faults.py --kills 60        fills docs/reliability.md
 
 Training runs in forked processes, so that none of them loads torch again. A kill is SIGKILL at a
 random instant between the start of the command and the time that the whole training takes.
@@ -138,6 +138,7 @@ def start(
         with said.open("wb") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # pytest's are not
         torch.set_num_threads(1)
         phase.watch()
         before()
