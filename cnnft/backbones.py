@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from cnnft.errors import CnnftError, UsageError, first_line
@@ -19,6 +18,7 @@ from cnnft.zoo import (
     input_spec,
     numbers_held,
     resolve,
+    try_out,
     with_auxiliary,
 )
 
@@ -76,8 +76,7 @@ def open_backbone(
         numbers_held(identity, classes)
         network = build(identity, classes)
         if described or image_size is not None:
-            with torch.inference_mode():
-                network.eval()(torch.zeros(1, 3, spec.size, spec.size))
+            try_out(network, spec.size)
         head = head_tensors(network, lambda other: build(identity, other))
         groups = stages(network, head)
     except Exception as error:  # whatever a network says of what does not fit it

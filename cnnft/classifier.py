@@ -20,7 +20,7 @@ from cnnft.hub import Pin
 from cnnft.inference import choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
-from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held, resolve
+from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held, resolve, try_out
 
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""
@@ -211,8 +211,7 @@ def from_description(
             )
         network = build(identity, len(classes))
         if identity.model_args:  # some that make no sense show only when it computes
-            with torch.inference_mode():
-                network.eval()(torch.zeros(1, 3, spec.size, spec.size))
+            try_out(network, spec.size)
         if head_kind == "mlp":
             replace_by_mlp(network, head_tensors(network, lambda other: build(identity, other)))
     except CnnftError:

@@ -147,8 +147,9 @@ def _train(
         else:
             val, log_probs = _validate(classifier.network, val_batches, plan)
             best = _best(history)
-            better = best is None or _order(val.accuracy, val.loss) < _order(
-                best.val_accuracy, best.val_loss
+            better = best is None or (-val.accuracy, val.loss) < (
+                -best.val_accuracy,
+                best.val_loss,
             )
             history.append(_row(event, val, state.optimizer, better))
             if better:
@@ -216,11 +217,6 @@ def _explained(events: Iterator[Event], plan: Plan) -> Iterator[Event]:
 
 def _best(history: Sequence[Epoch]) -> Epoch | None:
     return next((epoch for epoch in reversed(history) if epoch.best), None)
-
-
-def _order(accuracy: float, loss: float) -> tuple[float, float]:
-    """Smaller is better: by accuracy, then by loss."""
-    return -accuracy, loss
 
 
 def _validate(network: nn.Module, batches: ViewLoader, plan: Plan) -> tuple[Score, Tensor]:

@@ -19,19 +19,16 @@ and renamed.
 import csv
 import io
 import json
-import logging
-import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from itertools import count
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
 from cnnft import distributed
@@ -40,7 +37,8 @@ from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError, first_line
-from cnnft.files import parse_json, remove_unfinished, to_safetensors, write_whole
+from cnnft.files import parse_json, to_safetensors, write_whole
+from cnnft.rundirs import STATE, forget_replaced, locked, make_directory
 
 FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
@@ -52,10 +50,7 @@ _COLUMNS = {
     "val_predictions.csv": ("file", "sha256", "class", "predicted", "probability"),
 }
 
-_log = logging.getLogger(__name__)
-
-_STATE = "state"
-_LAUNCH = "state/launch"
+_LAUNCH = f"{STATE}/launch"
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,15 @@ class Run:
             UsageError: `force` would replace something that is no run.
             CnnftError: the directory cannot be made; the run to replace is being trained.
         """
-        run = cls(distributed.by_main(lambda: _make_directory(config, name)))
+        make = partial(
+            make_directory,
+            Path(config.runs_dir),
+            name,
+            is_run="config.toml",
+            has_weights="model.safetensors",
+            force=config.force,
+        )
+        run = cls(distributed.by_main(make))
         with run.locked():
             run.save_config(config)  # from here on it is a run
             if launch := distributed.launch():
@@ -132,23 +135,8 @@ class Run:
         Raises:
             CnnftError: somebody does.
         """
-        lock = FileLock(self.path / _STATE / "lock")
-        distributed.by_main(lambda: self._acquire(lock))
-        try:
+        with locked(self.path):
             yield self
-        finally:
-            lock.release()
-
-    def _acquire(self, lock: BaseFileLock) -> None:
-        try:
-            (self.path / _STATE).mkdir(exist_ok=True)
-            lock.acquire(blocking=False)
-        except Timeout as error:
-            raise CnnftError(f"{self.path} is being trained by another process") from error
-        except OSError as error:
-            raise CnnftError(f"{self.path} cannot be written ({error.strerror})") from error
-        remove_unfinished(self.path)
-        remove_unfinished(self.path / _STATE)
 
     @classmethod
     def open(cls, path: str | Path) -> "Run":
@@ -174,25 +162,21 @@ class Run:
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         if distributed.is_main:
-            save_checkpoint(self.path / _STATE, checkpoint)
+            save_checkpoint(self.path / STATE, checkpoint)
 
     def has_checkpoint(self) -> bool:
-        return has_checkpoint(self.path / _STATE)
+        return has_checkpoint(self.path / STATE)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The newest whole one; None: training begins from its start."""
-        return load_checkpoint(self.path / _STATE)
+        return load_checkpoint(self.path / STATE)
 
     def require_same_data(self, train: Samples, val: Samples) -> None:
         """Raises `CnnftError` where the images are not those that the run began with."""
         if not (self.path / "data.csv").exists():  # it was interrupted before it began
             return
         before = [(row["split"], row["class"], row["sha256"]) for row in self._rows()]
-        now = [
-            (split, samples.classes[label], digest)
-            for split, samples in (("train", train), ("val", val))
-            for label, digest in zip(samples.labels, samples.hashes, strict=True)
-        ]
+        now = [(split, name, digest) for split, name, _, digest in _used(train, val)]
         if before != now:
             one, other = Counter(before), Counter(now)
             changed = max((one - other).total(), (other - one).total())
@@ -203,14 +187,7 @@ class Run:
             )
 
     def save_data(self, train: Samples, val: Samples, skipped: Sequence[Skipped]) -> None:
-        rows = [
-            (split, samples.classes[label], path, digest)
-            for split, samples in (("train", train), ("val", val))
-            for path, label, digest in zip(
-                samples.paths, samples.labels, samples.hashes, strict=True
-            )
-        ]
-        self._write("data.csv", _csv(_COLUMNS["data.csv"], rows))
+        self._write("data.csv", _csv(_COLUMNS["data.csv"], _used(train, val)))
         if skipped:
             reasons = [(file.path, file.reason) for file in skipped]
             self._write("skipped.csv", _csv(("file", "reason"), reasons))
@@ -263,7 +240,7 @@ class Run:
         self._write("config.json", _json(classifier.describe()))
         self._write("model.safetensors", to_safetensors(classifier.network.state_dict()))
         if distributed.is_main:
-            shutil.rmtree(_replaced(self.path), ignore_errors=True)
+            forget_replaced(self.path)
 
     def require_classifier(self, of_an_epoch: bool) -> None:
         """Raises `CnnftError` where an epoch's weights were saved and are not there any more."""
@@ -346,45 +323,12 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise CnnftError(f"{path} is not valid TOML ({first_line(error)})") from error
 
 
-def _make_directory(config: Config, name: str) -> Path:
-    runs_dir = Path(config.runs_dir)
-    try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        if config.force:
-            _put_aside(runs_dir / name)
-        for number in count(1):
-            path = runs_dir / (name if number == 1 else f"{name}-{number}")
-            try:
-                path.mkdir()
-            except FileExistsError:
-                continue
-            break
-    except OSError as error:
-        raise CnnftError(
-            f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
-        ) from error
-    return path
-
-
-def _put_aside(path: Path) -> None:
-    if not path.exists():
-        return
-    if not (path / "config.toml").is_file():
-        raise UsageError(f"--force would delete {path}, which is not a run: choose another --name")
-    with Run(path).locked():
-        pass  # nobody trains in it
-    if (path / "model.safetensors").exists():
-        shutil.rmtree(_replaced(path), ignore_errors=True)
-    elif _replaced(path).exists():
-        shutil.rmtree(path)  # it was to replace that one, and got no weights
-        return
-    path.rename(_replaced(path))
-    _log.info("%s is kept as %s until the new run has weights", path, _replaced(path))
-
-
-def _replaced(path: Path) -> Path:
-    """Where the run lies that `path` replaces, until it has weights of its own."""
-    return path.with_name(f".{path.name}.replaced")
+def _used(train: Samples, val: Samples) -> Iterator[tuple[str, str, str, str]]:
+    """The rows of data.csv: split, class, file, SHA-256."""
+    for split, samples in (("train", train), ("val", val)):
+        rows = zip(samples.labels, samples.paths, samples.hashes, strict=True)
+        for label, path, digest in rows:
+            yield split, samples.classes[label], path, digest
 
 
 def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:

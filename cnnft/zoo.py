@@ -247,6 +247,12 @@ def build(identity: Identity, classes: int) -> nn.Module:
     return network
 
 
+def try_out(network: nn.Module, size: int) -> None:
+    """Let it compute one image of size × size pixels; raises what the network says."""
+    with torch.inference_mode():
+        network.eval()(torch.zeros(1, 3, size, size))
+
+
 def numbers_held(identity: Identity, classes: int) -> int:
     """How many numbers the network's tensors hold, found without making them; 0: not known.
 

@@ -25,6 +25,7 @@ LAYERS = [
     {"features"},
     {"classifier"},
     {"checkpoints"},
+    {"rundirs"},
     {"run"},
     {"planning"},
     {"recipe", "evaluation", "exporting", "datacheck", "comparison", "plotting", "contactsheet"},
