@@ -15,12 +15,17 @@ if TYPE_CHECKING:
     from cnnft.classifier import load
     from cnnft.config import Config
     from cnnft.errors import CnnftError
-    from cnnft.recipe import finetune
+    from cnnft.finetuning import finetune
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, because `cnnft --help` imports this package and must not wait for torch.
-    homes = {"finetune": "recipe", "load": "classifier", "Config": "config", "CnnftError": "errors"}
+    homes = {
+        "finetune": "finetuning",
+        "load": "classifier",
+        "Config": "config",
+        "CnnftError": "errors",
+    }
     if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cnnft import distributed
-from cnnft.config import Channels, Fit
+from cnnft.config import Fit
 from cnnft.data import Samples
 from cnnft.errors import CnnftError
 from cnnft.images import ImageError, read_image
 from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.values import Channels
 
 Key = tuple[int, int]
 """(epoch, index): names one random view of one training image. ~index stands for the same image

@@ -10,11 +10,11 @@ from PIL import Image
 
 from cnnft import data
 from cnnft.batches import channel_statistics
-from cnnft.config import Channels
 from cnnft.data import OnFiles, Skipped
 from cnnft.errors import CnnftError
 from cnnft.images import ImageError, decode
 from cnnft.transforms import InputSpec
+from cnnft.values import Channels
 
 NEAR = 6
 """Two images whose fingerprints differ in so many of 128 bits look the same."""

@@ -19,7 +19,7 @@ from cnnft.batches import (
     view_batches,
 )
 from cnnft.classifier import Classifier
-from cnnft.config import Config, Mode, parse_statistics
+from cnnft.config import Config, Mode
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.features import Features, Probe, embed, install, probe
@@ -30,6 +30,7 @@ from cnnft.memory import largest_batch
 from cnnft.optim import LearningRates, learning_rates, require_optimizer
 from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.values import parse_statistics
 from cnnft.zoo import local_folder, resolve
 
 _log = logging.getLogger(__name__)

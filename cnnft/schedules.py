@@ -62,8 +62,8 @@ def _shape(config: Config, steps_per_epoch: int, warmup: int, steps: int) -> Cal
     if config.schedule == "cosine":
         return lambda step: cosine(step, steps)
     if config.schedule == "cosine-restarts":
-        longer = config.restart_multiplier
-        first = steps / sum(longer**period for period in range(_PERIODS))
+        longer = config.restart_multiplier or (1 if config.snapshots else 2)
+        first = steps / sum(longer**period for period in range(config.snapshots or _PERIODS))
         if config.restart_epochs is not None:
             first = max(round(config.restart_epochs * steps_per_epoch), 1)
         return lambda step: cosine_restarts(step, first, longer)

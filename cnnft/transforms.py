@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from cnnft.config import LARGEST_IMAGE, Fit, TestTimeViews, are_statistics
+from cnnft.config import LARGEST_IMAGE, Fit, TestTimeViews
+from cnnft.values import are_statistics
 
 _CROP_FRACTIONS = 0.1, 10.0
 

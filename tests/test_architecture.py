@@ -12,6 +12,7 @@ PACKAGE = Path(cnnft.__file__).parent
 LAYERS = [
     {"errors"},
     {"distributed"},
+    {"values"},
     {"config"},
     {"images", "downloads", "files", "environment"},
     {"transforms", "hub"},
@@ -28,7 +29,15 @@ LAYERS = [
     {"rundirs"},
     {"run"},
     {"planning"},
-    {"recipe", "evaluation", "exporting", "datacheck", "comparison", "plotting", "contactsheet"},
+    {
+        "finetuning",
+        "evaluation",
+        "exporting",
+        "datacheck",
+        "comparison",
+        "plotting",
+        "contactsheet",
+    },
     {"cli"},
 ]
 """Bottom to top: a module imports from lower layers only."""

@@ -21,11 +21,11 @@ from cnnft.backbones import open_backbone
 from cnnft.config import BatchNorm
 from cnnft.errors import UsageError
 from cnnft.features import fit, probe
+from cnnft.finetuning import carry_out
 from cnnft.freezing import batchnorms, freeze, train_mode
 from cnnft.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
 from cnnft.optim import freezes_statistics, learning_rates, make_optimizer
 from cnnft.planning import prepare
-from cnnft.recipe import carry_out
 from cnnft.stages import stages
 
 Cli = Callable[..., Outcome]

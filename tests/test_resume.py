@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from cnnft import CnnftError, Config, schedules
 from cnnft.checkpoints import Checkpoint, save_checkpoint
+from cnnft.finetuning import Stopped, carry_out
 from cnnft.planning import prepare
-from cnnft.recipe import Stopped, carry_out
 from cnnft.run import Epoch, Run
 from cnnft.training import StepDone
 

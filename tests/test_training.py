@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from cnnft import Config, memory
 from cnnft.batches import KeyedBatches
-from cnnft.config import parse_interval
 from cnnft.errors import UsageError
+from cnnft.finetuning import carry_out
 from cnnft.planning import prepare
-from cnnft.recipe import carry_out
 from cnnft.run import Run
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
+from cnnft.values import parse_interval
 
 IMAGES, BATCH = 12, 6
 NEVER = float("inf")

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft import distributed
 from cnnft.config import Config
+from cnnft.finetuning import carry_out
 from cnnft.planning import prepare
-from cnnft.recipe import carry_out
 from cnnft.training import StepDone
 
 

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cnnft import checkpoints, recipe, run
+from cnnft import checkpoints, finetuning, run
 from cnnft.cli import main as cnnft
 from cnnft.run import Run
 from tools.document import fill
@@ -87,16 +87,16 @@ class Phase:
 
     def watch(self) -> None:
         self.shared[0] = PHASES.index("preparing")
-        recipe.infer_all = self.during(recipe.infer_all, "evaluating")
+        finetuning.infer_all = self.during(finetuning.infer_all, "evaluating")
         for module in (run, checkpoints):
             module.write_whole = self.during(module.write_whole, "writing")
-        take = recipe.train
+        take = finetuning.train
 
         def train(*arguments: object) -> object:
             self.shared[0] = PHASES.index("training")
             return take(*arguments)
 
-        recipe.train = train
+        finetuning.train = train
 
 
 @dataclass

@@ -32,10 +32,10 @@ from benchmarks import tutorial
 from cnnft import Config, load
 from cnnft.augmentation import training_transform
 from cnnft.batches import view_batches
+from cnnft.finetuning import carry_out
 from cnnft.images import read_image
 from cnnft.inference import infer_all
 from cnnft.planning import Plan, prepare
-from cnnft.recipe import carry_out
 from cnnft.transforms import EvaluationViews, InputSpec
 from tools.document import fill
 

@@ -8,8 +8,9 @@ import typer
 
 from cnnft.cli import console, options
 from cnnft.cli.plan import advice_json, class_table, show_advice
-from cnnft.config import Augment, Channels, Config, Fit
+from cnnft.config import Augment, Config, Fit
 from cnnft.errors import CnnftError, UsageError
+from cnnft.values import Channels
 
 if TYPE_CHECKING:
     from cnnft.datacheck import DataCheck

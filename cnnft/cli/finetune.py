@@ -1,31 +1,187 @@
-"""cnnft finetune DATA: from a folder of images to a trained run."""
+"""cnnft finetune DATA: from a folder of images to a trained run.
+
+Most flags are fields of `Config`; `_FLAGS` says what `--help` shows of them.
+"""
 
 import dataclasses
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional, Union, get_args, get_origin
 
 import typer
 
 from cnnft.cli import console, options
 from cnnft.cli.plan import optimizer_words, plan_json, show_plan
 from cnnft.cli.training import train
-from cnnft.config import Augment, BatchNorm, Config, Fit, Head, HeadInit, Mode, Schedule
+from cnnft.config import Config, Schedule, flag
 from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
+    from cnnft.finetuning import Finished
     from cnnft.planning import Plan
-    from cnnft.recipe import Finished
     from cnnft.run import Run
 
 _MODEL, _TRAINING, _DATA, _RUN = "Model", "Training", "Data", "Run and machine"
 _MUCH, _IMAGES = "How much to train", "How the network sees images"
-_RANDOM = "What training does to images at random"
+_RANDOM, _GENERALISE = "What training does to images at random", "Against overfitting"
+_MODELS = "Averages and teachers"
 
 
-def _option(panel: str, default: object, help: str, **more: Any) -> Any:
-    # The parameter's own default is None, "not given", so that a config file can supply it.
-    return typer.Option(rich_help_panel=panel, show_default=str(default), help=help, **more)
+class _Flag(NamedTuple):
+    panel: str
+    help: str
+    default: str | None = None
+    """In words; None: the default itself."""
+    metavar: str | None = None
+    switch: bool = False
+    """On or not given: there is no --no-..."""
+
+
+_FLAGS = {
+    "mode": _Flag(
+        _MODEL,
+        "Train everything, only a new head on the frozen backbone, that and the normalisation "
+        "layers, or what suits the data.",
+    ),
+    "backbone": _Flag(
+        _MODEL,
+        "A timm name, torchvision/NAME, hf-hub:OWNER/NAME, local-dir:PATH, or builtin (needs no "
+        "network).",
+        metavar="NAME",
+    ),
+    "weights": _Flag(
+        _MODEL, "Backbone weights, .safetensors or .pth.", "downloaded once", metavar="FILE"
+    ),
+    "pretrained": _Flag(_MODEL, "Start from pretrained or from random weights.", "pretrained"),
+    "train_stages": _Flag(
+        _MUCH, "Train the last N stages only (see cnnft backbones).", "all", metavar="N"
+    ),
+    "probe_first": _Flag(
+        _MUCH, "Start from a head fitted on frozen features.", "where pretrained layers train"
+    ),
+    "batchnorm": _Flag(_MUCH, "Statistics of BatchNorm layers that train."),
+    "layer_decay": _Flag(
+        _MUCH, "Each stage learns at this times the rate of the next one.", "none"
+    ),
+    "head": _Flag(_MUCH, "Kind of the new head."),
+    "head_init": _Flag(_MUCH, "How its weights are drawn."),
+    "image_size": _Flag(_IMAGES, "Side in pixels of what the network sees.", "as pretrained"),
+    "fit": _Flag(_IMAGES, "Images that are not square: crop, squash or pad them.", "as pretrained"),
+    "normalize": _Flag(
+        _IMAGES,
+        "Mean and std: the pretraining's, the training images', or given per channel.",
+        metavar="pretrained|dataset|MEAN/STD",
+    ),
+    "augment": _Flag(_RANDOM, "Crops, flips, colours (cnnft check --show-augment draws them)."),
+    "hflip": _Flag(
+        _RANDOM, "Mirror half of the images; not where b and d differ.", "as --augment has it"
+    ),
+    "erase": _Flag(
+        _RANDOM,
+        "Erase a rectangle in this share of the images.",
+        "as --augment has it",
+        metavar="P",
+    ),
+    "mixup": _Flag(_RANDOM, "Blend images and labels; 0.2 is usual.", "off", metavar="ALPHA"),
+    "cutmix": _Flag(_RANDOM, "Put a part of one into another; 1 is usual.", "off", metavar="ALPHA"),
+    "epochs": _Flag(_TRAINING, "Passes over the data."),
+    "batch_size": _Flag(_TRAINING, "Images per step; auto: as many as fit.", metavar="N|auto"),
+    "micro_batch": _Flag(
+        _TRAINING,
+        "Images computed at once; gradients add up to the step's. Saves memory.",
+        "all",
+        metavar="N",
+    ),
+    "lr": _Flag(_TRAINING, "Learning rate of the pretrained layers.", "the 1/10 rule"),
+    "head_lr": _Flag(_TRAINING, "Learning rate of the new head.", "the 1/10 rule"),
+    "schedule": _Flag(
+        _TRAINING, f"How the rates fall: {', '.join(get_args(Schedule))}.", metavar="NAME"
+    ),
+    "warmup_epochs": _Flag(
+        _TRAINING, "The rates rise this long before the schedule begins.", "none", metavar="EPOCHS"
+    ),
+    "optimizer": _Flag(
+        _TRAINING,
+        "sgd, plain-sgd, nesterov, rmsprop, adagrad, adadelta, adam, adamw, adamax, nadam, or "
+        "another of timm.optim.",
+        f"{Config.optimizer}, momentum {Config.momentum}",
+        metavar="NAME",
+    ),
+    "clip_grad": _Flag(
+        _TRAINING, "Largest norm of all gradients together.", "none", metavar="NORM"
+    ),
+    "skip_nonfinite": _Flag(
+        _TRAINING,
+        "Leave out up to N steps whose loss is NaN or infinite, instead of stopping.",
+        metavar="N",
+    ),
+    "seed": _Flag(_TRAINING, "Same seed, CPU and number of threads: same weights."),
+    "weight_decay": _Flag(_GENERALISE, "Draw weights towards zero; not norms and biases."),
+    "decay_all": _Flag(_GENERALISE, "Norms and biases decay too.", switch=True),
+    "dropout": _Flag(_GENERALISE, "Share of features dropped before the head."),
+    "drop_path": _Flag(_GENERALISE, "Stochastic depth: share of images that skip the last block."),
+    "label_smoothing": _Flag(
+        _GENERALISE, "Share of each label that all classes get alike; 0.1 is usual."
+    ),
+    "patience": _Flag(
+        _GENERALISE, "Stop after N epochs without a better one.", "all epochs", metavar="N"
+    ),
+    "class_weights": _Flag(_DATA, "In the loss; balanced: all classes count alike."),
+    "sampling": _Flag(_DATA, "balanced: all classes are drawn alike, with replacement."),
+    "focal": _Flag(
+        _DATA, "Focal loss: what is right already counts less; 2 is usual.", "off", metavar="GAMMA"
+    ),
+    "val_fraction": _Flag(_DATA, "Share held out where there is no val folder."),
+    "split_seed": _Flag(_DATA, "Another such share, whatever --seed."),
+    "strict": _Flag(
+        _DATA,
+        "Stop at a file that is no image, or a damaged one, instead of skipping it.",
+        switch=True,
+    ),
+    "ema": _Flag(
+        _MODELS, "Keep a running average of the weights; 0.99 is usual.", "off", metavar="DECAY"
+    ),
+    "swa": _Flag(
+        _MODELS, "Average the weights of the last N epochs, at a constant rate.", "off", metavar="N"
+    ),
+    "snapshots": _Flag(
+        _MODELS,
+        "Keep N models, one for each of as many --schedule cosine-restarts; they vote.",
+        "off",
+        metavar="N",
+    ),
+    "recalibrate_bn": _Flag(
+        _MODELS,
+        "At the end compute BatchNorm statistics anew over the training images.",
+        switch=True,
+    ),
+    "teacher": _Flag(
+        _MODELS,
+        "Learn from what it says too; may be given again.",
+        "none",
+        metavar="RUN|FILE",
+    ),
+    "temperature": _Flag(_MODELS, "How soft student and teachers are compared.", "4"),
+    "distill_weight": _Flag(_MODELS, "Share of the loss that is the teachers'.", "0.5"),
+    "name": _Flag(_RUN, "Name of the run; counts up when taken.", "<data>-<backbone>"),
+    "runs_dir": _Flag(_RUN, "Where runs are kept."),
+    "force": _Flag(_RUN, "Replace a run of the same name.", switch=True),
+    "checkpoint_every": _Flag(
+        _RUN,
+        "Keep the state to resume from, besides after each epoch: 90s, 5m, 2h, or steps.",
+        metavar="TIME|STEPS",
+    ),
+    "tensorboard": _Flag(_RUN, "Write the history for TensorBoard too.", switch=True),
+    "workers": _Flag(_RUN, "Processes that load images.", "half of the processors, at most 8"),
+    "device": _Flag(_RUN, "Where to compute.", metavar="auto|cpu|cuda|mps"),
+    "sync_bn": _Flag(
+        _RUN, "With several GPUs: BatchNorm sees the whole step's images.", switch=True
+    ),
+}
+"""In the order of --help."""
 
 
 def _batch_size(value: str | None) -> int | str | None:
@@ -37,8 +193,44 @@ def _batch_size(value: str | None) -> int | str | None:
         raise UsageError(f"--batch-size {value!r}: give a whole number, or auto") from error
 
 
+def _parameter(name: str, shown: _Flag) -> inspect.Parameter:
+    """None, "not given", lets a config file supply the setting."""
+    field = next(field for field in dataclasses.fields(Config) if field.name == name)
+    option = typer.Option(
+        *([flag(name)] if shown.switch else []),
+        rich_help_panel=shown.panel,
+        show_default=False if shown.switch else shown.default or str(field.default),
+        help=shown.help,
+        metavar=shown.metavar,
+        callback=_batch_size if name == "batch_size" else None,
+    )
+    kind: Any = Annotated[Optional[_typed(field.type)], option]  # noqa: UP045
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+
+
+def _typed(annotation: Any) -> Any:
+    """What the command line takes for a field; where that may be of several types, a text."""
+    if get_origin(annotation) is tuple:
+        return list[str]
+    union = get_origin(annotation) in (Union, UnionType)
+    kinds = set(get_args(annotation) if union else [annotation]) - {type(None)}
+    return kinds.pop() if len(kinds) == 1 else str
+
+
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, whose `**settings` are the flags of `_FLAGS`."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    first = [p for p in own if p.kind is not p.KEYWORD_ONLY]
+    flags = [_parameter(name, shown) for name, shown in _FLAGS.items()]
+    parameters = [*first, *flags, *(p for p in own if p not in first)]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@_with_flags
 def command(
-    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -46,225 +238,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    mode: Annotated[
-        Mode | None,
-        _option(
-            _MODEL,
-            Config.mode,
-            "Train everything, only a new head on the frozen backbone, that and the "
-            "normalisation layers, or what suits the data.",
-        ),
-    ] = None,
-    backbone: Annotated[
-        str | None,
-        _option(
-            _MODEL,
-            Config.backbone,
-            "A timm name, torchvision/NAME, hf-hub:OWNER/NAME, local-dir:PATH, or builtin (needs "
-            "no network).",
-            metavar="NAME",
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        _option(
-            _MODEL,
-            "downloaded once",
-            "Backbone weights, .safetensors or .pth.",
-            metavar="FILE",
-        ),
-    ] = None,
-    pretrained: Annotated[
-        bool | None,
-        _option(_MODEL, "pretrained", "Start from pretrained or from random weights."),
-    ] = None,
-    train_stages: Annotated[
-        int | None,
-        _option(_MUCH, "all", "Train the last N stages only (see cnnft backbones).", metavar="N"),
-    ] = None,
-    probe_first: Annotated[
-        bool | None,
-        _option(
-            _MUCH, "where pretrained layers train", "Start from a head fitted on frozen features."
-        ),
-    ] = None,
-    batchnorm: Annotated[
-        BatchNorm | None,
-        _option(_MUCH, Config.batchnorm, "Statistics of BatchNorm layers that train."),
-    ] = None,
-    layer_decay: Annotated[
-        float | None,
-        _option(_MUCH, "none", "Each stage learns at this times the rate of the next one."),
-    ] = None,
-    head: Annotated[Head | None, _option(_MUCH, Config.head, "Kind of the new head.")] = None,
-    head_init: Annotated[
-        HeadInit | None, _option(_MUCH, Config.head_init, "How its weights are drawn.")
-    ] = None,
-    dropout: Annotated[
-        float | None, _option(_MUCH, Config.dropout, "Share of features dropped before the head.")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        _option(_IMAGES, "as pretrained", "Side in pixels of what the network sees."),
-    ] = None,
-    fit: Annotated[
-        Fit | None,
-        _option(_IMAGES, "as pretrained", "Images that are not square: crop, squash or pad them."),
-    ] = None,
-    normalize: Annotated[
-        str | None,
-        _option(
-            _IMAGES,
-            Config.normalize,
-            "Mean and std: the pretraining's, the training images', or given per channel.",
-            metavar="pretrained|dataset|MEAN/STD",
-        ),
-    ] = None,
-    augment: Annotated[
-        Augment | None,
-        _option(
-            _RANDOM,
-            Config.augment,
-            "Crops, flips, colours (cnnft check --show-augment draws them).",
-        ),
-    ] = None,
-    hflip: Annotated[
-        bool | None,
-        _option(
-            _RANDOM, "as --augment has it", "Mirror half of the images; not where b and d differ."
-        ),
-    ] = None,
-    erase: Annotated[
-        float | None,
-        _option(
-            _RANDOM,
-            "as --augment has it",
-            "Erase a rectangle in this share of the images.",
-            metavar="P",
-        ),
-    ] = None,
-    mixup: Annotated[
-        float | None,
-        _option(_RANDOM, "off", "Blend images and labels; 0.2 is usual.", metavar="ALPHA"),
-    ] = None,
-    cutmix: Annotated[
-        float | None,
-        _option(_RANDOM, "off", "Put a part of one into another; 1 is usual.", metavar="ALPHA"),
-    ] = None,
-    epochs: Annotated[
-        int | None, _option(_TRAINING, Config.epochs, "Passes over the data.")
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        _option(
-            _TRAINING,
-            Config.batch_size,
-            "Images per step; auto: as many as fit.",
-            metavar="N|auto",
-            callback=_batch_size,
-        ),
-    ] = None,
-    micro_batch: Annotated[
-        int | None,
-        _option(
-            _TRAINING,
-            "all",
-            "Images computed at once; gradients add up to the step's. Saves memory.",
-            metavar="N",
-        ),
-    ] = None,
-    lr: Annotated[
-        float | None,
-        _option(_TRAINING, "the 1/10 rule", "Learning rate of the pretrained layers."),
-    ] = None,
-    head_lr: Annotated[
-        float | None,
-        _option(_TRAINING, "the 1/10 rule", "Learning rate of the new head."),
-    ] = None,
-    schedule: Annotated[
-        Schedule | None,
-        _option(
-            _TRAINING,
-            Config.schedule,
-            "How the rates fall: " + ", ".join(get_args(Schedule)) + ".",
-            metavar="NAME",
-        ),
-    ] = None,
-    warmup_epochs: Annotated[
-        float | None,
-        _option(
-            _TRAINING,
-            "none",
-            "The rates rise this long before the schedule begins.",
-            metavar="EPOCHS",
-        ),
-    ] = None,
-    optimizer: Annotated[
-        str | None,
-        _option(
-            _TRAINING,
-            f"{Config.optimizer}, momentum {Config.momentum}",
-            "sgd, plain-sgd, nesterov, rmsprop, adagrad, adadelta, adam, adamw, adamax, nadam, or "
-            "another of timm.optim.",
-            metavar="NAME",
-        ),
-    ] = None,
-    weight_decay: Annotated[
-        float | None,
-        _option(_TRAINING, Config.weight_decay, "Draw weights towards zero; not norms and biases."),
-    ] = None,
-    decay_all: Annotated[
-        bool | None,
-        typer.Option(
-            "--decay-all",
-            rich_help_panel=_TRAINING,
-            show_default=False,
-            help="Norms and biases decay too.",
-        ),
-    ] = None,
-    skip_nonfinite: Annotated[
-        int | None,
-        _option(
-            _TRAINING,
-            Config.skip_nonfinite,
-            "Leave out up to N steps whose loss is NaN or infinite, instead of stopping.",
-            metavar="N",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        _option(_TRAINING, Config.seed, "Same seed, CPU and number of threads: same weights."),
-    ] = None,
-    val_fraction: Annotated[
-        float | None,
-        _option(_DATA, Config.val_fraction, "Share held out where there is no val folder."),
-    ] = None,
-    split_seed: Annotated[
-        int | None, _option(_DATA, Config.split_seed, "Another such share, whatever --seed.")
-    ] = None,
-    strict: Annotated[
-        bool | None,
-        typer.Option(
-            "--strict",
-            rich_help_panel=_DATA,
-            show_default=False,
-            help="Stop at a file that is no image, or a damaged one, instead of skipping it.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        _option(_RUN, "<data>-<backbone>", "Name of the run; counts up when taken."),
-    ] = None,
-    runs_dir: Annotated[str | None, _option(_RUN, Config.runs_dir, "Where runs are kept.")] = None,
-    force: Annotated[
-        bool | None,
-        typer.Option(
-            "--force",
-            rich_help_panel=_RUN,
-            show_default=False,
-            help="Replace a run of the same name.",
-        ),
-    ] = None,
+    *,
     config: Annotated[
         str | None,
         typer.Option(
@@ -281,32 +255,6 @@ def command(
             help="Go on with an interrupted run; --epochs may be more than before.",
         ),
     ] = None,
-    checkpoint_every: Annotated[
-        str | None,
-        _option(
-            _RUN,
-            Config.checkpoint_every,
-            "Keep the state to resume from, besides after each epoch: 90s, 5m, 2h, or steps.",
-            metavar="TIME|STEPS",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        _option(_RUN, "half of the processors, at most 8", "Processes that load images."),
-    ] = None,
-    device: Annotated[
-        str | None,
-        _option(_RUN, Config.device, "Where to compute.", metavar="auto|cpu|cuda|mps"),
-    ] = None,
-    sync_bn: Annotated[
-        bool | None,
-        typer.Option(
-            "--sync-bn",
-            rich_help_panel=_RUN,
-            show_default=False,
-            help="With several GPUs: BatchNorm sees the whole step's images.",
-        ),
-    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", rich_help_panel=_RUN, help="Stop after the summary."),
@@ -321,22 +269,23 @@ def command(
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
+    **settings: Any,
 ) -> None:
     """Train a classifier on a folder of images."""
-    given = _given(context)
-    if resume is not None and (config is not None or force):
+    given = {k: v for k, v in {"data": data, **settings}.items() if v not in (None, [])}
+    if resume is not None and (config is not None or "force" in given):
         raise UsageError("--resume goes on with a run as it is: leave out --config and --force")
     if plot_schedule is not None:
         from cnnft.plotting import require_plot
 
         require_plot(plot_schedule)
-    run, settings = _started(given, config) if resume is None else _resumed(given, resume)
+    run, chosen = _started(given, config) if resume is None else _resumed(given, resume)
 
     from cnnft.planning import prepare
 
     with console.progress() as bar:
         restored = run is not None and run.has_checkpoint()
-        plan = prepare(settings, restored=restored, on_files=console.reading_images(bar))
+        plan = prepare(chosen, restored=restored, on_files=console.reading_images(bar))
     if run is not None:
         run.require_same_data(plan.train, plan.val)
     show_plan(plan)
@@ -355,14 +304,6 @@ def command(
         console.result_json({"run": str(finished.run.path), **finished.run.metrics()})
     else:
         console.result(str(finished.run.path))
-
-
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The settings that were given on the command line."""
-    names = {field.name for field in dataclasses.fields(Config)}
-    return {
-        key: value for key, value in context.params.items() if key in names and value is not None
-    }
 
 
 def _settings(given: dict[str, Any], config_file: str | None) -> Config:

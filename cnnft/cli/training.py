@@ -12,8 +12,8 @@ from cnnft.cli import console
 from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
+    from cnnft.finetuning import Event, Finished
     from cnnft.planning import Plan
-    from cnnft.recipe import Event, Finished
     from cnnft.run import Epoch, Run
 
 
@@ -33,7 +33,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
-    from cnnft.recipe import Started, Stopped, carry_out
+    from cnnft.finetuning import Started, Stopped, carry_out
     from cnnft.run import Epoch
     from cnnft.training import StepDone
 
@@ -69,7 +69,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
 
 def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
     """`events`; where they end in an error, how to go on."""
-    from cnnft.recipe import DivergedError, Started
+    from cnnft.finetuning import DivergedError, Started
 
     run: Run | None = None
     try:

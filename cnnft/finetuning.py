@@ -18,7 +18,7 @@ from cnnft import distributed
 from cnnft.augmentation import augmentation, mixing, training_transform
 from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_batches
 from cnnft.checkpoints import Checkpoint
-from cnnft.config import Config, parse_interval
+from cnnft.config import Config
 from cnnft.environment import environment
 from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms
@@ -30,6 +30,7 @@ from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews
+from cnnft.values import parse_interval
 
 _log = logging.getLogger(__name__)
 
