@@ -97,6 +97,12 @@ class KeyedBatches(Sampler[list[Key]]):
         places = self._places(within)
         return _order(self.images, self.seed, epoch)[places.start : places.stop]
 
+    def own(self, step: int) -> list[int]:
+        """This process's part of them; one that does not count where there is none."""
+        batch = self.at(step)
+        share = distributed.share(len(batch))
+        return batch[share.start : share.stop] or batch[:1]
+
     def size(self, step: int) -> int:
         """How many images the step has, in all processes."""
         return len(self._places(step % self.steps_per_epoch))
