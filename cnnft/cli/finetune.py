@@ -282,9 +282,8 @@ def command(
     **settings: Any,
 ) -> None:
     """Train a classifier on a folder of images."""
-    given = {
-        k: v for k, v in {"data": data, "recipe": recipe, **settings}.items() if v not in (None, [])
-    }
+    values = {"data": data, "recipe": recipe, **settings}
+    given = {name: value for name, value in values.items() if value not in (None, [])}
     if resume is not None and (config is not None or "force" in given):
         raise UsageError("--resume goes on with a run as it is: leave out --config and --force")
     if recipe is not None and (resume is not None or config is not None):
