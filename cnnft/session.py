@@ -43,7 +43,7 @@ class Finished:
     val: Score
     """Of the model, which chose it too."""
     model: str
-    """Which one it is: "epoch 7", or the average or vote that was asked for."""
+    """Which one it is: "best epoch 7", or the average or vote that was asked for."""
     selected: bool = True
     """Whether it was chosen on val, so that its score is optimistic."""
 
@@ -195,7 +195,7 @@ class Session:
         """The best epoch is the run's model, unless another was asked for that is as good."""
         plan, run, best = self.plan, self.run, _best(self.history)
         assert best is not None
-        model, val = f"epoch {best.epoch}", _score(plan, best)
+        model, val = f"best epoch {best.epoch}", _score(plan, best)
         other = self._other_model()
         if other is None:
             return Finished(run, best, val, model)
@@ -285,7 +285,7 @@ def _metrics(plan: Plan, history: Sequence[Epoch]) -> dict[str, Any]:
     best = _best(history)
     assert best is not None
     return {
-        "model": f"epoch {best.epoch}",
+        "model": f"best epoch {best.epoch}",
         "best_epoch": best.epoch,
         "train": {"n": len(plan.train), "loss": best.train_loss, "accuracy": best.train_accuracy},
         "val": _val(_score(plan, best)),
