@@ -12,6 +12,7 @@ from cnnft import data, distributed
 from cnnft.advice import Advice, advise
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
+    BalancedDraw,
     KeyedBatches,
     channel_statistics,
     default_workers,
@@ -143,7 +144,13 @@ def prepare(
         advice=probed.advice if probed else None,
         probed=starts_from_probe,
         rates=learning_rates(config, backbone.identity.architecture, starts_from_probe),
-        batches=KeyedBatches(len(found.train), config.images_per_step, config.seed, config.epochs),
+        batches=KeyedBatches(
+            len(found.train),
+            config.images_per_step,
+            config.seed,
+            config.epochs,
+            draw=BalancedDraw(found.train.labels) if config.sampling == "balanced" else None,
+        ),
         device=device,
         workers=workers,
     )
