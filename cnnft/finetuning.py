@@ -148,15 +148,13 @@ def _train(
         else:
             val, log_probs = _validate(classifier.network, val_batches, plan)
             best = _best(history)
-            better = best is None or (-val.accuracy, val.loss) < (
-                -best.val_accuracy,
-                best.val_loss,
-            )
-            history.append(_row(event, val, state.optimizer, better))
+            row = _row(event, val, state.optimizer)
+            better = best is None or _merit(row, config) > _merit(best, config)
+            history.append(replace(row, best=better))
             if better:
                 run.save_classifier(classifier)
                 run.save_val_predictions(plan.val, log_probs)
-            run.save_history(history)
+            run.save_history(history, plan.batches.steps_per_epoch)
             run.save_metrics(_metrics(plan, history))
             save()
             yield history[-1]
@@ -216,6 +214,12 @@ def _explained(events: Iterator[Event], plan: Plan) -> Iterator[Event]:
         ) from error
 
 
+def _merit(epoch: Epoch, config: Config) -> tuple[float, float]:
+    """Which of two epochs is better: that of the greater merit."""
+    right = epoch.val_macro_recall if config.balanced else epoch.val_accuracy
+    return right, -epoch.val_loss
+
+
 def _best(history: Sequence[Epoch]) -> Epoch | None:
     return next((epoch for epoch in reversed(history) if epoch.best), None)
 
@@ -271,7 +275,8 @@ def _default_name(config: Config) -> str:
     return f"{Path(config.data).name}-{Path(backbone).name}"
 
 
-def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:
+def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer) -> Epoch:
+    """Not called the best yet."""
     # Of the backbone's groups the last stage's comes first.
     rates = {group["name"]: group["lr"] for group in reversed(optimizer.param_groups)}
     return Epoch(
@@ -282,14 +287,15 @@ def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: b
         train_accuracy=event.accuracy,
         val_loss=val.loss,
         val_accuracy=val.accuracy,
+        val_macro_recall=val.macro_recall,
         seconds=event.seconds,
-        best=best,
+        best=False,
     )
 
 
 def _score(plan: Plan, epoch: Epoch) -> Score:
     n = len(plan.val)
-    return Score(n, round(epoch.val_accuracy * n), epoch.val_loss)
+    return Score(n, round(epoch.val_accuracy * n), epoch.val_macro_recall, epoch.val_loss)
 
 
 def _metrics(plan: Plan, history: Sequence[Epoch]) -> dict[str, Any]:
@@ -305,6 +311,7 @@ def _metrics(plan: Plan, history: Sequence[Epoch]) -> dict[str, Any]:
             "correct": val.correct,
             "accuracy": val.accuracy,
             "interval95": val.interval,
+            "macro_recall": val.macro_recall,
             "loss": val.loss,
         },
     }

@@ -4,6 +4,7 @@
     config.json         the network, classes and preprocessing; timm opens the directory too
     model.safetensors   the weights of the best epoch so far
     history.csv         one row per epoch
+    metrics.jsonl       the same for machines: one JSON object per epoch, with its step
     metrics.json        the best epoch and its scores
     val_predictions.csv what the best epoch says of each validation image
     environment.json    versions and machine
@@ -41,8 +42,9 @@ from cnnft.files import parse_json, to_safetensors, write_whole
 from cnnft.rundirs import STATE, forget_replaced, locked, make_directory
 
 FILES = (
-    *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
-    *("val_predictions.csv", "environment.json", "data.csv", "skipped.csv", "run.log"),
+    *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.jsonl"),
+    *("metrics.json", "val_predictions.csv", "environment.json", "data.csv", "skipped.csv"),
+    "run.log",
 )
 
 _COLUMNS = {
@@ -66,10 +68,13 @@ class Epoch:
     train_accuracy: float
     val_loss: float
     val_accuracy: float
+    val_macro_recall: float
+    """The mean of the classes' accuracies."""
     seconds: float
     """Training only."""
     best: bool
-    """The best up to here, so the run holds its weights: by val accuracy, then by val loss."""
+    """The best up to here, so the run holds its weights: by val accuracy, then by val loss. Where
+    training makes all classes count alike (`Config.balanced`) by val macro recall instead."""
 
     @property
     def gap(self) -> float:
@@ -290,9 +295,12 @@ class Run:
         exists = (self.path / "environment.json").exists()
         return self._read_json("environment.json") if exists else None
 
-    def save_history(self, history: Sequence[Epoch]) -> None:
+    def save_history(self, history: Sequence[Epoch], steps_per_epoch: int) -> None:
         names = [field.name for field in fields(Epoch)]
-        self._write("history.csv", _csv(names, [asdict(epoch).values() for epoch in history]))
+        rows = [asdict(epoch) for epoch in history]
+        self._write("history.csv", _csv(names, [row.values() for row in rows]))
+        lines = [json.dumps(row | {"step": row["epoch"] * steps_per_epoch}) for row in rows]
+        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         self._write("metrics.json", _json(metrics))
