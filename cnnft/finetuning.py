@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from cnnft.optim import freezes_statistics, make_optimizer
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
+from cnnft.tensorboard import Board
 from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews
 from cnnft.values import parse_interval
@@ -84,11 +86,13 @@ def carry_out(
         run.save_environment(environment(plan.device))
         yield Started(run)
         saved = run.load_checkpoint() if resuming else None
-        yield from _explained(_train(plan, run, saved, stop), plan)
+        folder = run.tensorboard if plan.config.tensorboard and distributed.is_main else None
+        with closing(Board(folder)) as board:
+            yield from _explained(_train(plan, run, saved, stop, board), plan)
 
 
 def _train(
-    plan: Plan, run: Run, saved: Checkpoint | None, stop: Callable[[], bool]
+    plan: Plan, run: Run, saved: Checkpoint | None, stop: Callable[[], bool], board: Board
 ) -> Iterator[Event]:
     config, classifier, spec = plan.config, plan.classifier, plan.classifier.input_spec
     history: list[Epoch] = []
@@ -156,6 +160,7 @@ def _train(
                 run.save_val_predictions(plan.val, log_probs)
             run.save_history(history, plan.batches.steps_per_epoch)
             run.save_metrics(_metrics(plan, history))
+            board.add(history[-1])
             save()
             yield history[-1]
         stopping, saving = distributed.anywhere(stop(), due.at(state.step))

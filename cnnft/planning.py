@@ -30,6 +30,7 @@ from cnnft.inference import choose_device
 from cnnft.memory import largest_batch
 from cnnft.optim import LearningRates, learning_rates, require_optimizer
 from cnnft.pretrained import LoadedWeights, backbone_hash
+from cnnft.tensorboard import require_tensorboard
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.values import parse_statistics
 from cnnft.zoo import local_folder, resolve
@@ -88,6 +89,8 @@ def prepare(
     _require_cuda_for_sync_bn(config, device)
     resolve(config.backbone)  # a wrong name is known before the data is read
     require_optimizer(config)
+    if config.tensorboard:
+        require_tensorboard()
     data.require_folder(config.data)
     asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers

@@ -12,9 +12,10 @@
     skipped.csv         every file left out, and why
     run.log             what `cnnft finetune` said, with the time
     state/              checkpoints, to go on after an interruption
+    tensorboard/        the history for TensorBoard, where that was asked for
 
-Every file but the log, which grows by lines, appears whole: it is written beside its place, synced
-and renamed.
+Every file appears whole: it is written beside its place, synced and renamed. Only the log grows by
+lines, and TensorBoard's files by events.
 """
 
 import csv
@@ -92,6 +93,11 @@ class Run:
     def log(self) -> Path:
         """For the command line to append to; a run that was made from Python has none."""
         return self.path / "run.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        """For the writer of that name."""
+        return self.path / "tensorboard"
 
     @classmethod
     @contextmanager

@@ -28,6 +28,7 @@ LAYERS = [
     {"checkpoints"},
     {"rundirs"},
     {"run"},
+    {"tensorboard"},
     {"planning"},
     {
         "finetuning",
