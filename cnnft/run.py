@@ -58,7 +58,9 @@ _LAUNCH = f"{STATE}/launch"
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of the history. Training figures are of augmented images, during the epoch."""
+    """One row of the history. Training figures are of images as they were drawn and augmented,
+    during the epoch.
+    """
 
     epoch: int
     """From 1."""

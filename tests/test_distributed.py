@@ -85,11 +85,12 @@ def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -
     outcome = torchrun(
         2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--mode=feature-extractor",
         "--epochs=1", "--workers=1", "--device=cpu", "--mixup=0.2", "--batch-size=1",
-        "--runs-dir", runs,
+        "--tensorboard", "--runs-dir", runs,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert outcome.out == f"{runs}/data-builtin\n" and outcome.err.count("best epoch") == 1
     assert [path.name for path in runs.iterdir()] == ["data-builtin"]
+    assert len(list((runs / "data-builtin" / "tensorboard").iterdir())) == 1
     predict = ["predict", data, "-m", runs / "data-builtin", "--workers=0", "--device=cpu"]
     csvs = [tmp_path / "together.csv", tmp_path / "alone.csv"]
     assert torchrun(2, "-m", "cnnft", *predict, "--output", csvs[0]).code == 0

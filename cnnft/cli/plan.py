@@ -45,9 +45,10 @@ def show_plan(plan: "Plan") -> None:
         )
     for i, step in enumerate(plan.rates.derivation.split("; ")):
         console.say(f"{'' if i else 'learning rates':<16}{step}")
+    alike = ", all classes drawn alike" if plan.config.sampling == "balanced" else ""
     console.say(
-        f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
-        f"{optimizer_words(plan.config)}, on {plan.device}\n"
+        f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps"
+        f"{alike}, {optimizer_words(plan.config)}, on {plan.device}\n"
     )
 
 
