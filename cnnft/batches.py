@@ -109,18 +109,25 @@ class KeyedBatches(Sampler[list[Key]]):
         return self.epochs * self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for step in range(self.first_step, len(self)):
-            epoch, within = divmod(step, self.steps_per_epoch)
-            batch, places = self.at(step), self._places(within)
-            share = distributed.share(len(batch))
-            keys = [self._key(epoch, batch[i], places[i]) for i in share]
-            yield keys or [self._key(epoch, ~batch[0], places[0])]
+        return map(self.part, range(self.first_step, len(self)))
+
+    def part(self, step: int) -> list[Key]:
+        """This process's keys of a step; one that does not count where there is none."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        batch, places = self.at(step), self._places(within)
+        share = distributed.share(len(batch))
+        keys = [self._key(epoch, batch[i], places[i]) for i in share]
+        return keys or [self._key(epoch, ~batch[0], places[0])]
 
     def at(self, step: int) -> list[int]:
         """The images of a step, in all processes."""
         epoch, within = divmod(step, self.steps_per_epoch)
         places = self._places(within)
         return _order(self.images, self.seed, epoch, self.draw)[places.start : places.stop]
+
+    def own(self, step: int) -> list[int]:
+        """The images of this process's keys."""
+        return [max(index, ~index) for _, index, *_ in self.part(step)]
 
     def size(self, step: int) -> int:
         """How many images the step has, in all processes."""

@@ -248,6 +248,8 @@ class Config:
         asked = [flag(name) for name in ("ema", "swa", "snapshots") if getattr(self, name)]
         if len(asked) > 1:
             yield f"{' and '.join(asked)} each make a model of their own: choose one"
+        if self.patience is not None and (self.swa or self.snapshots):
+            yield f"--patience may end training before {' '.join(asked)}: leave one out"
         if self.snapshots is None:
             return
         cycles = self.epochs - self.warmup_epochs
@@ -264,8 +266,6 @@ class Config:
                 f"--epochs {self.epochs} cannot be shared evenly by --snapshots {self.snapshots}: "
                 f"take {self.epochs + more:g}"
             )
-        if self.patience is not None:
-            yield "--patience would end training before the last of --snapshots: leave one out"
 
     @property
     def milestone_epochs(self) -> tuple[float, ...]:

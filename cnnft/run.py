@@ -3,6 +3,7 @@
     config.toml         the settings, to run again with `cnnft finetune --config`
     config.json         the network, classes and preprocessing; timm opens the directory too
     model.safetensors   the weights of the best epoch so far
+    snapshots/          with --snapshots the weights of each network that votes
     history.csv         one row per epoch
     metrics.jsonl       the same for machines: one JSON object per epoch, with its step
     metrics.json        the best epoch and its scores
@@ -25,17 +26,17 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnft import distributed
 from cnnft.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
-from cnnft.classifier import Classifier
+from cnnft.classifier import SNAPSHOT, Classifier, fill, read_tensors, voters
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError, first_line
@@ -254,6 +255,21 @@ class Run:
         self._write("model.safetensors", to_safetensors(classifier.network.state_dict()))
         if distributed.is_main:
             forget_replaced(self.path)
+
+    def save_snapshot(self, number: int, network: nn.Module) -> None:
+        """The weights of one of the networks that will vote."""
+        self._write(SNAPSHOT.format(number), to_safetensors(network.state_dict()))
+
+    def save_vote(self, classifier: Classifier, snapshots: int) -> Classifier:
+        """From now on the run's classifier is that of its snapshots, which is returned."""
+        voting = replace(classifier, snapshots=snapshots)
+        self._write("config.json", _json(voting.describe()))
+        return replace(voting, network=voters(voting, self.path))
+
+    def load_weights(self, network: nn.Module) -> None:
+        """Those of the best epoch."""
+        path = self.path / "model.safetensors"
+        fill(network, read_tensors(path)[1], path)
 
     def require_classifier(self, of_an_epoch: bool) -> None:
         """Raises `CnnftError` where an epoch's weights were saved and are not there any more."""

@@ -259,7 +259,7 @@ def test_where_training_is_balanced_the_best_epoch_is_that_of_the_highest_macro_
     train: Finetune, flat: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], best: int
 ) -> None:
     scores = iter([Score(4, 4, 0.5, 0.1), Score(4, 2, 0.7, 0.3), Score(4, 2, 0.7, 0.2)])
-    monkeypatch.setattr("cnnft.finetuning.score", lambda log_probs, labels: next(scores))
+    monkeypatch.setattr("cnnft.session.score", lambda log_probs, labels: next(scores))
     outcome = train(flat, "--epochs=3", "--json", *more)
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from cnnft import CnnftError, Config, schedules
 from cnnft.checkpoints import Checkpoint, save_checkpoint
-from cnnft.finetuning import Stopped, carry_out
+from cnnft.finetuning import carry_out
 from cnnft.planning import prepare
 from cnnft.run import Epoch, Run
+from cnnft.session import Stopped
 from cnnft.training import StepDone
 
 Cli = Callable[..., Outcome]

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cnnft import checkpoints, finetuning, run
+from cnnft import checkpoints, run, session
 from cnnft.cli import main as cnnft
 from cnnft.run import Run
 from tools.document import fill
@@ -87,16 +87,16 @@ class Phase:
 
     def watch(self) -> None:
         self.shared[0] = PHASES.index("preparing")
-        finetuning.infer_all = self.during(finetuning.infer_all, "evaluating")
+        session.infer_all = self.during(session.infer_all, "evaluating")
         for module in (run, checkpoints):
             module.write_whole = self.during(module.write_whole, "writing")
-        take = finetuning.train
+        take = session.train
 
         def train(*arguments: object) -> object:
             self.shared[0] = PHASES.index("training")
             return take(*arguments)
 
-        finetuning.train = train
+        session.train = train
 
 
 @dataclass

@@ -13,9 +13,10 @@ from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
     from cnnft.config import Config
-    from cnnft.finetuning import Event, Finished
+    from cnnft.finetuning import Event
     from cnnft.planning import Plan
     from cnnft.run import Epoch, Run
+    from cnnft.session import Finished
 
 
 class InterruptedRunError(CnnftError):
@@ -34,8 +35,9 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
-    from cnnft.finetuning import Started, Stopped, carry_out
+    from cnnft.finetuning import Started, carry_out
     from cnnft.run import Epoch
+    from cnnft.session import Stopped
     from cnnft.training import StepDone
 
     macro = "   macro" if plan.config.balanced else ""
@@ -70,7 +72,8 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
 
 def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
     """`events`; where they end in an error, how to go on."""
-    from cnnft.finetuning import DivergedError, Started
+    from cnnft.finetuning import Started
+    from cnnft.session import DivergedError
 
     run: Run | None = None
     try:
