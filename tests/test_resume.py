@@ -101,10 +101,12 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, wo
     "more",
     [{"optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle"},
      {"optimizer": "adan", "schedule": "plateau", "warmup_epochs": 0.5},
-     {"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"}],
-    ids=lambda more: more["optimizer"],
+     {"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"},
+     {"ema": 0.9, "mixup": 0.2}, {"swa": 2}, {"schedule": "cosine-restarts", "snapshots": 3},
+     {"recalibrate_bn": True, "patience": 2}],
+    ids=lambda more: "-".join(map(str, more.values())),
 )  # fmt: skip
-def test_other_optimizers_and_schedules_resume_too(whole, tmp_path: Path, more: dict, monkeypatch):
+def test_other_ways_to_train_resume_too(whole, tmp_path: Path, more: dict, monkeypatch):
     """plateau falls in the last epoch, whose first step is the last one before the stop."""
     monkeypatch.setattr(schedules, "_PLATEAU_THRESHOLD", 1.0)  # no loss is low enough
     expected = finish(settings(whole[0], tmp_path, "expected", plateau_patience=0, **more))
@@ -117,7 +119,7 @@ def test_other_optimizers_and_schedules_resume_too(whole, tmp_path: Path, more: 
     assert isinstance(event, Stopped) and event.step == 2 * STEPS + 1
     finish(run.config(), run)
     same(run, expected)
-    if more["schedule"] == "plateau":
+    if more.get("schedule") == "plateau":
         rates = [float(row[2]) for row in history(run)[1:]]
         assert rates == pytest.approx([0.001, 0.001, 0.0001])  # the warm-up's epoch does not count
 

@@ -48,6 +48,12 @@ MATRIX: dict[str, tuple[str, ...]] = {
         "--workers=0", "--optimizer=adamw", "--weight-decay=0.05", "--schedule=plateau",
         "--warmup-epochs=0.5",
     ),
+    "average of weights": ("--workers=0", "--ema=0.9", "--clip-grad=1"),
+    "last epochs averaged": ("--workers=0", "--swa=2", "--batchnorm=train"),
+    "snapshots that vote": ("--workers=0", "--schedule=cosine-restarts", "--snapshots=3"),
+    "new statistics, balanced": (
+        "--workers=0", "--recalibrate-bn", "--batchnorm=train", "--sampling=balanced",
+    ),
 }  # fmt: skip
 """What holds state while training joins here, in one line."""
 
