@@ -275,6 +275,11 @@ class Config:
         return parse_milestones(self.milestones)
 
     @property
+    def balanced(self) -> bool:
+        """Whether training makes all classes count alike, whatever their numbers of images."""
+        return "balanced" in (self.class_weights, self.sampling)
+
+    @property
     def images_per_step(self) -> int:
         """`batch_size`, where auto is settled."""
         assert isinstance(self.batch_size, int)

@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cnnft import distributed
 from cnnft.config import Config
 from cnnft.environment import environment
 from cnnft.errors import CnnftError
@@ -14,6 +15,7 @@ from cnnft.planning import Plan, prepare
 from cnnft.recipes import expand
 from cnnft.run import Epoch, Run
 from cnnft.session import DivergedError, Finished, Session, Stopped
+from cnnft.tensorboard import Board
 from cnnft.training import NonFiniteLossError, StepDone
 
 _log = logging.getLogger(__name__)
@@ -51,8 +53,9 @@ def carry_out(
         run.save_environment(environment(plan.device))
         yield Started(run)
         saved = run.load_checkpoint() if resuming else None
-        with _explained(plan):
-            yield from Session(plan, run, saved).events(stop)
+        folder = run.tensorboard if plan.config.tensorboard and distributed.is_main else None
+        with closing(Board(folder)) as board, _explained(plan):
+            yield from Session(plan, run, saved, board).events(stop)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from cnnft import data, distributed
 from cnnft.advice import Advice, advise
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
+    BalancedDraw,
     KeyedBatches,
     channel_statistics,
     default_workers,
@@ -37,6 +38,7 @@ from cnnft.optim import (
 from cnnft.pretrained import LoadedWeights, backbone_hash
 from cnnft.run import Run
 from cnnft.teaching import open_teachers
+from cnnft.tensorboard import require_tensorboard
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.values import parse_statistics
 from cnnft.zoo import local_folder, resolve
@@ -98,6 +100,8 @@ def prepare(
         require_model(teacher)
     resolve(config.backbone)  # a wrong name is known before the data is read
     require_optimizer(config)
+    if config.tensorboard:
+        require_tensorboard()
     data.require_folder(config.data)
     asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers
@@ -165,7 +169,13 @@ def prepare(
         probed=starts_from_probe,
         teachers=teachers,
         rates=learning_rates(config, backbone.identity.architecture, starts_from_probe),
-        batches=KeyedBatches(len(found.train), config.images_per_step, config.seed, config.epochs),
+        batches=KeyedBatches(
+            len(found.train),
+            config.images_per_step,
+            config.seed,
+            config.epochs,
+            draw=BalancedDraw(found.train.labels) if config.sampling == "balanced" else None,
+        ),
         device=device,
         workers=workers,
     )

@@ -16,6 +16,7 @@ from cnnft.averaging import equal_average, recalibrate, running_average
 from cnnft.batches import TrainingImages, training_batches, view_batches
 from cnnft.checkpoints import Checkpoint
 from cnnft.classifier import Classifier
+from cnnft.config import Config
 from cnnft.constraints import gradient_rules, weight_rules
 from cnnft.errors import CnnftError, first_line
 from cnnft.freezing import batchnorms, learning_statistics
@@ -27,6 +28,7 @@ from cnnft.planning import Plan
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
 from cnnft.teaching import make_teach
+from cnnft.tensorboard import Board
 from cnnft.training import EpochDone, StepDone, TrainState, train
 from cnnft.transforms import EvaluationViews
 from cnnft.values import parse_interval
@@ -63,8 +65,8 @@ class DivergedError(CnnftError):
 class Session:
     """A run in the making: what is kept between its steps, and what happens at their ends."""
 
-    def __init__(self, plan: Plan, run: Run, saved: Checkpoint | None) -> None:
-        self.plan, self.run = plan, run
+    def __init__(self, plan: Plan, run: Run, saved: Checkpoint | None, board: Board) -> None:
+        self.plan, self.run, self.board = plan, run, board
         self.history: list[Epoch] = []
         config, classifier = plan.config, plan.classifier
         network, head, spec = classifier.network, classifier.head, classifier.input_spec
@@ -155,7 +157,7 @@ class Session:
         model = average.module if average is not None and running else self.state.network
         val, log_probs = self._validate(model)
         best = _best(self.history)
-        better = best is None or _is_better(val, _score(plan, best))
+        better = best is None or _is_better(val, _score(plan, best), plan.config)
         self.history.append(_row(event, val, self.state.optimizer, better))
         if better:
             run.save_classifier(replace(plan.classifier, network=model))
@@ -163,8 +165,9 @@ class Session:
         cycle, rest = divmod(self.state.step, len(plan.batches) // (plan.config.snapshots or 1))
         if plan.config.snapshots and not rest:
             run.save_snapshot(cycle, model)
-        run.save_history(self.history)
+        run.save_history(self.history, plan.batches.steps_per_epoch)
         run.save_metrics(_metrics(plan, self.history))
+        self.board.add(self.history[-1])
         self._save()
         return self.history[-1]
 
@@ -201,10 +204,11 @@ class Session:
             return Finished(run, best, val, model)
         what, classifier = other
         other_val, log_probs = self._validate(classifier.network)
-        if not classifier.snapshots and _is_better(val, other_val):
+        if not classifier.snapshots and _is_better(val, other_val, plan.config):
             _log.warning(
-                "%s is right in %.1f %% of val, %s in %.1f %%: the run keeps the latter",
-                *(what, 100 * other_val.accuracy, model, 100 * val.accuracy),
+                "%s has %.1f %% of val right, %s has %.1f %%: the run keeps the latter",
+                *(what, 100 * _share_right(other_val, plan.config)),
+                *(model, 100 * _share_right(val, plan.config)),
             )
             return Finished(run, best, val, model)
         if not classifier.snapshots:
@@ -256,8 +260,14 @@ def _best(history: Sequence[Epoch]) -> Epoch | None:
     return next((epoch for epoch in reversed(history) if epoch.best), None)
 
 
-def _is_better(val: Score, other: Score) -> bool:
-    return (-val.accuracy, val.loss) < (-other.accuracy, other.loss)
+def _is_better(val: Score, other: Score, config: Config) -> bool:
+    """More is right, or as much with a lower loss."""
+    return (-_share_right(val, config), val.loss) < (-_share_right(other, config), other.loss)
+
+
+def _share_right(val: Score, config: Config) -> float:
+    """Of the images, or where training makes all classes count alike the mean over the classes."""
+    return val.macro_recall if config.balanced else val.accuracy
 
 
 def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:
@@ -271,6 +281,7 @@ def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: b
         train_accuracy=event.accuracy,
         val_loss=val.loss,
         val_accuracy=val.accuracy,
+        val_macro_recall=val.macro_recall,
         seconds=event.seconds,
         best=best,
     )
@@ -278,7 +289,7 @@ def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: b
 
 def _score(plan: Plan, epoch: Epoch) -> Score:
     n = len(plan.val)
-    return Score(n, round(epoch.val_accuracy * n), epoch.val_loss)
+    return Score(n, round(epoch.val_accuracy * n), epoch.val_macro_recall, epoch.val_loss)
 
 
 def _metrics(plan: Plan, history: Sequence[Epoch]) -> dict[str, Any]:
@@ -300,5 +311,6 @@ def _val(val: Score, selected: bool = True) -> dict[str, Any]:
         "correct": val.correct,
         "accuracy": val.accuracy,
         "interval95": val.interval,
+        "macro_recall": val.macro_recall,
         "loss": val.loss,
     }

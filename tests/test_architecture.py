@@ -28,6 +28,7 @@ LAYERS = [
     {"checkpoints", "teaching"},
     {"rundirs"},
     {"run"},
+    {"tensorboard"},
     {"planning"},
     {"session"},
     {

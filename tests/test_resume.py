@@ -48,11 +48,17 @@ def history(run: Run) -> list[tuple]:
     return [(*row[:seconds], *row[seconds + 1 :]) for row in rows]
 
 
+def lines(run: Run) -> list[dict]:
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [row | {"seconds": None} for row in rows]
+
+
 def same(run: Run, other: Run) -> None:
     one, two = state(run), state(other)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert history(run) == history(other)
+    assert lines(run) == lines(other)
     assert run.metrics() == other.metrics()
 
 
@@ -120,7 +126,7 @@ def test_other_ways_to_train_resume_too(whole, tmp_path: Path, more: dict, monke
 
 def test_augmented_and_mixed_batches_are_the_same_after_a_stop(whole, tmp_path: Path) -> None:
     flat, other = whole
-    more = {"augment": "strong", "mixup": 0.2, "cutmix": 1.0}
+    more = {"augment": "strong", "mixup": 0.2, "cutmix": 1.0, "sampling": "balanced"}
     expected = finish(settings(flat, tmp_path, "expected", **more))
     first = settings(flat, tmp_path, "stopped", **more)
     *_, stopped = carry_out(prepare(first), stop=iter([False] * 4 + [True] * 9).__next__)

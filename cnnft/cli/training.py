@@ -12,6 +12,7 @@ from cnnft.cli import console
 from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
+    from cnnft.config import Config
     from cnnft.finetuning import Event
     from cnnft.planning import Plan
     from cnnft.run import Epoch, Run
@@ -39,8 +40,8 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     from cnnft.session import Stopped
     from cnnft.training import StepDone
 
-    epochs = plan.config.epochs
-    console.say(" epoch   train loss     acc    val loss     acc      gap", style="bold")
+    macro = "   macro" if plan.config.balanced else ""
+    console.say(f" epoch   train loss     acc    val loss     acc{macro}      gap", style="bold")
     columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
     with _signals() as received, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
@@ -57,7 +58,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                     bar.update(task, completed=event.step, description="validating")
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
-                console.say(_epoch_line(event, epochs))
+                console.say(_epoch_line(event, plan.config))
             elif isinstance(event, Started):
                 kept = event.run.environment() or {}
                 console.log_to(event.run.log, ", ".join(" ".join(item) for item in kept.items()))
@@ -87,10 +88,11 @@ def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
         raise
 
 
-def _epoch_line(epoch: "Epoch", epochs: int) -> str:
+def _epoch_line(epoch: "Epoch", config: "Config") -> str:
+    macro = f" {epoch.val_macro_recall:7.1%}" if config.balanced else ""
     return (
-        f"{epoch.epoch:>3}/{epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
-        f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%} {100 * epoch.gap:+8.1f}"
+        f"{epoch.epoch:>3}/{config.epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
+        f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%}{macro} {100 * epoch.gap:+8.1f}"
         f"{'  best so far' if epoch.best else ''}"
     )
 
