@@ -108,6 +108,8 @@ class Session:
     def _restore(self, saved: Checkpoint) -> None:
         try:
             self.state.restore(saved.tensors, saved.values["state"])
+            if saved.values["pretrained"] != self.plan.classifier.pretrained_hash:
+                raise ValueError("the backbone's weights are others than when it began")
             self.history.extend(Epoch(**row) for row in saved.values["history"])
             self.run.require_classifier(of_an_epoch=bool(self.history))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -177,6 +179,7 @@ class Session:
             "state": state_values,
             "history": [asdict(epoch) for epoch in self.history],
             "frozen_statistics": self.frozen,
+            "pretrained": self.plan.classifier.pretrained_hash,
         }
         self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
         self.due.reset(self.state.step)
