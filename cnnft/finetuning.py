@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,13 @@ from torch.nn.functional import cross_entropy
 
 from cnnft import distributed
 from cnnft.augmentation import augmentation, mixing, training_transform
-from cnnft.batches import TrainingImages, ViewLoader, training_batches, view_batches
+from cnnft.batches import (
+    ImageFiles,
+    TrainingImages,
+    ViewLoader,
+    training_batches,
+    view_batches,
+)
 from cnnft.checkpoints import Checkpoint
 from cnnft.config import Config
 from cnnft.environment import environment
@@ -25,6 +32,7 @@ from cnnft.freezing import batchnorms
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
 from cnnft.optim import freezes_statistics, make_optimizer
+from cnnft.pixelcache import Kept, KeptImages, keep, training_pixels
 from cnnft.planning import Plan, prepare
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
@@ -59,7 +67,7 @@ class Stopped:
     step: int
 
 
-Event = Started | StepDone | Epoch | Finished | Stopped
+Event = Started | Kept | StepDone | Epoch | Finished | Stopped
 
 _FILES_SHOWN = 3
 
@@ -68,6 +76,8 @@ def carry_out(
     plan: Plan, run: Run | None = None, *, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
     """Train as planned; yields at the start, after every step and validated epoch, at the end.
+
+    Before the first step it may yield `Kept` images: decoded, for all epochs to read.
 
     The state is saved after every epoch, at every `config.checkpoint_every`, and when `stop()` says
     so after a step. With `run` the training goes on from its newest checkpoint, and ends with the
@@ -118,13 +128,29 @@ def _train(
                 f"{run.path}: its checkpoint is of another cnnft or another network "
                 f"({first_line(error)}): start a new run"
             ) from error
-    transform = training_transform(spec, augmentation(config))
-    training_images = TrainingImages(plan.train, transform, config.seed)
+    images, val_images = _images(plan)
+    with closing(keep([images, val_images], config.cache, config.epochs)) as keeping:
+        for kept in keeping:
+            yield kept
+            if stop():
+                break
+    if any(distributed.anywhere(stop())):
+        yield Stopped(run, state.step)
+        return
+    transform, pinned = training_transform(spec, augmentation(config)), plan.device.type == "cuda"
     batches = training_batches(
-        training_images, replace(plan.batches, first_step=state.step), plan.workers
+        TrainingImages(plan.train, transform, config.seed, images),
+        replace(plan.batches, first_step=state.step),
+        plan.workers,
+        pinned=pinned,
     )
     val_batches = view_batches(
-        plan.val.paths, EvaluationViews(spec), config.images_at_once, plan.workers
+        plan.val.paths,
+        EvaluationViews(spec).of_crop,
+        config.images_at_once,
+        plan.workers,
+        val_images,
+        pinned=pinned,
     )
     due = _Due(config.checkpoint_every, state.step)
     if saved:
@@ -170,6 +196,18 @@ def _train(
     best = _best(history)
     assert best is not None
     yield Finished(run, best, _score(plan, best))
+
+
+def _images(plan: Plan) -> tuple[KeptImages, KeptImages]:
+    """What training reads of its images, and evaluation's crops of the validation images."""
+    spec, of = plan.classifier.input_spec, Path(plan.config.data).name
+    pixels = training_pixels(plan.config, spec)
+    files = ImageFiles(plan.train.paths, pixels)
+    crops = ImageFiles(plan.val.paths, crop=spec)
+    return (
+        KeptImages(files, plan.train.hashes, f"{len(files.paths)} training images of {of}"),
+        KeptImages(crops, plan.val.hashes, f"{len(crops.paths)} validation crops of {of}"),
+    )
 
 
 class _Due:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cnnft import __version__
-from cnnft.cli import backbones, check, console, diff, evaluate, export, finetune, predict
+from cnnft.cli import backbones, cache, check, console, diff, evaluate, export, finetune, predict
 
 debug = False
 """Set by --debug: errors show their traceback."""
@@ -48,3 +48,4 @@ app.command("export")(export.command)
 app.command("diff")(diff.command)
 app.command("check")(check.command)
 app.command("backbones")(backbones.command)
+app.command("cache")(cache.command)

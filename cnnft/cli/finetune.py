@@ -175,6 +175,14 @@ _FLAGS = {
         metavar="TIME|STEPS",
     ),
     "tensorboard": _Flag(_RUN, "Write the history for TensorBoard too.", switch=True),
+    "cache": _Flag(
+        _RUN,
+        "Where decoded images are kept for the next epoch; disk: for the next run too (see cnnft "
+        "cache). Changes no result.",
+    ),
+    "decoder": _Flag(
+        _RUN, "draft: read large JPEGs at a fraction of their size; faster, and other pixels."
+    ),
     "workers": _Flag(_RUN, "Processes that load images.", "half of the processors, at most 8"),
     "device": _Flag(_RUN, "Where to compute.", metavar="auto|cpu|cuda|mps"),
     "sync_bn": _Flag(
@@ -333,7 +341,9 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
 
     run = Run.open(path)
     before = run.config()
-    free = {"epochs", "workers", "device", "micro_batch", "checkpoint_every", "skip_nonfinite"}
+    free = {
+        "epochs", "workers", "device", "micro_batch", "checkpoint_every", "skip_nonfinite", "cache",
+    }  # fmt: skip
     other = [
         key.replace("_", "-")
         for key, value in given.items()
