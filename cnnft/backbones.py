@@ -18,8 +18,10 @@ from cnnft.zoo import (
     input_spec,
     numbers_held,
     resolve,
+    skips_blocks,
     try_out,
     with_auxiliary,
+    with_drop_path,
 )
 
 
@@ -46,6 +48,7 @@ def open_backbone(
     weights: str | Path | None = None,
     image_size: int | None = None,
     auxiliary: bool = False,
+    drop_path: float = 0.0,
 ) -> Backbone:
     """Build `name` with a new head for `classes` classes and load its weights.
 
@@ -56,6 +59,8 @@ def open_backbone(
         weights: a file to take the backbone's weights from, .safetensors or .pth.
         image_size: side in pixels, if another than the one of the pretraining.
         auxiliary: with the auxiliary classifiers that were pretrained, if there are any.
+        drop_path: share of images that skip the last block in training, fewer the earlier ones
+            (Huang et al., 2016).
 
     Raises:
         UsageError: an unknown name, a missing file, weights asked for where there are none.
@@ -72,9 +77,11 @@ def open_backbone(
     if auxiliary and spec.size >= input_spec(identity).size:
         identity = with_auxiliary(identity)
     described = ":" in name  # by a file from anywhere
+    # What is skipped in training is no part of the identity: evaluation skips nothing.
+    trained = with_drop_path(identity, drop_path) if drop_path else identity
     try:
         numbers_held(identity, classes)
-        network = build(identity, classes)
+        network = build(trained, classes)
         if described or image_size is not None:
             try_out(network, spec.size)
         head = head_tensors(network, lambda other: build(identity, other))
@@ -88,6 +95,8 @@ def open_backbone(
         raise CnnftError(
             f"backbone {identity.name} cannot be built ({first_line(error)})"
         ) from error
+    if drop_path and not skips_blocks(network):
+        raise UsageError(f"--drop-path: backbone {identity.name} has no blocks that can be skipped")
     if not head:
         raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
     backbone = Backbone(network, head, groups, spec, identity, None)

@@ -22,9 +22,10 @@ from cnnft.images import FULL, ImageError, PixelSpec, read_image
 from cnnft.transforms import EvaluationViews, InputSpec, evaluation_crop
 from cnnft.values import Channels
 
-Key = tuple[int, int]
-"""(epoch, index): names one random view of one training image. ~index stands for the same image
-where it is not to count."""
+Key = tuple[int, ...]
+"""(epoch, index): names one random view of one training image; (epoch, index, place in the epoch)
+where an epoch may have the image again. ~index stands for the same image where it is not to
+count."""
 
 IGNORED = -100
 """The label of an image that does not count, as `torch.nn.functional.cross_entropy` has it."""
@@ -53,7 +54,7 @@ class ImageFiles:
 
 
 class TrainingImages(Dataset[tuple[Tensor, int] | str]):
-    """`dataset[epoch, index]` -> (pixels (3, H, W), label): the same for the same key, anywhere.
+    """`dataset[key]` -> (pixels (3, H, W), label): the same for the same key, anywhere.
 
     The key seeds the random transform for that one sample, so neither the number of workers nor
     the order of loading changes it. (Telling an epoch to a dataset that persistent workers have
@@ -77,24 +78,45 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
         return len(self.samples)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int] | str:
-        epoch, index = key
+        epoch, index, *place = key
         try:
             counted, index = index >= 0, max(index, ~index)
             image = self.images[index]
         except ImageError as error:
             return str(error)
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(keyed_seed("sample", self.seed, epoch, index))
+            seed = keyed_seed("sample", self.seed, epoch, index, *place)
+            torch.default_generator.manual_seed(seed)
             return self.transform(image), self.samples.labels[index] if counted else IGNORED
+
+
+class BalancedDraw:
+    """Draws images with replacement, each class as likely as any other: first a class, then one
+    of its images. (torch.multinomial takes weights of images, but of 2^24 at most.)
+    """
+
+    def __init__(self, labels: Sequence[int]) -> None:
+        classes = torch.tensor(labels)
+        self._by_class = classes.argsort(stable=True)
+        self._sizes = classes.unique(return_counts=True)[1]
+        self._starts = self._sizes.cumsum(0) - self._sizes
+
+    def __call__(self, generator: torch.Generator) -> Tensor:
+        """As many as there are images, as indices (N,)."""
+        count = (len(self._by_class),)
+        drawn = torch.randint(len(self._sizes), count, generator=generator)
+        share = torch.rand(count, dtype=torch.float64, generator=generator)
+        return self._by_class[self._starts[drawn] + (share * self._sizes[drawn]).long()]
 
 
 @dataclass(frozen=True)
 class KeyedBatches(Sampler[list[Key]]):
     """All batches of a training run, as keys: a pure function of (seed, epoch, step).
 
-    Every image occurs once an epoch. The last batch may be smaller, but never a single image,
-    which BatchNorm cannot train on: that one joins the batch before it. Iteration gives this
-    process's share of each batch, and an image that does not count where the share is empty.
+    Every image occurs once an epoch, unless a `draw` says which do. The last batch may be smaller,
+    but never a single image, which BatchNorm cannot train on: that one joins the batch before it.
+    Iteration gives this process's share of each batch, and an image that does not count where the
+    share is empty.
     """
 
     images: int
@@ -103,6 +125,7 @@ class KeyedBatches(Sampler[list[Key]]):
     epochs: int
     first_step: int = 0
     """Where iteration begins: the steps before it were taken by a run that was interrupted."""
+    draw: BalancedDraw | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -113,20 +136,32 @@ class KeyedBatches(Sampler[list[Key]]):
         return self.epochs * self.steps_per_epoch
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for step in range(self.first_step, len(self)):
-            epoch, batch = step // self.steps_per_epoch, self.at(step)
-            share = distributed.share(len(batch))
-            yield [(epoch, i) for i in batch[share.start : share.stop] or [~batch[0]]]
+        return map(self.part, range(self.first_step, len(self)))
+
+    def part(self, step: int) -> list[Key]:
+        """This process's keys of a step; one that does not count where there is none."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        batch, places = self.at(step), self._places(within)
+        share = distributed.share(len(batch))
+        keys = [self._key(epoch, batch[i], places[i]) for i in share]
+        return keys or [self._key(epoch, ~batch[0], places[0])]
 
     def at(self, step: int) -> list[int]:
         """The images of a step, in all processes."""
         epoch, within = divmod(step, self.steps_per_epoch)
         places = self._places(within)
-        return _order(self.images, self.seed, epoch)[places.start : places.stop]
+        return _order(self.images, self.seed, epoch, self.draw)[places.start : places.stop]
+
+    def own(self, step: int) -> list[int]:
+        """The images of this process's keys."""
+        return [max(index, ~index) for _, index, *_ in self.part(step)]
 
     def size(self, step: int) -> int:
         """How many images the step has, in all processes."""
         return len(self._places(step % self.steps_per_epoch))
+
+    def _key(self, epoch: int, index: int, place: int) -> Key:
+        return (epoch, index) if self.draw is None else (epoch, index, place)
 
     def _places(self, within: int) -> range:
         last = within == self.steps_per_epoch - 1
@@ -135,10 +170,11 @@ class KeyedBatches(Sampler[list[Key]]):
 
 
 @lru_cache(maxsize=2)  # each step asks for it
-def _order(images: int, seed: int, epoch: int) -> list[int]:
+def _order(images: int, seed: int, epoch: int, draw: BalancedDraw | None) -> list[int]:
     generator = torch.Generator().manual_seed(keyed_seed("order", seed, epoch))
-    order: list[int] = torch.randperm(images, generator=generator).tolist()
-    return order
+    order = draw(generator) if draw else torch.randperm(images, generator=generator)
+    indices: list[int] = order.tolist()
+    return indices
 
 
 def training_batches(

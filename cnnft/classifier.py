@@ -1,5 +1,6 @@
 """`Classifier`: what predict, evaluate and export take, from a run or from an exported file."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,13 +18,17 @@ from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.files import parse_json
 from cnnft.heads import head_tensors, replace_by_mlp
 from cnnft.hub import Pin
-from cnnft.inference import choose_device, infer
+from cnnft.inference import Ensemble, choose_device, infer
 from cnnft.pretrained import backbone_hash, load_weights
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held, resolve, try_out
 
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""
+
+SNAPSHOT = "snapshots/{}.safetensors"
+"""In a run: the weights of each network that votes, from 1."""
+_MOST_SNAPSHOTS = 1000
 
 
 _HOLDS_ALL = "{} holds all its weights: --weights goes with a head file only"
@@ -61,6 +66,8 @@ class Classifier:
     """Backbone tensors that the pretrained weights lacked: random when training began."""
     pretrained_hash: str
     """`backbone_hash` before training."""
+    snapshots: int = 0
+    """How many networks vote in `network`; 0: it is a single one."""
     pin: Pin | None = None
     """The file of the pretrained weights; None: there was none, or an older cnnft kept no pin."""
 
@@ -137,6 +144,7 @@ class Classifier:
             "input_spec": asdict(self.input_spec),
             "head": sorted(self.head),
             "head_kind": self.head_kind,
+            "snapshots": self.snapshots,
             "backbone": {
                 **identity,
                 "weights_source": self.weights_source,
@@ -194,6 +202,9 @@ def from_description(
         head, head_kind = frozenset(_texts(own["head"])), own.get("head_kind", "linear")
         if head_kind not in get_args(Head):
             raise ValueError("head_kind is unknown")
+        snapshots = own.get("snapshots", 0)
+        if not isinstance(snapshots, int) or not 0 <= snapshots <= _MOST_SNAPSHOTS:
+            raise ValueError("the number of snapshots makes no sense")
         pin = Pin(**own["weights_file"]) if own.get("weights_file") else None
         if not isinstance(weights_source, str | None) or not isinstance(pretrained_hash, str):
             raise TypeError("the backbone's weights are no text")
@@ -203,7 +214,7 @@ def from_description(
         ) from error
     try:
         held, given = numbers_held(identity, len(classes)), sum(t.numel() for t in state.values())
-        # `_fill` compares exactly; this is so that no absurd network is made for it.
+        # `fill` compares exactly; this is so that no absurd network is made for it.
         if held > 2 * given and state.keys() != head:
             raise CnnftError(
                 f"{source} does not fit the network it names: that holds {held:,} numbers, and "
@@ -230,6 +241,7 @@ def from_description(
         weights_source,
         missing,
         pretrained_hash,
+        snapshots,
         pin,
     )
 
@@ -256,6 +268,16 @@ def load(
         UsageError: nothing is there.
         CnnftError: it cannot be read, or the backbone is not the one that the head was trained on.
     """
+    path = require_model(model)
+    place = choose_device(device)
+    classifier = _load_run(path, weights) if path.is_dir() else _load_file(path, weights)
+    classifier.network.to(place)
+    classifier.network.eval()
+    return classifier
+
+
+def require_model(model: str | Path) -> Path:
+    """Raises `UsageError` where there is nothing that `load` could open."""
     path = Path(model)
     if not str(model) or not path.exists():
         raise UsageError(f"{str(model) or '(empty)'}: no such run or exported file")
@@ -263,11 +285,7 @@ def load(
         raise UsageError(
             f"{path} is for programs that run ONNX: give the run that it was made from"
         )
-    place = choose_device(device)
-    classifier = _load_run(path, weights) if path.is_dir() else _load_file(path, weights)
-    classifier.network.to(place)
-    classifier.network.eval()
-    return classifier
+    return path
 
 
 def _load_run(folder: Path, weights: str | Path | None) -> Classifier:
@@ -280,8 +298,20 @@ def _load_run(folder: Path, weights: str | Path | None) -> Classifier:
     config = parse_json(config_file.read_bytes(), config_file)
     _, state = read_tensors(weights_file)
     classifier = from_description(config, config_file, state)
-    _fill(classifier.network, state, weights_file)
+    fill(classifier.network, state, weights_file)
+    if classifier.snapshots:
+        classifier.network = voters(classifier, folder)
     return classifier
+
+
+def voters(classifier: Classifier, folder: Path) -> Ensemble:
+    """The networks of a run's snapshots."""
+    networks = []
+    for number in range(1, classifier.snapshots + 1):
+        file = folder / SNAPSHOT.format(number)
+        networks.append(copy.deepcopy(classifier.network))
+        fill(networks[-1], read_tensors(file)[1], file)
+    return Ensemble(networks)
 
 
 def _load_file(path: Path, weights: str | Path | None) -> Classifier:
@@ -311,7 +341,7 @@ def _load_file(path: Path, weights: str | Path | None) -> Classifier:
         state = {**classifier.network.state_dict(), **state}
     elif weights is not None:
         raise UsageError(_HOLDS_ALL.format(path))
-    _fill(classifier.network, state, path)
+    fill(classifier.network, state, path)
     return classifier
 
 
@@ -331,7 +361,8 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise CnnftError(f"{path} is not a whole safetensors file ({first_line(error)})") from error
 
 
-def _fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+def fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Raises `CnnftError` where the tensors of the file `source` are another network's."""
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -261,6 +261,8 @@ class Config:
         asked = [flag(name) for name in ("ema", "swa", "snapshots") if getattr(self, name)]
         if len(asked) > 1:
             yield f"{' and '.join(asked)} each make a model of their own: choose one"
+        if self.patience is not None and (self.swa or self.snapshots):
+            yield f"--patience may end training before {' '.join(asked)}: leave one out"
         if self.snapshots is None:
             return
         cycles = self.epochs - self.warmup_epochs
@@ -277,8 +279,6 @@ class Config:
                 f"--epochs {self.epochs} cannot be shared evenly by --snapshots {self.snapshots}: "
                 f"take {self.epochs + more:g}"
             )
-        if self.patience is not None:
-            yield "--patience would end training before the last of --snapshots: leave one out"
 
     @property
     def milestone_epochs(self) -> tuple[float, ...]:
@@ -286,6 +286,11 @@ class Config:
         if self.milestones is None:
             return self.epochs / 2, self.epochs * 3 / 4
         return parse_milestones(self.milestones)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether training makes all classes count alike, whatever their numbers of images."""
+        return "balanced" in (self.class_weights, self.sampling)
 
     @property
     def images_per_step(self) -> int:

@@ -13,7 +13,17 @@ from cnnft.config import Split, TestTimeViews
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference import infer_all
-from cnnft.metrics import ClassScore, Score, class_scores, confusion_matrix, score, top_k_accuracy
+from cnnft.metrics import (
+    ClassScore,
+    MacroScore,
+    Score,
+    calibration_error,
+    class_scores,
+    confusion_matrix,
+    macro_average,
+    score,
+    top_k_accuracy,
+)
 from cnnft.transforms import EvaluationViews
 
 
@@ -24,6 +34,8 @@ class Evaluation:
     overall: Score
     top5: float | None
     """None for five classes or fewer."""
+    calibration_error: float
+    """Expected, of the probability that the predicted class is given."""
     classes: tuple[ClassScore, ...]
     confusion: list[list[int]]
     """Rows are true classes, columns predicted ones."""
@@ -37,6 +49,10 @@ class Evaluation:
     def chance(self) -> float:
         """Accuracy of always answering the commonest class."""
         return max(row.n for row in self.classes) / self.overall.n
+
+    @property
+    def macro(self) -> MacroScore:
+        return macro_average(self.classes)
 
 
 def evaluate_folder(
@@ -87,6 +103,7 @@ def evaluate_folder(
     return Evaluation(
         overall=score(log_probs, labels),
         top5=top_k_accuracy(log_probs, labels, 5) if len(classifier.classes) > 5 else None,
+        calibration_error=calibration_error(log_probs, labels),
         classes=class_scores(log_probs, labels, classifier.classes),
         confusion=confusion_matrix(log_probs, labels).tolist(),
         left_out=len(samples) - len(kept),

@@ -39,6 +39,11 @@ def export_run(run: Run, format: ExportFormat, output: str | Path | None = None)
         raise UsageError(f"--output {path} is one of the run's own files: choose another name")
     if path.is_dir():
         raise UsageError(f"--output {path} is a folder: give the file to write")
+    if classifier.snapshots and format != "onnx":
+        raise UsageError(
+            f"{run.path} is {classifier.snapshots} networks that vote, which only --format onnx "
+            "puts into one file"
+        )
     writers: dict[ExportFormat, Callable[[], bytes]] = {
         "head": lambda: _head(classifier, run),
         "safetensors": lambda: _whole(classifier),

@@ -77,6 +77,13 @@ def train_mode(network: nn.Module, keep_statistics: Iterable[nn.Module] = ()) ->
         module.training = False
 
 
+def learning_statistics(network: nn.Module, keep: Iterable[nn.Module] = ()) -> list[str]:
+    """Names of the BatchNorm layers whose running statistics change in training."""
+    train_mode(network, keep)
+    modules = network.named_modules()
+    return [name for name, m in modules if isinstance(m, _BatchNorm) and m.training]
+
+
 def batchnorms(network: nn.Module, head: frozenset[str]) -> list[nn.Module]:
     """The backbone's BatchNorm layers; those of a new head have no statistics to keep."""
     owners = {name.rpartition(".")[0] for name in head}

@@ -16,6 +16,18 @@ class NotANumberError(CnnftError):
     """The network's output is NaN."""
 
 
+class Ensemble(nn.Module):
+    """Networks that vote: the log of their mean softmax probability, (B, C)."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        log_probs = [network(pixels).float().log_softmax(dim=1) for network in self.networks]
+        return torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))
+
+
 def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views, Tensor]]:
     """Yields each batch with the log of its mean softmax probability over the views, (B, C), on
     the CPU; B counts the readable images, in the order of `batch.indices`.

@@ -29,14 +29,15 @@ _CGROUPS = tuple(
 _MEMINFO = Path("/proc/meminfo")
 
 
-def largest_batch(network: nn.Module, size: int, images: int) -> int:
+def largest_batch(network: nn.Module, size: int, images: int, copies: float) -> int:
     """The largest power of two whose training step fits the free memory of all devices.
 
-    At most LARGEST, and small enough for LEAST_STEPS steps in an epoch of `images`.
+    At most LARGEST, and small enough for LEAST_STEPS steps in an epoch of `images`. `copies`: what
+    training keeps of each weight besides it, such as its gradient and momentum.
     """
     device = next(network.parameters()).device
     trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
-    free = available(device) - 2 * trained  # gradients and momentum
+    free = available(device) - copies * trained
     fits = min(distributed.gather([free / (_RESERVED * bytes_per_image(network, size))]))
     most = max(min(fits * distributed.world, LARGEST, images / LEAST_STEPS), 1)
     return 1 << (int(most).bit_length() - 1)

@@ -1,13 +1,18 @@
 """Pure functions of (log-probabilities, labels)."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 Z95 = 1.959963984540054
 """97.5 % quantile of the standard normal distribution."""
+
+CALIBRATION_BINS = 15
+"""Of confidence, equally wide (Guo et al., 2017)."""
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
@@ -24,6 +29,8 @@ class Score:
 
     n: int
     correct: int
+    macro_recall: float
+    """Mean over the classes that have images of the share that is right: balanced accuracy."""
     loss: float
     """Mean negative log-probability of the true class."""
 
@@ -77,9 +84,18 @@ def tango_interval(only_a: int, only_b: int, n: int) -> tuple[float, float]:
 
 def score(log_probs: Tensor, labels: Tensor) -> Score:
     """`log_probs` (N, C), `labels` (N,)."""
-    correct = int((log_probs.argmax(dim=1) == labels).sum())
+    true, _, hits = _counts(log_probs, labels)
+    recalls = [hit / n for hit, n in zip(hits, true, strict=True) if n]
     loss = float(torch.nn.functional.nll_loss(log_probs.double(), labels))
-    return Score(len(labels), correct, loss)
+    return Score(len(labels), sum(hits), fmean(recalls), loss)
+
+
+def _counts(log_probs: Tensor, labels: Tensor) -> tuple[list[int], list[int], list[int]]:
+    """Of each class, how many images: that are of it, that are said to be, that are both."""
+    predicted = log_probs.argmax(dim=1)
+    parts = (labels, predicted, labels[predicted == labels])
+    true, said, hits = (torch.bincount(p, minlength=log_probs.shape[1]).tolist() for p in parts)
+    return true, said, hits
 
 
 @dataclass(frozen=True)
@@ -109,22 +125,46 @@ def confusion_matrix(log_probs: Tensor, labels: Tensor) -> Tensor:
 def class_scores(
     log_probs: Tensor, labels: Tensor, classes: tuple[str, ...]
 ) -> tuple[ClassScore, ...]:
-    from torchmetrics.functional import classification as tm
-
-    c = len(classes)
-    precision, recall, f1 = (
-        function(log_probs, labels, num_classes=c, average="none").tolist()
-        for function in (tm.multiclass_precision, tm.multiclass_recall, tm.multiclass_f1_score)
-    )
-    true = torch.bincount(labels, minlength=c).tolist()
-    predicted = torch.bincount(log_probs.argmax(dim=1), minlength=c).tolist()
     return tuple(
         ClassScore(
             name=name,
-            n=true[i],
-            precision=precision[i] if predicted[i] else None,
-            recall=recall[i] if true[i] else None,
-            f1=f1[i] if predicted[i] + true[i] else None,
+            n=n,
+            precision=hits / said if said else None,
+            recall=hits / n if n else None,
+            f1=2 * hits / (n + said) if n + said else None,
         )
-        for i, name in enumerate(classes)
+        for name, n, said, hits in zip(classes, *_counts(log_probs, labels), strict=True)
     )
+
+
+@dataclass(frozen=True)
+class MacroScore:
+    """Means over the classes that have images, so that all of these count alike."""
+
+    precision: float
+    """A class that is never predicted has 0."""
+    recall: float
+    f1: float
+
+
+def macro_average(classes: Sequence[ClassScore]) -> MacroScore:
+    present = [row for row in classes if row.n]
+    return MacroScore(
+        precision=fmean(row.precision or 0.0 for row in present),
+        recall=fmean(row.recall or 0.0 for row in present),
+        f1=fmean(row.f1 or 0.0 for row in present),
+    )
+
+
+def calibration_error(log_probs: Tensor, labels: Tensor) -> float:
+    """Expected calibration error (Guo et al., 2017): |accuracy - mean confidence| over images of
+    like confidence, averaged over all images.
+    """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    # What exceeds 1 by rounding would be taken for logits.
+    probabilities = log_probs.exp().clamp(max=1)
+    error = multiclass_calibration_error(
+        probabilities, labels, log_probs.shape[1], n_bins=CALIBRATION_BINS
+    )
+    return float(error)

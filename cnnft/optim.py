@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
-from torch import nn
+from torch import Tensor, nn
 
 from cnnft import distributed
 from cnnft.config import Config
@@ -140,6 +140,19 @@ def make_optimizer(
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
+
+
+def state_per_weight(config: Config) -> float:
+    """How many numbers the optimizer keeps for each weight, such as momenta: a step tells."""
+    layer = nn.Linear(64, 64)
+    names = frozenset(name for name, _ in layer.named_parameters())
+    optimizer = make_optimizer(layer, names, (), LearningRates(0.0, 0.001, ""), config)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    kept = [v for state in optimizer.state.values() for v in state.values()]
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+    return sum(value.numel() for value in kept if isinstance(value, Tensor)) / weights
 
 
 def _decaying_and_not(group: dict[str, Any]) -> list[dict[str, Any]]:

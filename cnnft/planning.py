@@ -12,23 +12,33 @@ from cnnft import data, distributed
 from cnnft.advice import Advice, advise
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
+    BalancedDraw,
     KeyedBatches,
     channel_statistics,
     default_workers,
     keyed_seed,
     view_batches,
 )
-from cnnft.classifier import Classifier
+from cnnft.classifier import Classifier, require_model
 from cnnft.config import Config, Mode
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.features import Features, Probe, embed, install, probe
-from cnnft.freezing import freeze
+from cnnft.freezing import batchnorms, freeze, learning_statistics
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
 from cnnft.memory import largest_batch
-from cnnft.optim import LearningRates, learning_rates, require_optimizer
+from cnnft.optim import (
+    LearningRates,
+    freezes_statistics,
+    learning_rates,
+    require_optimizer,
+    state_per_weight,
+)
 from cnnft.pretrained import LoadedWeights, backbone_hash
+from cnnft.run import Run
+from cnnft.teaching import open_teachers
+from cnnft.tensorboard import require_tensorboard
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.values import parse_statistics
 from cnnft.zoo import local_folder, resolve
@@ -57,6 +67,7 @@ class Plan:
     """What a probe of the frozen features says of the data, where there was one."""
     probed: bool
     """Whether the head starts from that probe."""
+    teachers: tuple[Classifier, ...]
     rates: LearningRates
     batches: KeyedBatches
     device: torch.device
@@ -85,12 +96,18 @@ def prepare(
     """
     device = choose_device(config.device)
     _require_cuda_for_sync_bn(config, device)
+    for teacher in config.teacher:
+        require_model(teacher)
     resolve(config.backbone)  # a wrong name is known before the data is read
     require_optimizer(config)
+    if config.tensorboard:
+        require_tensorboard()
     data.require_folder(config.data)
     asked, config = config.mode, _with_absolute_paths(config)
     workers = default_workers() if config.workers is None else config.workers
     found = _read(config, on_files)
+    teachers = open_teachers(config, found.train.classes)
+    _warn_of_known(config, found.val)
     backbone = _open(config, len(found.train.classes), device)
     spec = _input_spec(config, backbone.input_spec, found.train, workers)
     probed = None
@@ -117,7 +134,15 @@ def prepare(
     if config.sync_bn:
         network = convert_sync_batchnorm(network)
     if config.batch_size == "auto":
-        config = replace(config, batch_size=largest_batch(network, spec.size, len(found.train)))
+        copies = 1 + state_per_weight(config) + bool(config.ema or config.swa)
+        largest = largest_batch(network, spec.size, len(found.train), copies)
+        config = replace(config, batch_size=largest)
+    keep = batchnorms(network, head) if freezes_statistics(config) else ()
+    if config.recalibrate_bn and not learning_statistics(network, keep):
+        raise UsageError(
+            "--recalibrate-bn: no BatchNorm layer learns its statistics here; leave it out, or "
+            "take --batchnorm train"
+        )
     weights = backbone.weights
     return Plan(
         config=config,
@@ -142,11 +167,31 @@ def prepare(
         weights=weights,
         advice=probed.advice if probed else None,
         probed=starts_from_probe,
+        teachers=teachers,
         rates=learning_rates(config, backbone.identity.architecture, starts_from_probe),
-        batches=KeyedBatches(len(found.train), config.images_per_step, config.seed, config.epochs),
+        batches=KeyedBatches(
+            len(found.train),
+            config.images_per_step,
+            config.seed,
+            config.epochs,
+            draw=BalancedDraw(found.train.labels) if config.sampling == "balanced" else None,
+        ),
         device=device,
         workers=workers,
     )
+
+
+def _warn_of_known(config: Config, val: Samples) -> None:
+    """A teacher that has learnt validation images may tell the student what is right there."""
+    for teacher in config.teacher:
+        if Path(teacher).is_dir():
+            known = len(val) - len(data.without(val, Run.open(teacher).hashes("train")))
+            if known:
+                _log.warning(
+                    "--teacher %s was trained on %d of the validation images: the score on val "
+                    "may be optimistic",
+                    *(teacher, known),
+                )
 
 
 def _require_cuda_for_sync_bn(config: Config, device: torch.device) -> None:
@@ -165,6 +210,7 @@ def _open(config: Config, classes: int, device: torch.device) -> Backbone:
         weights=config.weights,
         image_size=config.image_size,
         auxiliary=_auxiliary(config),
+        drop_path=config.drop_path,
     )
     backbone.network.to(device)
     return backbone
@@ -293,4 +339,5 @@ def _with_absolute_paths(config: Config) -> Config:
     weights = None if config.weights is None else Path(config.weights).absolute()
     folder = local_folder(config.backbone) if config.backbone != "builtin" else None
     backbone = f"local-dir:{folder.absolute()}" if folder else config.backbone
-    return replace(config, data=data, weights=weights, backbone=backbone)
+    teachers = tuple(str(Path(teacher).absolute()) for teacher in config.teacher)
+    return replace(config, data=data, weights=weights, backbone=backbone, teacher=teachers)

@@ -3,7 +3,9 @@
     config.toml         the settings, to run again with `cnnft finetune --config`
     config.json         the network, classes and preprocessing; timm opens the directory too
     model.safetensors   the weights of the best epoch so far
+    snapshots/          with --snapshots the weights of each network that votes
     history.csv         one row per epoch
+    metrics.jsonl       the same for machines: one JSON object per epoch, with its step
     metrics.json        the best epoch and its scores
     val_predictions.csv what the best epoch says of each validation image
     environment.json    versions and machine
@@ -11,9 +13,10 @@
     skipped.csv         every file left out, and why
     run.log             what `cnnft finetune` said, with the time
     state/              checkpoints, to go on after an interruption
+    tensorboard/        the history for TensorBoard, where that was asked for
 
-Every file but the log, which grows by lines, appears whole: it is written beside its place, synced
-and renamed.
+Every file appears whole: it is written beside its place, synced and renamed. Only the log grows by
+lines, and TensorBoard's files by events.
 """
 
 import csv
@@ -23,17 +26,17 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnft import distributed
 from cnnft.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
-from cnnft.classifier import Classifier
+from cnnft.classifier import SNAPSHOT, Classifier, fill, read_tensors, voters
 from cnnft.config import Config
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError, UsageError, first_line
@@ -41,8 +44,9 @@ from cnnft.files import parse_json, to_safetensors, write_whole
 from cnnft.rundirs import STATE, forget_replaced, locked, make_directory
 
 FILES = (
-    *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json"),
-    *("val_predictions.csv", "environment.json", "data.csv", "skipped.csv", "run.log"),
+    *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.jsonl"),
+    *("metrics.json", "val_predictions.csv", "environment.json", "data.csv", "skipped.csv"),
+    "run.log",
 )
 
 _COLUMNS = {
@@ -55,7 +59,9 @@ _LAUNCH = f"{STATE}/launch"
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of the history. Training figures are of augmented images, during the epoch."""
+    """One row of the history. Training figures are of images as they were drawn and augmented,
+    during the epoch.
+    """
 
     epoch: int
     """From 1."""
@@ -66,10 +72,13 @@ class Epoch:
     train_accuracy: float
     val_loss: float
     val_accuracy: float
+    val_macro_recall: float
+    """The mean of the classes' accuracies."""
     seconds: float
     """Training only."""
     best: bool
-    """The best up to here, so the run holds its weights: by val accuracy, then by val loss."""
+    """The best up to here, so the run holds its weights: by val accuracy, then by val loss. Where
+    training makes all classes count alike (`Config.balanced`) by val macro recall instead."""
 
     @property
     def gap(self) -> float:
@@ -87,6 +96,11 @@ class Run:
     def log(self) -> Path:
         """For the command line to append to; a run that was made from Python has none."""
         return self.path / "run.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        """For the writer of that name."""
+        return self.path / "tensorboard"
 
     @classmethod
     @contextmanager
@@ -242,6 +256,21 @@ class Run:
         if distributed.is_main:
             forget_replaced(self.path)
 
+    def save_snapshot(self, number: int, network: nn.Module) -> None:
+        """The weights of one of the networks that will vote."""
+        self._write(SNAPSHOT.format(number), to_safetensors(network.state_dict()))
+
+    def save_vote(self, classifier: Classifier, snapshots: int) -> Classifier:
+        """From now on the run's classifier is that of its snapshots, which is returned."""
+        voting = replace(classifier, snapshots=snapshots)
+        self._write("config.json", _json(voting.describe()))
+        return replace(voting, network=voters(voting, self.path))
+
+    def load_weights(self, network: nn.Module) -> None:
+        """Those of the best epoch."""
+        path = self.path / "model.safetensors"
+        fill(network, read_tensors(path)[1], path)
+
     def require_classifier(self, of_an_epoch: bool) -> None:
         """Raises `CnnftError` where an epoch's weights were saved and are not there any more."""
         for name in ("config.json", "model.safetensors"):
@@ -290,9 +319,12 @@ class Run:
         exists = (self.path / "environment.json").exists()
         return self._read_json("environment.json") if exists else None
 
-    def save_history(self, history: Sequence[Epoch]) -> None:
+    def save_history(self, history: Sequence[Epoch], steps_per_epoch: int) -> None:
         names = [field.name for field in fields(Epoch)]
-        self._write("history.csv", _csv(names, [asdict(epoch).values() for epoch in history]))
+        rows = [asdict(epoch) for epoch in history]
+        self._write("history.csv", _csv(names, [row.values() for row in rows]))
+        lines = [json.dumps(row | {"step": row["epoch"] * steps_per_epoch}) for row in rows]
+        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
     def save_metrics(self, metrics: dict[str, Any]) -> None:
         self._write("metrics.json", _json(metrics))

@@ -26,14 +26,18 @@ def make_schedule(config: Config, steps_per_epoch: int) -> Multiplier:
     """`config.schedule`, after a linear warm-up (Goyal et al., 2017).
 
     The schedule begins, at the full rate, where the warm-up ends, and has the rest of the training
-    to run in. Milestones alone are counted from the start of the training.
+    to run in. Milestones alone are counted from the start of the training. Where the last epochs
+    are averaged (`config.swa`), the rate stays what it is when they begin (Izmailov et al., 2018).
     """
     total = config.epochs * steps_per_epoch
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total - 1)
     shape = _shape(config, steps_per_epoch, warmup, total - warmup)
     warm_epochs = math.ceil(warmup / steps_per_epoch)
 
+    averaging = total - (config.swa or 0) * steps_per_epoch
+
     def multiplier(step: int, val_losses: Sequence[float] = ()) -> float:
+        step = min(step, averaging)
         if step < warmup:
             return (step + 1) / (warmup + 1)
         if config.schedule == "plateau":

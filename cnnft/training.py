@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.optim.swa_utils import AveragedModel
 
 from cnnft import distributed
 from cnnft.augmentation import Mix
 from cnnft.batches import IGNORED, KeyedBatches, keyed_seed
 from cnnft.errors import CnnftError
 from cnnft.freezing import train_mode
+from cnnft.objectives import Objective
 
 AUXILIARY_WEIGHT = 0.4
 """Of the loss of an auxiliary classifier (as PyTorch's tutorial weighs Inception v3's)."""
-
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""(logits (B, C), labels (B,) or shares of the classes (B, C)) -> summed loss of the batch; images
-labelled IGNORED have none."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +49,16 @@ class TrainState:
     """BatchNorm layers that train but keep their pretrained statistics."""
     mix: Mix = lambda pixels, labels: (pixels, labels)
     """What becomes of a batch at random, such as mixup."""
+    teach: Callable[[Tensor, Sequence[int]], Tensor] | None = None
+    """(pixels, which images they are) -> a teacher's logits, for the objective to compare with."""
+    before_step: Callable[[], None] = lambda: None
+    """What is done to the gradients."""
+    after_step: Callable[[], None] = lambda: None
+    """What is done to the weights."""
+    average: AveragedModel | None = None
+    """Of the weights after the steps that `averaged` names."""
+    averaged: Callable[[int], bool] = lambda step: True
+    """Steps taken -> whether these weights go into the average."""
     micro_batch: int | None = None
     """Images that are computed at once, in each process; their gradients add up to the batch's.
     None: all. Halved where they do not fit the device's memory."""
@@ -77,6 +85,9 @@ class TrainState:
         """
         tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
         optimizer = _without_tensors(self.optimizer.state_dict(), "optimizer", tensors)
+        if self.average is not None:
+            average = self.average.state_dict()
+            tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
         tensors["totals"] = distributed.total(self.totals)
         if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
             raise NonFiniteLossError("the loss or a weight is not finite", self.step - 1)
@@ -90,15 +101,19 @@ class TrainState:
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go back to the state that both were taken in."""
-        prefix = "network."
-        network = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        self.network.load_state_dict(network)
+        self.network.load_state_dict(_below("network.", tensors))
+        if self.average is not None:
+            self.average.load_state_dict(_below("average.", tensors))
         self.optimizer.load_state_dict(_with_tensors(values["optimizer"], tensors))
         if distributed.is_main:  # it had the sum of all processes
             self.totals.copy_(tensors["totals"])
         self.step, self.left_out = values["step"], values["left_out"]
         sizes = [size for size in (self.micro_batch, values["micro_batch"]) if size]
         self.micro_batch = min(sizes, default=None)
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -195,11 +210,15 @@ def train(
             elif unread is not None:
                 _require_finite(state, *unread)
             unread = state.step, sums[0]
+            state.before_step()
             state.optimizer.step()
+            state.after_step()
             state.totals += sums
 
         images, epoch = state.keys.size(state.step), state.step // state.keys.steps_per_epoch
         state.step += 1
+        if state.average is not None and state.averaged(state.step):
+            state.average.update_parameters(state.network)
         yield StepDone(epoch, state.step, images, sums[0] / sums[2])
         if state.step % state.keys.steps_per_epoch == 0:
             mean_loss, accuracy = _finish_epoch(state)
@@ -241,15 +260,19 @@ def _gradients_in_parts(
     weight = distributed.world / state.keys.size(state.step)
     parts = math.ceil(len(labels) / (state.micro_batch or len(labels)))
     sums = torch.zeros_like(state.totals)
-    pairs = zip(pixels.tensor_split(parts), targets.tensor_split(parts), strict=True)
-    for part, (some_pixels, some_targets) in enumerate(pairs, start=1):
+    images = torch.tensor(state.keys.own(state.step)).tensor_split(parts)
+    split = zip(pixels.tensor_split(parts), targets.tensor_split(parts), images, strict=True)
+    for part, (some_pixels, labels, some_images) in enumerate(split, start=1):
+        aims = [labels]
+        if state.teach is not None:
+            aims.append(state.teach(some_pixels, some_images.tolist()))
         with nullcontext() if part == parts else distributed.without_sync(network):
             logits, *auxiliary = all_logits(network(some_pixels))
-            loss = objective(logits, some_targets)
+            loss = objective(logits, *aims)
             for other in auxiliary:
-                loss = loss + AUXILIARY_WEIGHT * objective(other, some_targets)
+                loss = loss + AUXILIARY_WEIGHT * objective(other, *aims)
             (loss * weight).backward()
-        main = some_targets if some_targets.ndim == 1 else some_targets.argmax(dim=1)
+        main = labels if labels.ndim == 1 else labels.argmax(dim=1)
         correct = (logits.argmax(dim=1) == main).sum()
         sums += torch.stack([loss.detach(), correct, (main != IGNORED).sum()]).to(sums)
     return sums
@@ -287,6 +310,8 @@ def _finish_epoch(state: TrainState) -> tuple[float, float]:
         raise NonFiniteLossError(f"the summed loss of the epoch is {loss}", state.step - 1)
     state.totals.zero_()
     distributed.share_statistics(state.network)
+    if state.average is not None:
+        distributed.share_statistics(state.average.module)
     images = max(images, 1)  # every step may have been left out
     return loss / images, correct / images
 

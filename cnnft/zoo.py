@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torchvision.ops import StochasticDepth
 
 from cnnft.config import Fit
 from cnnft.errors import CnnftError, UsageError, did_you_mean, first_line
@@ -329,6 +331,22 @@ def with_auxiliary(identity: Identity) -> Identity:
     if identity.library == "timm" or identity.architecture not in _PRETRAINED_AUXILIARY:
         return identity
     return replace(identity, model_args=identity.model_args | {"aux_logits": True})
+
+
+def with_drop_path(identity: Identity, share: float) -> Identity:
+    """With blocks that are skipped at random; networks that know no such argument stay as is."""
+    name = "drop_path_rate" if identity.library == "timm" else "stochastic_depth_prob"
+    changed = replace(identity, model_args=identity.model_args | {name: share})
+    try:
+        with torch.device("meta"):
+            build(changed, 2)
+    except TypeError:
+        return identity
+    return changed
+
+
+def skips_blocks(network: nn.Module) -> bool:
+    return any(isinstance(module, DropPath | StochasticDepth) for module in network.modules())
 
 
 _DEFAULT_FILE = "pytorch_model.bin"

@@ -1,7 +1,6 @@
 """Three lines of Python do what the commands do."""
 
 import importlib
-import inspect
 import pkgutil
 
 import pytest
@@ -32,8 +31,21 @@ def test_functions_stay_callable_after_every_submodule_is_imported():
         assert callable(getattr(cnnft, name)), name
 
 
-def test_finetune_has_the_signature_of_config():
-    assert inspect.signature(finetune) == inspect.signature(Config)
+def test_settings_win_over_the_recipe(flat, tmp_path):
+    run = finetune(
+        flat, recipe="tutorial", backbone="builtin", mode="feature-extractor", epochs=1,
+        runs_dir=tmp_path, workers=0, batch_size=10,
+    )  # fmt: skip
+    config = run.config()
+    assert (config.head_lr, config.lr, config.schedule) == (0.001, None, "step")
+    assert (config.epochs, config.batch_size) == (1, 10)
+
+
+def test_unknown_settings_and_recipes_are_told(flat):
+    with pytest.raises(CnnftError, match="unknown setting 'epoch'"):
+        finetune(flat, epoch=1)
+    with pytest.raises(CnnftError, match="did you mean fast"):
+        finetune(flat, recipe="fat")
 
 
 def test_mistakes_raise_the_public_error(tmp_path):

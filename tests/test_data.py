@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from cnnft import data
-from cnnft.batches import KeyedBatches, TrainingImages
+from cnnft.batches import IGNORED, BalancedDraw, KeyedBatches, TrainingImages
 from cnnft.data import Samples, Skipped
 from cnnft.errors import CnnftError
 
@@ -292,6 +292,41 @@ def test_every_image_once_an_epoch_and_no_batch_of_one(
 def test_epochs_and_seeds_shuffle_differently() -> None:
     orders = {tuple(KeyedBatches(50, 50, seed, 2).at(epoch)) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
+
+
+LABELS = random.Random(0).sample(range(4), counts=(600, 300, 90, 10), k=1000)
+
+
+def balanced(epochs: int = 2, first_step: int = 0) -> KeyedBatches:
+    return KeyedBatches(len(LABELS), 32, 7, epochs, first_step, BalancedDraw(LABELS))
+
+
+def test_a_balanced_epoch_draws_classes_alike_and_images_of_a_class_alike() -> None:
+    keys = [key for batch in balanced(epochs=40) for key in batch]
+    assert len(keys) == len(set(keys)) == 40_000  # no view is seen twice
+    found = Counter(LABELS[index] for _, index, _ in keys)
+    assert [found[label] / 40_000 for label in range(4)] == pytest.approx([0.25] * 4, abs=0.01)
+    of_last = Counter(index for _, index, _ in keys if LABELS[index] == 3)
+    assert len(of_last) == 10
+    assert min(of_last.values()) > 850 and max(of_last.values()) < 1150  # of about 1000 each
+    assert {index for _, index, _ in keys} == set(range(1000))
+
+
+def test_balanced_batches_are_a_function_of_the_step() -> None:
+    whole = list(balanced())
+    assert list(balanced()) == whole and list(balanced(first_step=20)) == whole[20:]
+    assert [[index for _, index, _ in batch] for batch in whole] == [
+        balanced().at(step) for step in range(len(whole))
+    ]
+    assert whole[0] != whole[balanced().steps_per_epoch]  # another epoch, another draw
+
+
+def test_an_image_that_is_drawn_twice_gets_another_view(tmp_path: Path) -> None:
+    samples = data.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
+    images = TrainingImages(samples, lambda image: torch.rand(4), seed=0)
+    views = [images[key][0] for key in [(0, 1), (0, 1, 5), (0, 1, 6), (1, 1, 5)]]
+    assert len({tuple(view.tolist()) for view in views}) == 4
+    assert torch.equal(images[0, 1, 5][0], views[1]) and images[0, ~1, 5][1] == IGNORED
 
 
 def test_an_images_random_view_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:

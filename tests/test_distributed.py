@@ -15,7 +15,7 @@ from conftest import Outcome, draw_folder
 from safetensors.torch import load_file
 
 from cnnft import distributed, load
-from cnnft.batches import KeyedBatches
+from cnnft.batches import BalancedDraw, KeyedBatches
 from cnnft.evaluation import evaluate_folder
 from cnnft.run import Run
 
@@ -31,6 +31,7 @@ CASES = {
     "accumulation": {"batch_size": 8, "micro_batch": 2, "probe_first": False},
     "shares of none": {"batch_size": 3, "mode": "feature-extractor"},
     "probe": {"batch_size": 8, "normalize": "dataset"},
+    "balanced": {"batch_size": 7, "mode": "feature-extractor", "sampling": "balanced"},
 }
 TRAINED_STATISTICS = {"batch_size": 8, "batchnorm": "train", "probe_first": False}
 TOLERANCE = 1e-5
@@ -84,11 +85,12 @@ def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -
     outcome = torchrun(
         2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--mode=feature-extractor",
         "--epochs=1", "--workers=1", "--device=cpu", "--mixup=0.2", "--batch-size=1",
-        "--runs-dir", runs,
+        "--tensorboard", "--runs-dir", runs,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert outcome.out == f"{runs}/data-builtin\n" and outcome.err.count("best epoch") == 1
     assert [path.name for path in runs.iterdir()] == ["data-builtin"]
+    assert len(list((runs / "data-builtin" / "tensorboard").iterdir())) == 1
     predict = ["predict", data, "-m", runs / "data-builtin", "--workers=0", "--device=cpu"]
     csvs = [tmp_path / "together.csv", tmp_path / "alone.csv"]
     assert torchrun(2, "-m", "cnnft", *predict, "--output", csvs[0]).code == 0
@@ -166,13 +168,16 @@ def test_shares_cover_everything_once_and_in_order(monkeypatch: pytest.MonkeyPat
             assert parts == list(range(count))
 
 
-def test_the_shares_of_a_batch_are_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = list(KeyedBatches(10, 3, 0, 2))
+@pytest.mark.parametrize("draw", [None, BalancedDraw([0] * 8 + [1] * 2)])
+def test_the_shares_of_a_batch_are_the_batch(
+    monkeypatch: pytest.MonkeyPatch, draw: BalancedDraw | None
+) -> None:
+    whole = list(KeyedBatches(10, 3, 0, 2, draw=draw))
     monkeypatch.setattr(distributed, "world", 4)
     shares = []
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", rank)
-        shares.append(list(KeyedBatches(10, 3, 0, 2)))
+        shares.append(list(KeyedBatches(10, 3, 0, 2, draw=draw)))
     for step, batch in enumerate(whole):
-        counted = [(e, i) for share in shares for e, i in share[step] if i >= 0]
+        counted = [key for share in shares for key in share[step] if key[1] >= 0]
         assert counted == batch and all(share[step] for share in shares)

@@ -110,6 +110,18 @@ def test_numbers_agree_with_predict(
             assert (row[measure] is None) == (value is None), (name, measure)
             assert value is None or row[measure] == pytest.approx(value)
 
+    rows_there = [row for row in found["classes"] if row["n"]]
+    assert found["macro"] == {
+        measure: pytest.approx(sum(row[measure] or 0 for row in rows_there) / len(rows_there))
+        for measure in ("precision", "recall", "f1")
+    }
+    bins: dict[int, list[float]] = {}
+    for row, label, name in zip(rows, said, truth, strict=True):
+        confidence = row["top"][0]["probability"]
+        bins.setdefault(int(confidence * 15), []).append((label == name) - confidence)
+    expected_error = sum(abs(sum(gaps)) for gaps in bins.values()) / len(rows)
+    assert found["calibration_error"] == pytest.approx(expected_error, abs=1e-5)
+
     if len(classes) > 5:
         five = [t in [entry["class"] for entry in row["top"][:5]]
                 for t, row in zip(truth, rows, strict=True)]  # fmt: skip
@@ -136,6 +148,9 @@ def test_text_and_json_agree(cnnft: Cli, evaluate: Evaluate, trained: Path, unse
         [str(count) for count in counts] for counts in found["confusion"]
     ]
     assert not any(line.startswith("top-5") for line in lines)
+    macro = {f"{name} {value:.1%}" for name, value in found["macro"].items()}
+    assert {part.lower() for part in lines[1].split("   ")[1].split(":")[0].split(", ")} == macro
+    assert f"expected error {found['calibration_error']:.1%}" in lines[3]
 
 
 def test_top_5_is_told_of_six_classes(cnnft: Cli, six: Path) -> None:

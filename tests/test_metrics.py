@@ -6,11 +6,14 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
+from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support
 
 from cnnft.metrics import (
     Z95,
+    calibration_error,
     class_scores,
     confusion_matrix,
+    macro_average,
     mcnemar,
     score,
     tango_interval,
@@ -131,3 +134,29 @@ def test_confusion_and_class_scores_agree(case):
         else:
             assert row.f1 is None
     assert rows[6].recall is None and rows[5].precision is None
+
+
+def test_macro_averages_are_scikit_learns_over_the_classes_that_occur(case):
+    log_probs, labels = case
+    predicted = log_probs.argmax(dim=1)
+    assert 6 in predicted  # said, though no image is of it: precision and F1 leave it out too
+    found = macro_average(class_scores(log_probs, labels, tuple("abcdefg")))
+    expected = precision_recall_fscore_support(
+        labels, predicted, labels=range(6), average="macro", zero_division=0
+    )
+    assert (found.precision, found.recall, found.f1) == pytest.approx(expected[:3])
+    assert found.recall == score(log_probs, labels).macro_recall
+    with pytest.warns(UserWarning, match="not in y_true"):
+        assert found.recall == pytest.approx(balanced_accuracy_score(labels, predicted))
+
+
+def test_calibration_error_of_an_example_by_hand():
+    """Bins are 1/15 wide: 0.61 and 0.65 share one, 0.9 has one, and 1.0 the last."""
+    confidence, right = torch.tensor([0.61, 0.65, 0.9, 1.0, 1.0]), [True, False, True, True, False]
+    log_probs = torch.stack([confidence, 1 - confidence], dim=1).log()
+    labels = torch.tensor([0 if correct else 1 for correct in right])
+    expected = 2 / 5 * abs(0.5 - 0.63) + 1 / 5 * abs(1 - 0.9) + 2 / 5 * abs(0.5 - 1.0)
+    assert calibration_error(log_probs, labels) == pytest.approx(expected, abs=1e-6)
+    rounded = log_probs.clone()
+    rounded[3:, 0] = 1e-7  # as a mean over views may be
+    assert calibration_error(rounded, labels) == pytest.approx(expected, abs=1e-6)

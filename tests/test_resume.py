@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from cnnft import CnnftError, Config, schedules
 from cnnft.checkpoints import Checkpoint, save_checkpoint
-from cnnft.finetuning import Stopped, carry_out
+from cnnft.finetuning import carry_out
 from cnnft.planning import prepare
 from cnnft.run import Epoch, Run
+from cnnft.session import Stopped
 from cnnft.training import StepDone
 
 Cli = Callable[..., Outcome]
@@ -47,11 +48,17 @@ def history(run: Run) -> list[tuple]:
     return [(*row[:seconds], *row[seconds + 1 :]) for row in rows]
 
 
+def lines(run: Run) -> list[dict]:
+    rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    return [row | {"seconds": None} for row in rows]
+
+
 def same(run: Run, other: Run) -> None:
     one, two = state(run), state(other)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert history(run) == history(other)
+    assert lines(run) == lines(other)
     assert run.metrics() == other.metrics()
 
 
@@ -94,10 +101,12 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, wo
     "more",
     [{"optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle"},
      {"optimizer": "adan", "schedule": "plateau", "warmup_epochs": 0.5},
-     {"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"}],
-    ids=lambda more: more["optimizer"],
+     {"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"},
+     {"ema": 0.9, "mixup": 0.2}, {"swa": 2}, {"schedule": "cosine-restarts", "snapshots": 3},
+     {"recalibrate_bn": True, "patience": 2}],
+    ids=lambda more: "-".join(map(str, more.values())),
 )  # fmt: skip
-def test_other_optimizers_and_schedules_resume_too(whole, tmp_path: Path, more: dict, monkeypatch):
+def test_other_ways_to_train_resume_too(whole, tmp_path: Path, more: dict, monkeypatch):
     """plateau falls in the last epoch, whose first step is the last one before the stop."""
     monkeypatch.setattr(schedules, "_PLATEAU_THRESHOLD", 1.0)  # no loss is low enough
     expected = finish(settings(whole[0], tmp_path, "expected", plateau_patience=0, **more))
@@ -110,14 +119,14 @@ def test_other_optimizers_and_schedules_resume_too(whole, tmp_path: Path, more: 
     assert isinstance(event, Stopped) and event.step == 2 * STEPS + 1
     finish(run.config(), run)
     same(run, expected)
-    if more["schedule"] == "plateau":
+    if more.get("schedule") == "plateau":
         rates = [float(row[2]) for row in history(run)[1:]]
         assert rates == pytest.approx([0.001, 0.001, 0.0001])  # the warm-up's epoch does not count
 
 
 def test_augmented_and_mixed_batches_are_the_same_after_a_stop(whole, tmp_path: Path) -> None:
     flat, other = whole
-    more = {"augment": "strong", "mixup": 0.2, "cutmix": 1.0}
+    more = {"augment": "strong", "mixup": 0.2, "cutmix": 1.0, "sampling": "balanced"}
     expected = finish(settings(flat, tmp_path, "expected", **more))
     first = settings(flat, tmp_path, "stopped", **more)
     *_, stopped = carry_out(prepare(first), stop=iter([False] * 4 + [True] * 9).__next__)

@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cnnft import checkpoints, finetuning, run
+from cnnft import checkpoints, run, session
 from cnnft.cli import main as cnnft
 from cnnft.run import Run
 from tools.document import fill
@@ -47,6 +47,12 @@ MATRIX: dict[str, tuple[str, ...]] = {
     "adamw, plateau, warm-up": (
         "--workers=0", "--optimizer=adamw", "--weight-decay=0.05", "--schedule=plateau",
         "--warmup-epochs=0.5",
+    ),
+    "average of weights": ("--workers=0", "--ema=0.9", "--clip-grad=1"),
+    "last epochs averaged": ("--workers=0", "--swa=2", "--batchnorm=train"),
+    "snapshots that vote": ("--workers=0", "--schedule=cosine-restarts", "--snapshots=3"),
+    "new statistics, balanced": (
+        "--workers=0", "--recalibrate-bn", "--batchnorm=train", "--sampling=balanced",
     ),
 }  # fmt: skip
 """What holds state while training joins here, in one line."""
@@ -87,16 +93,16 @@ class Phase:
 
     def watch(self) -> None:
         self.shared[0] = PHASES.index("preparing")
-        finetuning.infer_all = self.during(finetuning.infer_all, "evaluating")
+        session.infer_all = self.during(session.infer_all, "evaluating")
         for module in (run, checkpoints):
             module.write_whole = self.during(module.write_whole, "writing")
-        take = finetuning.train
+        take = session.train
 
         def train(*arguments: object) -> object:
             self.shared[0] = PHASES.index("training")
             return take(*arguments)
 
-        finetuning.train = train
+        session.train = train
 
 
 @dataclass

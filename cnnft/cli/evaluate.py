@@ -71,7 +71,14 @@ def _show(evaluation: "Evaluation") -> None:
     ]
     if evaluation.top5 is not None:
         lines.append(f"top-5 accuracy  {evaluation.top5:.1%}")
-    lines.append(f"mean loss       {overall.loss:.4f}")
+    macro = evaluation.macro
+    lines += [
+        f"macro average   precision {macro.precision:.1%}, recall {macro.recall:.1%}, "
+        f"F1 {macro.f1:.1%}: all classes count alike",
+        f"mean loss       {overall.loss:.4f}",
+        f"calibration     expected error {evaluation.calibration_error:.1%}: how far confidence is "
+        "from accuracy",
+    ]
     if evaluation.left_out:
         lines.append(f"left out        {evaluation.left_out} images that the model was trained on")
     if evaluation.selected_on:
@@ -120,7 +127,9 @@ def _json(evaluation: "Evaluation") -> dict[str, Any]:
         "interval95": overall.interval,
         "chance": evaluation.chance,
         "top5": evaluation.top5,
+        "macro": dataclasses.asdict(evaluation.macro),
         "loss": overall.loss,
+        "calibration_error": evaluation.calibration_error,
         "left_out": evaluation.left_out,
         "selected_on_val": evaluation.selected_on,
         "classes": [dataclasses.asdict(row) for row in evaluation.classes],

@@ -18,11 +18,12 @@ from cnnft.cli.plan import optimizer_words, plan_json, show_plan
 from cnnft.cli.training import train
 from cnnft.config import Config, Schedule, flag
 from cnnft.errors import UsageError
+from cnnft.recipes import RECIPES, expand
 
 if TYPE_CHECKING:
-    from cnnft.finetuning import Finished
     from cnnft.planning import Plan
     from cnnft.run import Run
+    from cnnft.session import Finished
 
 _MODEL, _TRAINING, _DATA, _RUN = "Model", "Training", "Data", "Run and machine"
 _MUCH, _IMAGES = "How much to train", "How the network sees images"
@@ -175,14 +176,6 @@ _FLAGS = {
         metavar="TIME|STEPS",
     ),
     "tensorboard": _Flag(_RUN, "Write the history for TensorBoard too.", switch=True),
-    "cache": _Flag(
-        _RUN,
-        "Where decoded images are kept for the next epoch; disk: for the next run too (see cnnft "
-        "cache). Changes no result.",
-    ),
-    "decoder": _Flag(
-        _RUN, "draft: read large JPEGs at a fraction of their size; faster, and other pixels."
-    ),
     "workers": _Flag(_RUN, "Processes that load images.", "half of the processors, at most 8"),
     "device": _Flag(_RUN, "Where to compute.", metavar="auto|cpu|cuda|mps"),
     "sync_bn": _Flag(
@@ -247,6 +240,15 @@ def command(
         ),
     ] = None,
     *,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_MODEL,
+            help=f"Settings that go together: {', '.join(RECIPES)} (see cnnft recipes).",
+            show_default="standard",
+        ),
+    ] = None,
     config: Annotated[
         str | None,
         typer.Option(
@@ -280,9 +282,14 @@ def command(
     **settings: Any,
 ) -> None:
     """Train a classifier on a folder of images."""
-    given = {k: v for k, v in {"data": data, **settings}.items() if v not in (None, [])}
+    values = {"data": data, "recipe": recipe, **settings}
+    given = {name: value for name, value in values.items() if value not in (None, [])}
     if resume is not None and (config is not None or "force" in given):
         raise UsageError("--resume goes on with a run as it is: leave out --config and --force")
+    if recipe is not None and (resume is not None or config is not None):
+        raise UsageError(
+            "--recipe is for a new run: leave it out, or write it into the file of --config"
+        )
     if plot_schedule is not None:
         from cnnft.plotting import require_plot
 
@@ -319,10 +326,10 @@ def _settings(given: dict[str, Any], config_file: str | None) -> Config:
     if config_file is None:
         if "data" not in given:
             raise UsageError("give the folder of images: cnnft finetune DATA (see --help)")
-        return Config(**given)
+        return Config(**expand(given))
     from cnnft.run import read_config_file
 
-    return Config.from_dict(read_config_file(config_file) | given, config_file)
+    return Config.from_dict(expand(read_config_file(config_file) | given), config_file)
 
 
 def _started(given: dict[str, Any], config_file: str | None) -> tuple["Run | None", Config]:
@@ -341,9 +348,8 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
 
     run = Run.open(path)
     before = run.config()
-    free = {
-        "epochs", "workers", "device", "micro_batch", "checkpoint_every", "skip_nonfinite", "cache",
-    }  # fmt: skip
+    free = {"epochs", "patience", "workers", "device", "micro_batch", "checkpoint_every"}
+    free |= {"skip_nonfinite", "cache"}
     other = [
         key.replace("_", "-")
         for key, value in given.items()
@@ -367,10 +373,11 @@ def _same(given: Any, before: Any) -> bool:
 def _show_end(plan: "Plan", finished: "Finished") -> None:
     low, high = finished.val.interval
     chance = max(plan.val.counts()) / len(plan.val)
+    selected = "selected" if finished.selected else "not selected"
     console.say(
-        f"\nbest epoch {finished.best.epoch}: val accuracy {finished.val.accuracy:.1%} "
-        f"(95% interval {low:.1%} to {high:.1%}, n = {finished.val.n}, selected on val; "
-        f"always the commonest class: {chance:.1%})",
+        f"\n{finished.model}: val accuracy {finished.val.accuracy:.1%} "
+        f"(95% interval {low:.1%} to {high:.1%}, n = {finished.val.n}, {selected} on val; "
+        f"always the commonest class: {chance:.1%}), macro recall {finished.val.macro_recall:.1%}",
         style="bold",
     )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")

@@ -46,6 +46,8 @@ def show_plan(plan: "Plan") -> None:
         )
     for i, step in enumerate(plan.rates.derivation.split("; ")):
         console.say(f"{'' if i else 'learning rates':<16}{step}")
+    for i, words in enumerate(_extras(plan.config)):
+        console.say(f"{'' if i else 'besides':<16}{words}")
     console.say(
         f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
         f"{optimizer_words(plan.config)}, on {plan.device}\n"
@@ -60,6 +62,31 @@ def optimizer_words(config: "Config") -> str:
         spared = "" if config.decay_all else " (not of norms and biases)"
         words.append(f"weight decay {config.weight_decay:g}{spared}")
     return ", ".join(words)
+
+
+def _extras(config: "Config") -> list[str]:
+    """What was asked for in the loss, against overfitting, and in the end."""
+    said = {
+        "label smoothing": config.label_smoothing or None,
+        "focal loss, gamma": config.focal or None,
+        "dropout": config.dropout or None,
+        "drop path": config.drop_path or None,
+        "L1": config.l1 or None,
+        "max-norm of the head": config.max_norm,
+        "gradients clipped at norm": config.clip_grad,
+        "average of the weights, decay": config.ema,
+        "stop after epochs without a better one:": config.patience,
+        "weights averaged over the last epochs:": config.swa,
+        "snapshots that vote:": config.snapshots,
+    }
+    lines = [f"{words} {value:g}" for words, value in said.items() if value is not None]
+    if config.class_weights == "balanced":
+        lines.append("classes count alike in the loss")
+    if config.sampling == "balanced":
+        lines.append("classes are drawn alike")
+    if config.recalibrate_bn:
+        lines.append("BatchNorm statistics anew at the end")
+    return lines + [f"taught by {teacher}" for teacher in config.teacher]
 
 
 def class_table(counts: dict[str, dict[str, int]]) -> Table:

@@ -12,9 +12,11 @@ from cnnft.cli import console
 from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
-    from cnnft.finetuning import Event, Finished
+    from cnnft.config import Config
+    from cnnft.finetuning import Event
     from cnnft.planning import Plan
     from cnnft.run import Epoch, Run
+    from cnnft.session import Finished
 
 
 class InterruptedRunError(CnnftError):
@@ -33,13 +35,14 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
-    from cnnft.finetuning import Started, Stopped, carry_out
+    from cnnft.finetuning import Started, carry_out
     from cnnft.pixelcache import Kept
     from cnnft.run import Epoch
+    from cnnft.session import Stopped
     from cnnft.training import StepDone
 
-    epochs = plan.config.epochs
-    console.say(" epoch   train loss     acc    val loss     acc      gap", style="bold")
+    macro = "   macro" if plan.config.balanced else ""
+    console.say(f" epoch   train loss     acc    val loss     acc{macro}      gap", style="bold")
     columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
     with _signals() as received, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
@@ -58,7 +61,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                     bar.update(task, completed=event.step, description="validating")
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
-                console.say(_epoch_line(event, epochs))
+                console.say(_epoch_line(event, plan.config))
             elif isinstance(event, Kept):
                 bar.update(task, description=f"decoding image {event.images} of {event.total}")
             elif isinstance(event, Started):
@@ -74,7 +77,8 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
 
 def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
     """`events`; where they end in an error, how to go on."""
-    from cnnft.finetuning import DivergedError, Started
+    from cnnft.finetuning import Started
+    from cnnft.session import DivergedError
 
     run: Run | None = None
     try:
@@ -89,10 +93,11 @@ def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
         raise
 
 
-def _epoch_line(epoch: "Epoch", epochs: int) -> str:
+def _epoch_line(epoch: "Epoch", config: "Config") -> str:
+    macro = f" {epoch.val_macro_recall:7.1%}" if config.balanced else ""
     return (
-        f"{epoch.epoch:>3}/{epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
-        f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%} {100 * epoch.gap:+8.1f}"
+        f"{epoch.epoch:>3}/{config.epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
+        f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%}{macro} {100 * epoch.gap:+8.1f}"
         f"{'  best so far' if epoch.best else ''}"
     )
 

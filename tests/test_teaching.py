@@ -1,0 +1,81 @@
+"""Distillation from the command line, and what teachers say."""
+
+import pytest
+import torch
+
+from cnnft import finetune, load
+from cnnft.batches import view_batches
+from cnnft.config import Config
+from cnnft.data import scan
+from cnnft.inference import infer_all
+from cnnft.teaching import make_teach
+from cnnft.transforms import EvaluationViews
+
+SMALL = {"backbone": "builtin", "workers": 0, "batch_size": 6}
+
+
+def seen(classifier, samples):
+    views = EvaluationViews(classifier.input_spec)
+    return torch.cat([b.pixels[:, 0] for b in view_batches(samples.paths, views, 8, 0)])
+
+
+@pytest.mark.parametrize("augment", ["none", "basic"])
+def test_teachers_judge_as_they_predict(trained, augment):
+    """Cached or asked at every step, where the student sees what they see."""
+    samples = scan(trained.parents[1] / "data")
+    teacher = load(trained, device="cpu")
+    config = Config("x", augment=augment, teacher=("t",))
+    teach = make_teach([teacher], config, teacher.input_spec, samples, 0)
+    found = teach(seen(teacher, samples), range(len(samples)))
+    views = EvaluationViews(teacher.input_spec)
+    expected = infer_all(teacher.network, view_batches(samples.paths, views, 8, 0), samples.paths)
+    torch.testing.assert_close(found.log_softmax(dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_several_teachers_are_averaged_and_their_classes_put_in_order(trained, finetuned):
+    samples = scan(trained.parents[1] / "data")
+    one, other = load(trained, device="cpu"), load(finetuned, device="cpu")
+    pixels, images = seen(one, samples), range(len(samples))
+    config = Config("x", teacher=("t",))
+
+    def say(*teachers):
+        return make_teach(teachers, config, one.input_spec, samples, 0)(pixels, images)
+
+    torch.testing.assert_close(say(one, other), (say(one) + say(other)) / 2)
+    before = say(one)
+    layer = one.network.get_submodule(sorted(one.head)[0].rpartition(".")[0])
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.flip(0))
+        layer.bias.copy_(layer.bias.flip(0))
+    one.classes = one.classes[::-1]
+    torch.testing.assert_close(say(one), before)
+
+
+@pytest.mark.parametrize("augment", ["none", "basic"])
+def test_a_student_of_another_size_comes_to_agree_with_its_teacher(trained, tmp_path, augment):
+    data = trained.parents[1] / "data"
+    run = finetune(
+        data, image_size=64, teacher=[str(trained)], distill_weight=1.0, augment=augment,
+        epochs=4, runs_dir=tmp_path, mode="feature-extractor", head_lr=0.1, **SMALL,
+    )  # fmt: skip
+    files = [row["file"] for row in run.val_predictions()]
+    student, teacher = (load(path, device="cpu").predict(files) for path in (run.path, trained))
+    assert [p.label for p in student] == [p.label for p in teacher]
+    assert run.config().teacher == (str(trained),)
+
+
+def test_bad_teachers_are_refused(cnnft, trained, separated, tmp_path):
+    flags = ("--backbone", "builtin", "--workers", 0, "--runs-dir", tmp_path / "runs")
+    refused = cnnft("finetune", separated, *flags, "--teacher", trained)
+    refused.fails_with(2, str(trained), "other classes", "wasps")
+    cnnft("finetune", separated, *flags, "--teacher", tmp_path / "no").fails_with(2, "no such run")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_that_knows_validation_images_is_told(cnnft, trained, tmp_path):
+    data = trained.parents[1] / "data"
+    flags = ("--backbone", "builtin", "--workers", 0, "--runs-dir", tmp_path, "--epochs", 1)
+    outcome = cnnft("finetune", data, *flags, "--teacher", trained, "--split-seed", 1)
+    assert outcome.code == 0 and "of the validation images" in outcome.err
+    outcome = cnnft("finetune", data, *flags, "--teacher", trained)
+    assert outcome.code == 0 and "of the validation images" not in outcome.err
