@@ -2,11 +2,9 @@
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +17,7 @@ from cnnft.errors import CnnftError
 from cnnft.files import to_safetensors, write_whole
 from cnnft.memory import available
 
-MEMORY_SHARE = 0.5
+MEMORY_SHARE = 0.4
 """Of the free memory may be filled with activations."""
 
 _FORMAT = 1
@@ -27,86 +25,93 @@ _NAME = 16  # bytes that name an image
 
 _log = logging.getLogger(__name__)
 
-Pixels = Iterable[tuple[Sequence[int], Tensor]]
-"""(which images, what the network sees of them (B, 3, H, W))."""
-
 
 @dataclass(frozen=True)
-class View:
-    """One way to look at each of some images."""
-
-    what: object
-    """All that the pixels depend on besides the image; its `repr` tells it from others."""
-    images: Sequence[object]
-    """All that each image's pixels depend on, such as the hash of its file."""
-    pixels: Callable[[Sequence[int]], Pixels]
-    """Which images -> what the network sees of them."""
-
-
-class Frozen(NamedTuple):
+class Frozen:
     """The part of a network before a cut."""
 
     network: nn.Module
     cut: Cut
     weights: str
-    """Their hash."""
+    """What tells it from others: a hash, and what is not in it."""
     about: str
+    """For those who look into the cache."""
 
-    def shape(self, pixels: Tensor) -> tuple[int, ...]:
-        """Of one image's activations."""
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> activations (B, ...), float32, on the CPU."""
+        device = next(self.network.parameters()).device
         with torch.inference_mode():
-            return tuple(self.cut.activations(self.network.eval(), pixels).shape[1:])
+            pixels = pixels.to(device, non_blocking=True)
+            return self.cut.activations(self.network.eval(), pixels).float().cpu()
 
 
-def fits(frozen: Frozen, pixels: Tensor, count: int) -> bool:
-    """Whether memory has room for `count` activations; `pixels` (1, 3, H, W) are an example."""
-    needed = 4 * count * math.prod(frozen.shape(pixels))
+@dataclass(frozen=True)
+class Looks:
+    """Ways to look at images."""
+
+    how: object
+    """All that the pixels depend on besides what `rows` say; its `repr` tells it from others."""
+    rows: Sequence[object]
+    """What the pixels of each look depend on, such as the hash of a file and a view's number."""
+    pixels: Callable[[Sequence[int]], Iterable[Tensor]]
+    """Some of the rows -> what the network sees of them, in batches (B, 3, H, W)."""
+
+
+class Activations:
+    """What a frozen network makes of each look: read from the disk, or computed."""
+
+    def __init__(self, frozen: Frozen, looks: Looks, on_disk: bool) -> None:
+        self.frozen, self.looks, self.on_disk = frozen, looks, on_disk
+        what = (_FORMAT, frozen.weights, frozen.cut.first, looks.how)
+        self._key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
+        self._names = [_name(row) for row in looks.rows]
+        known = distributed.by_main(lambda: _read(self._key)) if on_disk else {}
+        self._known = {name: known[name] for name in self._names if name in known}
+        self.missing = [row for row, name in enumerate(self._names) if name not in known]
+
+    def compute(self) -> Generator[int, None, Tensor]:
+        """Yields how many of the missing are done; returns all, (N, ...), and keeps the new ones.
+
+        Each process computes its share.
+        """
+        share = distributed.share(len(self.missing))
+        mine, parts, done = self.missing[share.start : share.stop], [], 0
+        for pixels in self.looks.pixels(mine) if mine else ():
+            parts.append(self.frozen(pixels).clone())
+            done += len(pixels)
+            yield min(done * distributed.world, len(self.missing))
+        parts = distributed.gather(parts)
+        new = torch.cat(parts) if parts else torch.empty(0)
+        if parts and self.on_disk:
+            names = [self._names[row] for row in self.missing]
+            distributed.by_main(lambda: _write(self._key, names, new, self.frozen.about))
+        shape = (new if parts else next(iter(self._known.values()))[None]).shape[1:]
+        values = torch.empty(len(self._names), *shape)
+        for row, name in enumerate(self._names):
+            if name in self._known:
+                values[row] = self._known[name]
+        values[self.missing] = new.reshape(len(self.missing), *shape)
+        return values
+
+
+def fits(frozen: Frozen, example: Tensor, count: int) -> bool:
+    """Whether memory has room for as many activations as the one of `example` (B, 3, H, W)."""
+    needed = count * frozen(example)[0].nbytes
     return needed <= MEMORY_SHARE * available(torch.device("cpu"))
-
-
-def keep(frozen: Frozen, view: View, on_disk: bool) -> Generator[int, None, Tensor]:
-    """Yields how many images are done; returns their activations (N, ...), float32, on the CPU.
-
-    Those that the disk has are read from there; the others are computed, by each process its
-    share, and written there.
-    """
-    names = [_name(image) for image in view.images]
-    key = hashlib.sha256(
-        repr((_FORMAT, frozen.weights, frozen.cut.first, view.what)).encode()
-    ).hexdigest()[:32]
-    folder = cachefolder.root() / "features"
-    known = distributed.by_main(lambda: _read(folder, key)) if on_disk else {}
-    missing = [index for index, name in enumerate(names) if name not in known]
-    yield len(names) - len(missing)
-    computed: list[Tensor] = []
-    share = distributed.share(len(missing))
-    for values in _compute(frozen, view, missing[share.start : share.stop]):
-        computed += values
-        yield len(names) - len(missing) + len(computed) * distributed.world
-    computed = distributed.gather(computed)
-    new = {names[index]: value for index, value in zip(missing, computed, strict=True)}
-    if new and on_disk:
-        distributed.by_main(lambda: _write(folder, key, new, frozen.about))
-    return torch.stack([known[name] if name in known else new[name] for name in names])
-
-
-def _compute(frozen: Frozen, view: View, images: Sequence[int]) -> Iterator[list[Tensor]]:
-    device = next(frozen.network.parameters()).device
-    frozen.network.eval()
-    for _, pixels in view.pixels(images) if images else ():
-        with torch.inference_mode():
-            values = frozen.cut.activations(frozen.network, pixels.to(device, non_blocking=True))
-        yield list(values.float().cpu().clone().unbind())
 
 
 def _name(image: object) -> bytes:
     return hashlib.blake2b(repr(image).encode(), digest_size=_NAME).digest()
 
 
-def _read(folder: Path, key: str) -> dict[bytes, Tensor]:
+def _folder() -> Path:
+    return cachefolder.root() / "features"
+
+
+def _read(key: str) -> dict[bytes, Tensor]:
     """What the disk has of the key; a damaged file has nothing."""
     found: dict[bytes, Tensor] = {}
-    for path in sorted(folder.glob(f"{key}-*.safetensors")):
+    for path in sorted(_folder().glob(f"{key}-*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 names, values = file.get_tensor("names"), file.get_tensor("values")
@@ -117,18 +122,17 @@ def _read(folder: Path, key: str) -> dict[bytes, Tensor]:
     return found
 
 
-def _write(folder: Path, key: str, new: dict[bytes, Tensor], about: str) -> None:
-    values = torch.stack(list(new.values()))
+def _write(key: str, names: Sequence[bytes], values: Tensor, about: str) -> None:
+    joined = b"".join(names)
+    tensors = {"names": torch.frombuffer(bytearray(joined), dtype=torch.uint8).reshape(-1, _NAME)}
+    path = _folder() / f"{key}-{hashlib.sha256(joined).hexdigest()[:16]}.safetensors"
     reason = cachefolder.refusal(values.nbytes)
     if reason is not None:
         _log.info("features are not kept for later runs: %s", reason)
         return
-    names = torch.frombuffer(bytearray(b"".join(new)), dtype=torch.uint8).reshape(-1, _NAME)
-    content = to_safetensors({"names": names, "values": values}, {"about": about})
-    digest = hashlib.sha256(b"".join(new)).hexdigest()[:16]
     try:
-        with cachefolder.writing(len(content)):
-            write_whole(folder / f"{key}-{digest}.safetensors", content)
+        with cachefolder.writing(values.nbytes):
+            write_whole(path, to_safetensors(tensors | {"values": values}, {"about": about}))
     except CnnftError as error:
         _log.warning("features are not kept for later runs: %s", error)
 
@@ -136,7 +140,9 @@ def _write(folder: Path, key: str, new: dict[bytes, Tensor], about: str) -> None
 def training_batches(
     values: Tensor, labels: Tensor, keys: KeyedBatches
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`values` (K, N, ...), `labels` (N,) -> (activations (B, ...), labels (B,)) of all epochs."""
+    """`values` (K, N, ...) of K views, `labels` (N,) -> (activations (B, ...), labels (B,)) for all
+    epochs.
+    """
     for batch in keys:
         indices = torch.tensor([max(index, ~index) for _, index, *_ in batch])
         views = torch.tensor([view for view, *_ in batch])
