@@ -401,7 +401,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--per-class", nargs="+", type=int, default=PER_CLASS)
-    parser.add_argument("--methods", nargs="+", help="all, if not given; the baselines first")
+    parser.add_argument("--methods", nargs="+", default=[], help="besides the baselines; or all")
     parser.add_argument("--pilot", action="store_true")
     parser.add_argument("--candidates", type=Path, help="with --pilot: more methods, as JSON")
     options = parser.parse_args()
@@ -410,9 +410,10 @@ def main() -> None:
     table = TABLES[options.table]
     if options.candidates:
         table.methods.update(json.loads(options.candidates.read_text()))
-    options.methods = options.methods or list(table.methods)
     if unknown := set(options.methods) - table.methods.keys():
         parser.error(f"unknown --methods: {', '.join(sorted(unknown))}")
+    wanted = {*table.baselines, *(options.methods or table.methods)}
+    options.methods = [method for method in table.methods if method in wanted]
     measure(table, options)
     text = Report(table, options).text(options.size)
     if options.pilot:
