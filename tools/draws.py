@@ -36,10 +36,11 @@ from benchmarks import tutorial
 from cnnft import Config, load
 from cnnft.augmentation import training_transform
 from cnnft.batches import view_batches
+from cnnft.finetuning import carry_out
 from cnnft.images import read_image
 from cnnft.inference import infer_all
 from cnnft.planning import Plan, prepare
-from cnnft.finetuning import carry_out
+from cnnft.recipes import RECIPES
 from cnnft.transforms import EvaluationViews, InputSpec
 from tools.document import fill
 
@@ -87,22 +88,15 @@ MODES = Table(
     complete=False,
 )
 
-# PyTorch's transfer-learning tutorial; `step` falls to a tenth every 7 epochs as it does there.
-TUTORIAL: Settings = {
-    "mode": "finetune", "probe_first": False, "batchnorm": "train", "augment": "basic",
-    "epochs": 25, "batch_size": 4, "schedule": "step",
-    "optimizer": "sgd", "momentum": 0.9, "lr": 0.001, "head_lr": 0.001,
-}  # fmt: skip
-
-RECIPES = Table(
+BY_NAME = Table(
     document=DOCUMENTS / "recipes.md",
-    methods={"tutorial": TUTORIAL},  # to come from cnnft.recipes.RECIPES, with all the others
+    methods={name: recipe.settings for name, recipe in RECIPES.items()},
     baselines=("tutorial",),
     common={},
     complete=True,
 )
 
-TABLES = {"modes": MODES, "recipes": RECIPES}
+TABLES = {"modes": MODES, "recipes": BY_NAME}
 
 Cell = tuple[str, int]
 """A data set, and how many images of each class are drawn."""
