@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -18,8 +18,8 @@ from cnnft import distributed
 from cnnft.config import Fit
 from cnnft.data import Samples
 from cnnft.errors import CnnftError
-from cnnft.images import ImageError, read_image
-from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.images import FULL, ImageError, PixelSpec, read_image
+from cnnft.transforms import EvaluationViews, InputSpec, evaluation_crop
 from cnnft.values import Channels
 
 Key = tuple[int, ...]
@@ -29,6 +29,28 @@ count."""
 
 IGNORED = -100
 """The label of an image that does not count, as `torch.nn.functional.cross_entropy` has it."""
+
+
+class Images(Protocol):
+    """`images[index]`: the image of a sample; raises `ImageError` where it cannot be read."""
+
+    def __getitem__(self, index: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files that are decoded whenever they are asked for."""
+
+    paths: Sequence[str | Path]
+    pixels: PixelSpec = FULL
+    crop: InputSpec | None = None
+    """Where given, the image is what evaluation sees of it, size × size."""
+
+    def __getitem__(self, index: int) -> Image.Image:
+        return self.cropped(read_image(self.paths[index], self.pixels))
+
+    def cropped(self, image: Image.Image) -> Image.Image:
+        return image if self.crop is None else evaluation_crop(image, self.crop)
 
 
 class TrainingImages(Dataset[tuple[Tensor, int] | str]):
@@ -43,9 +65,14 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
     """
 
     def __init__(
-        self, samples: Samples, transform: Callable[[Image.Image], Tensor], seed: int
+        self,
+        samples: Samples,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+        images: Images | None = None,
     ) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
+        self.images = images or ImageFiles(samples.paths)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -54,7 +81,7 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
         epoch, index, *place = key
         try:
             counted, index = index >= 0, max(index, ~index)
-            image = read_image(self.samples.paths[index])
+            image = self.images[index]
         except ImageError as error:
             return str(error)
         with torch.random.fork_rng(devices=[]):
@@ -151,9 +178,11 @@ def _order(images: int, seed: int, epoch: int, draw: BalancedDraw | None) -> lis
 
 
 def training_batches(
-    dataset: TrainingImages, keys: KeyedBatches, workers: int
+    dataset: TrainingImages, keys: KeyedBatches, workers: int, *, pinned: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (pixels (B, 3, H, W), labels (B,)) for all epochs: workers start once.
+
+    `pinned`: in memory that a GPU copies from while it computes.
 
     Raises:
         CnnftError: a file that could be read before training cannot be read now.
@@ -162,6 +191,7 @@ def training_batches(
         dataset,
         batch_sampler=keys,
         num_workers=workers,
+        pin_memory=pinned,
         collate_fn=_stack_training,
         worker_init_fn=_leave_signals_alone,
     ):
@@ -198,15 +228,12 @@ class Views(NamedTuple):
 class ViewedImages(Dataset[tuple[int, Tensor | str]]):
     """`dataset[index]` -> (index, views (V, 3, H, W) or why the file cannot be read)."""
 
-    def __init__(self, paths: Sequence[str | Path], views: Callable[[Image.Image], Tensor]) -> None:
-        self.paths, self.views = paths, views
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    def __init__(self, images: Images, views: Callable[[Image.Image], Tensor]) -> None:
+        self.images, self.views = images, views
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return index, self.views(read_image(self.paths[index]))
+            return index, self.views(self.images[index])
         except ImageError as error:
             return index, error.reason
 
@@ -219,17 +246,21 @@ def view_batches(
     views: Callable[[Image.Image], Tensor],
     batch_size: int,
     workers: int,
+    images: Images | None = None,
+    *,
+    pinned: bool = False,
 ) -> ViewLoader:
-    """This process's share of the files, each once, in order.
+    """This process's share of the files, each once, in order; or of `images` made from them.
 
     May be iterated again; workers stay alive in between.
     """
     return DataLoader(
-        ViewedImages(paths, views),  # type: ignore[arg-type]  # collation changes the type
+        ViewedImages(images or ImageFiles(paths), views),  # type: ignore[arg-type]  # see collate_fn
         batch_size=batch_size,
         sampler=distributed.share(len(paths)),
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pinned,
         collate_fn=_stack_views,
         worker_init_fn=_leave_signals_alone,
     )

@@ -34,6 +34,8 @@ Schedule = Literal[
 Sampling = Literal["shuffled", "balanced"]
 ClassWeights = Literal["none", "balanced"]
 TestTimeViews = Literal["none", "hflip", "five-crop", "ten-crop"]
+Cache = Literal["auto", "ram", "disk", "off"]
+Decoder = Literal["pillow", "draft"]
 Split = Literal["val", "test", "all"]
 ExportFormat = Literal["head", "safetensors", "onnx"]
 
@@ -51,7 +53,7 @@ RARE_AUGMENTATION = {
 WITHOUT_FLAG = {
     "data", "momentum", "l1", "max_norm", "step_epochs", "step_gamma", "milestones",
     "inverse_epochs", "restart_epochs", "restart_multiplier", "cycle_rise", "plateau_patience",
-    "vflip", *RARE_AUGMENTATION,
+    "vflip", "train_resolution", *RARE_AUGMENTATION,
 }  # fmt: skip
 """Rare settings, which a config file alone has."""
 _BOUNDS = {
@@ -152,6 +154,11 @@ class Config:
     val_fraction: float = 0.2
     split_seed: int = 0
     seed: int = 0
+    # Training reads images reduced to as many pixels on the shorter side; auto: what the network's
+    # input can use; full: as they are. Evaluation always reads them as they are.
+    train_resolution: int | Literal["auto", "full"] = "auto"
+    decoder: Decoder = "pillow"  # of training; draft: JPEGs as the nearest smaller size in the file
+    cache: Cache = "auto"  # where pixels are kept that every epoch reads
     workers: int | None = None  # None: half of the processors, at most 8
     device: str = "auto"
     checkpoint_every: str = "5m"  # or steps; besides one after each epoch
@@ -174,6 +181,10 @@ class Config:
                 _require(_BOUNDS[f.name].hold(value), f.name, value, _BOUNDS[f.name])
         if isinstance(self.batch_size, int):
             _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        if isinstance(self.train_resolution, int):
+            fits = Bounds(16, LARGEST_IMAGE)
+            holds = fits.hold(self.train_resolution)
+            _require(holds, "train_resolution", self.train_resolution, fits)
         _require(0 <= self.seed < 2**63, "seed", self.seed, "at least 0, below 2^63")
         within = f"at least 0, below --epochs {self.epochs}"
         _require(0 <= self.warmup_epochs < self.epochs, "warmup_epochs", self.warmup_epochs, within)
@@ -211,6 +222,8 @@ class Config:
             yield "--weights and --no-pretrained contradict each other: leave one out"
         if self.weights is not None and self.backbone == "builtin":
             yield "--weights goes with a named backbone; builtin brings its own weights"
+        if self.decoder == "draft" and self.train_resolution == "full":
+            yield "--decoder draft reads reduced images, train_resolution full whole ones: choose"
         if self.class_weights == "balanced" and self.sampling == "balanced":
             yield "--class-weights and --sampling balanced make up for the same: leave one out"
         for setting in ("temperature", "distill_weight"):

@@ -36,6 +36,7 @@ IGNORED = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "ehthumbs.db", "de
 
 _UNDER_WAY = 256  # files: enough for every thread to have work while the first is waited for
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -281,17 +282,19 @@ def check(samples: Samples, *, on_file: Callable[[], object] = lambda: None) -> 
     )
 
 
-def in_threads(function: Callable[[str], T], paths: Iterable[str]) -> Iterator[T]:
-    """function(path) of each, in order. Threads suffice: Pillow decodes outside Python's lock.
+def in_threads(
+    function: Callable[[S], T], files: Iterable[S], under_way: int = _UNDER_WAY
+) -> Iterator[T]:
+    """function(file) of each, in order. Threads suffice: Pillow decodes outside Python's lock.
 
     `ThreadPoolExecutor.map` would queue all files at once, which takes more memory than their
     names, and an interrupted run would wait for them.
     """
     waiting: deque[Future[T]] = deque()
     with ignoring_oddities(), ThreadPoolExecutor() as pool:
-        for path in paths:
-            waiting.append(pool.submit(function, path))
-            if len(waiting) == _UNDER_WAY:
+        for file in files:
+            waiting.append(pool.submit(function, file))
+            if len(waiting) == under_way:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -12,7 +12,7 @@ from cnnft import data
 from cnnft.batches import channel_statistics
 from cnnft.data import OnFiles, Skipped
 from cnnft.errors import CnnftError
-from cnnft.images import ImageError, decode
+from cnnft.images import ImageError, decode, read_bytes
 from cnnft.transforms import InputSpec
 from cnnft.values import Channels
 
@@ -128,7 +128,7 @@ class _Look:
 def _look_at(paths: Iterable[str]) -> dict[str, _Look]:
     def look(path: str) -> tuple[str, _Look] | None:
         try:
-            image = decode(path)
+            image = decode(path, read_bytes(path))
             with Image.open(path) as file:
                 return path, _Look(image.size, file.mode, fingerprint(image))
         except (ImageError, OSError):  # it was readable a moment ago

@@ -3,8 +3,10 @@
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -48,27 +50,48 @@ def _is_deep(value: object) -> bool:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path`, sync, rename: a crash leaves the old file or the new one, whole.
+    """`content` becomes `path` as `whole_file` has it.
 
     Raises:
         CnnftError: the disk is full, or the place cannot be written to.
     """
-    temporary: str | None = None
-    try:
+    with _writing(path):
         if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
             path.write_bytes(content)
             return
+        with whole_file(path, 0o666 & ~_umask()) as file:
+            file.write(content)
+
+
+@contextmanager
+def whole_file(path: Path, mode: int) -> Iterator[IO[bytes]]:
+    """A file beside `path`; at the end it is synced, gets its mode, and is renamed to `path`.
+
+    A crash leaves the old file or the new one, whole; an exception the old one.
+
+    Raises:
+        CnnftError: the disk is full, or the place cannot be written to.
+    """
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(_UNFINISHED, f".{path.name}.", path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary is not None:
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(mode)
+            Path(temporary).replace(path)
+        except BaseException:
             Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
         raise CnnftError(f"{path} cannot be written ({error.strerror})") from error
 
 

@@ -11,6 +11,7 @@ from cnnft import distributed
 from cnnft.config import Config
 from cnnft.environment import environment
 from cnnft.errors import CnnftError
+from cnnft.pixelcache import Kept
 from cnnft.planning import Plan, prepare
 from cnnft.recipes import expand
 from cnnft.run import Epoch, Run
@@ -28,7 +29,7 @@ class Started:
     run: Run
 
 
-Event = Started | StepDone | Epoch | Finished | Stopped
+Event = Started | Kept | StepDone | Epoch | Finished | Stopped
 
 _FILES_SHOWN = 3
 
@@ -37,6 +38,8 @@ def carry_out(
     plan: Plan, run: Run | None = None, *, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
     """Train as planned; yields at the start, after every step and validated epoch, at the end.
+
+    Before the first step it may yield `Kept` images: decoded, for all epochs to read.
 
     The state is saved after every epoch, at every `config.checkpoint_every`, and when `stop()` says
     so after a step. With `run` the training goes on from its newest checkpoint, and ends with the

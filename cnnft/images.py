@@ -6,12 +6,15 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
+from cnnft.config import Decoder
 from cnnft.errors import CnnftError, first_line
 
 SUFFIXES = frozenset(
@@ -31,6 +34,28 @@ _MOST_BYTES = 2 * 1024**3
 """More than the largest image that Pillow opens has without compression (8 bytes per pixel)."""
 
 
+@dataclass(frozen=True)
+class PixelSpec:
+    """Which pixels a file is read as: `FULL`, all that are in it, or a reduced copy."""
+
+    short_side: int | None = None
+    """Pixels. Where the shorter side is longer than that, the image is reduced (bicubic,
+    antialiased)."""
+    decoder: Decoder = "pillow"
+    """draft: libjpeg decodes a JPEG at 1/2, 1/4 or 1/8 of its size where that leaves `short_side`
+    or more: faster, and other pixels."""
+
+    def reduced(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of what an image of that size is read as."""
+        if self.short_side is None or min(width, height) <= self.short_side:
+            return width, height
+        scale = self.short_side / min(width, height)
+        return round(width * scale), round(height * scale)
+
+
+FULL = PixelSpec()
+
+
 class ImageError(CnnftError):
     """A file that cannot be read as an image; the message names the file and the reason."""
 
@@ -39,8 +64,8 @@ class ImageError(CnnftError):
         self.reason = reason
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Decode the file in full: EXIF-upright, RGB, first frame, transparency on white.
+def read_image(path: str | Path, pixels: PixelSpec = FULL) -> Image.Image:
+    """Decode the file: EXIF-upright, RGB, first frame, transparency on white.
 
     docs/images.md has what becomes of every kind of file.
 
@@ -48,12 +73,33 @@ def read_image(path: str | Path) -> Image.Image:
         ImageError: the file is missing, no image, truncated, or too large.
     """
     with ignoring_oddities():
-        return decode(path)
+        return decode(path, read_bytes(path), pixels)
 
 
-def decode(path: str | Path) -> Image.Image:
-    """`read_image` for threads, which are to be `ignoring_oddities` together."""
-    return _open(path, read_bytes(path), draft=False)
+def decode(path: str | Path, content: bytes, pixels: PixelSpec = FULL) -> Image.Image:
+    """`read_image` of a file's content, for threads, which are to be `ignoring_oddities` together.
+
+    `path` is for the message.
+    """
+    image = _open(path, content, pixels.short_side if pixels.decoder == "draft" else None)
+    size = pixels.reduced(*image.size)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def size_of(path: str | Path) -> tuple[int, int]:
+    """(width, height) as the file's header has them, before it is turned upright.
+
+    Raises:
+        ImageError: it has none.
+    """
+    return _header(path, read_bytes(path)).size
+
+
+def decoder_versions() -> tuple[str | None, ...]:
+    """Of what turns bytes into pixels: another version may give other ones."""
+    codecs = (features.version(name) for name in ("jpg", "webp", "avif", "libtiff", "zlib"))
+    heic = version("pillow-heif") if _opens_heic() else None
+    return (version("pillow"), *codecs, heic)
 
 
 @contextmanager
@@ -74,7 +120,7 @@ def find_problem(path: str | Path, content: bytes) -> str | None:
     file is found, at a fraction of the cost. Many threads may call it, `ignoring_oddities`.
     """
     try:
-        _open(path, content, draft=True)
+        _open(path, content, draft=1)
     except ImageError as error:
         return error.reason
     return None
@@ -103,7 +149,18 @@ def read_bytes(path: str | Path) -> bytes:
         raise ImageError(path, "is not the name of a file") from error
 
 
-def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
+def _open(path: str | Path, content: bytes, draft: int | None) -> Image.Image:
+    """`draft`: a JPEG may be decoded smaller, with at least so many pixels on each side."""
+    image = _header(path, content)
+    with _explained(path):
+        if draft is not None:
+            image.draft("RGB", (draft, draft))
+        image.load()
+        return _to_rgb(path, image)
+
+
+def _header(path: str | Path, content: bytes) -> Image.Image:
+    """The image, of which no pixel is decoded yet."""
     if not content:
         raise ImageError(path, "is empty (0 bytes)")
     formats: tuple[str, ...] = _FORMATS
@@ -114,12 +171,15 @@ def _open(path: str | Path, content: bytes, *, draft: bool) -> Image.Image:
                 "is a HEIC photo, which needs the package pillow-heif: pip install 'cnnft[heic]'",
             )
         formats = ("HEIF",)
+    with _explained(path):
+        return Image.open(io.BytesIO(content), formats=formats)
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    """What Pillow raises within it becomes an `ImageError`."""
     try:
-        image: Image.Image = Image.open(io.BytesIO(content), formats=formats)
-        if draft:
-            image.draft("RGB", (1, 1))
-        image.load()
-        return _to_rgb(path, image)
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError as error:

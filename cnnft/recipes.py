@@ -29,6 +29,7 @@ RECIPES = {
             "schedule": "step",
             "probe_first": False,
             "batchnorm": "train",
+            "train_resolution": "full",
         },
     ),
 }

@@ -3,8 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from cnnft import distributed
 from cnnft.augmentation import augmentation, mixing, training_transform
 from cnnft.averaging import equal_average, recalibrate, running_average
-from cnnft.batches import TrainingImages, training_batches, view_batches
+from cnnft.batches import ImageFiles, TrainingImages, training_batches, view_batches
 from cnnft.checkpoints import Checkpoint
 from cnnft.classifier import Classifier
 from cnnft.config import Config
@@ -24,6 +26,7 @@ from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
 from cnnft.objectives import make_objective
 from cnnft.optim import freezes_statistics, make_optimizer
+from cnnft.pixelcache import Kept, KeptImages, keep, training_pixels
 from cnnft.planning import Plan
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
@@ -92,8 +95,15 @@ class Session:
             self._restore(saved)
         if plan.teachers and not self.over:
             self.state.teach = make_teach(plan.teachers, config, spec, plan.train, plan.workers)
+        self.pinned = plan.device.type == "cuda"
+        self.images, self.val_images = _images(plan)
         self.val_batches = view_batches(
-            plan.val.paths, EvaluationViews(spec), config.images_at_once, plan.workers
+            plan.val.paths,
+            EvaluationViews(spec).of_crop,
+            config.images_at_once,
+            plan.workers,
+            self.val_images,
+            pinned=self.pinned,
         )
         self.due = _Due(config.checkpoint_every, self.state.step)
 
@@ -109,6 +119,8 @@ class Session:
     def _restore(self, saved: Checkpoint) -> None:
         try:
             self.state.restore(saved.tensors, saved.values["state"])
+            if saved.values["pretrained"] != self.plan.classifier.pretrained_hash:
+                raise ValueError("the backbone's weights are others than when it began")
             self.history.extend(Epoch(**row) for row in saved.values["history"])
             self.run.require_classifier(of_an_epoch=bool(self.history))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -118,13 +130,19 @@ class Session:
             ) from error
         _log.info("going on after step %d of %d", self.state.step, len(self.plan.batches))
 
-    def events(self, stop: Callable[[], bool]) -> Iterator[StepDone | Epoch | Finished | Stopped]:
+    def events(
+        self, stop: Callable[[], bool]
+    ) -> Iterator[Kept | StepDone | Epoch | Finished | Stopped]:
         plan, state = self.plan, self.state
+        if not self.over and (yield from self._keep_images(stop)):
+            yield Stopped(self.run, state.step)
+            return
         transform = training_transform(plan.classifier.input_spec, augmentation(plan.config))
         batches = training_batches(
-            TrainingImages(plan.train, transform, plan.config.seed),
+            TrainingImages(plan.train, transform, plan.config.seed, self.images),
             replace(plan.batches, first_step=state.step),
             plan.workers,
+            pinned=self.pinned,
         )
         objective = make_objective(plan.config, plan.train.counts())
         for event in () if self.over else train(state, batches, objective):
@@ -143,6 +161,16 @@ class Session:
                 yield Stopped(self.run, state.step)
                 return
         yield self._finish()
+
+    def _keep_images(self, stop: Callable[[], bool]) -> Generator[Kept, None, bool]:
+        """Decode for all epochs; whether the caller asks to stop."""
+        config = self.plan.config
+        with closing(keep([self.images, self.val_images], config.cache, config.epochs)) as keeping:
+            for kept in keeping:
+                yield kept
+                if stop():
+                    break
+        return any(distributed.anywhere(stop()))
 
     @property
     def over(self) -> bool:
@@ -178,6 +206,7 @@ class Session:
             "state": state_values,
             "history": [asdict(epoch) for epoch in self.history],
             "frozen_statistics": self.frozen,
+            "pretrained": self.plan.classifier.pretrained_hash,
         }
         self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
         self.due.reset(self.state.step)
@@ -240,6 +269,17 @@ class Session:
         batches = view_batches(self.plan.train.paths, views, size, workers)
         recalibrate(network, [network.get_submodule(name) for name in layers], batches)
         return what, replace(classifier, network=network)
+
+
+def _images(plan: Plan) -> tuple[KeptImages, KeptImages]:
+    """What training reads of its images, and what evaluation sees of those of val."""
+    spec, of = plan.classifier.input_spec, Path(plan.config.data).name
+    files = ImageFiles(plan.train.paths, training_pixels(plan.config, spec))
+    crops = ImageFiles(plan.val.paths, crop=spec)
+    return (
+        KeptImages(files, plan.train.hashes, f"{len(plan.train)} training images of {of}"),
+        KeptImages(crops, plan.val.hashes, f"{len(plan.val)} validation crops of {of}"),
+    )
 
 
 class _Due:

@@ -88,6 +88,10 @@ class EvaluationViews:
             crops += [F.horizontal_flip(crop) for crop in crops]
         return torch.stack([self.normalize(crop) for crop in crops])
 
+    def of_crop(self, crop: Image.Image) -> Tensor:
+        """(1, 3, size, size), where `evaluation_crop` was done before."""
+        return self.normalize(crop)[None]
+
     def _crops(self, image: Image.Image) -> list[Image.Image]:
         size = self.spec.size
         if self.tta in ("none", "hflip"):

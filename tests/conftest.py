@@ -36,6 +36,14 @@ class Outcome:
             assert part in lines[-1]
 
 
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, for this test alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CNNFT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def cnnft(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run the command line in this process: cnnft("finetune", folder, "--epochs", 1)."""

@@ -5,7 +5,18 @@ from typing import Annotated
 import typer
 
 from cnnft import __version__
-from cnnft.cli import backbones, check, console, diff, evaluate, export, finetune, predict, recipes
+from cnnft.cli import (
+    backbones,
+    cache,
+    check,
+    console,
+    diff,
+    evaluate,
+    export,
+    finetune,
+    predict,
+    recipes,
+)
 
 debug = False
 """Set by --debug: errors show their traceback."""
@@ -49,3 +60,4 @@ app.command("diff")(diff.command)
 app.command("check")(check.command)
 app.command("backbones")(backbones.command)
 app.command("recipes")(recipes.command)
+app.command("cache")(cache.command)

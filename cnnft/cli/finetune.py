@@ -349,7 +349,7 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
     run = Run.open(path)
     before = run.config()
     free = {"epochs", "patience", "workers", "device", "micro_batch", "checkpoint_every"}
-    free |= {"skip_nonfinite"}
+    free |= {"skip_nonfinite", "cache"}
     other = [
         key.replace("_", "-")
         for key, value in given.items()

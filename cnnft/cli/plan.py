@@ -34,6 +34,7 @@ def show_plan(plan: "Plan") -> None:
     spec = plan.classifier.input_spec
     console.say(f"backbone        {_backbone_line(plan)}")
     console.say(f"input           {spec.size} × {spec.size} px, {spec.fit}, {spec.interpolation}")
+    console.say(f"images          {_pixels_line(plan)}")
     console.say(f"augmentation    {_augmentation_line(plan)}")
     console.say(
         f"mode            {_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"
@@ -149,6 +150,16 @@ def _show_skipped(plan: "Plan") -> None:
         console.warn(
             f"{plan.leaked} validation image(s) left out: the same file is in the training data"
         )
+
+
+def _pixels_line(plan: "Plan") -> str:
+    from cnnft.pixelcache import training_pixels
+
+    pixels = training_pixels(plan.config, plan.classifier.input_spec)
+    if pixels.short_side is None:
+        return "training reads them as they are"
+    decoder = ", decoded by JPEG draft mode" if pixels.decoder == "draft" else ""
+    return f"training reads them with {pixels.short_side} px at most on the shorter side{decoder}"
 
 
 def _mode_line(plan: "Plan") -> str:

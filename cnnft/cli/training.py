@@ -36,6 +36,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
     from cnnft.finetuning import Started, carry_out
+    from cnnft.pixelcache import Kept
     from cnnft.run import Epoch
     from cnnft.session import Stopped
     from cnnft.training import StepDone
@@ -52,13 +53,17 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                 elapsed = time.monotonic() - drawn
                 if elapsed > 0.2 and not bar.disable:  # reading the loss waits for the device
                     speed, loss = f"{images / elapsed:.0f}", f"{event.loss.item():.3f}"
-                    bar.update(task, completed=event.step, loss=loss, speed=speed)
+                    bar.update(
+                        task, completed=event.step, loss=loss, speed=speed, description="training"
+                    )
                     drawn, images = time.monotonic(), 0
                 if event.step % plan.batches.steps_per_epoch == 0:  # the next event is its Epoch
                     bar.update(task, completed=event.step, description="validating")
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
                 console.say(_epoch_line(event, plan.config))
+            elif isinstance(event, Kept):
+                bar.update(task, description=f"decoding image {event.images} of {event.total}")
             elif isinstance(event, Started):
                 kept = event.run.environment() or {}
                 console.log_to(event.run.log, ", ".join(" ".join(item) for item in kept.items()))

@@ -1,0 +1,186 @@
+"""What the pixel cache saves, and what a reduced copy of the images costs.
+
+    python benchmarks/pixels.py loading FOLDER [--size 224] [--rounds 3]
+    python benchmarks/pixels.py training FOLDER --backbone NAME [--mode finetune] [--epochs 4]
+    python benchmarks/pixels.py probabilities FOLDER -m RUN [--enlarge 4]
+    python benchmarks/pixels.py accuracy FOLDER --backbone NAME [--size 112] [--seeds 5]
+
+loading: images per second of CPU time of one process that makes training views from files, memory
+and the disk, which take turns.
+training: seconds of an epoch, and of the whole command, for each --cache.
+probabilities: how far the probabilities of a run move when its images are read as training reads
+them; --enlarge stands for a camera with more pixels (bicubic, saved as JPEG of quality 90).
+accuracy: the best val accuracy of runs that train on copies of several resolutions.
+"""
+
+import argparse
+import csv
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from cnnft import Config, load
+from cnnft.augmentation import training_transform
+from cnnft.batches import ImageFiles, TrainingImages, view_batches
+from cnnft.data import Samples, check, find_split, image_files, scan
+from cnnft.finetuning import carry_out
+from cnnft.images import FULL, PixelSpec
+from cnnft.inference import infer_all
+from cnnft.pixelcache import KeptImages, keep
+from cnnft.planning import prepare
+from cnnft.transforms import EvaluationViews, InputSpec
+
+FACTORS = 8 / 7, 1.5, 2.0
+"""Resolutions of the copy, in sides of the network's input; 8/7 is evaluation's own."""
+
+
+def loading(options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)  # as in the processes that load images
+    samples = check(scan(find_split(options.folder, "train") or options.folder))
+    spec = InputSpec(options.size, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    print("| resolution | files | memory | disk | kB per image |\n|---|---|---|---|---|")
+    for factor in (*FACTORS, None):
+        pixels = FULL if factor is None else PixelSpec(round(factor * options.size))
+        kept = [
+            KeptImages(ImageFiles(samples.paths, pixels), samples.hashes, "benchmark")
+            for _ in range(3)
+        ]
+        for images, cache in zip(kept, ("off", "ram", "disk"), strict=True):
+            list(keep([images], cache, epochs=2))
+        views = [TrainingImages(samples, training_transform(spec), 0, images) for images in kept]
+        rounds = [[timed(view, epoch) for view in views] for epoch in range(options.rounds)]
+        speeds = [len(samples) / statistics.median(times) for times in zip(*rounds, strict=True)]
+        store = kept[1].store
+        assert store is not None
+        name = "full" if factor is None else f"{pixels.short_side} px"
+        size = int(store.ends[-1]) / len(store.ends) / 1e3
+        print(f"| {name} | {' | '.join(f'{speed:.0f}' for speed in speeds)} | {size:.0f} |")
+
+
+def timed(views: TrainingImages, epoch: int) -> float:
+    start = time.process_time()
+    for index in range(len(views)):
+        views[epoch, index]
+    return time.process_time() - start
+
+
+def training(options: argparse.Namespace) -> None:
+    print("| --cache | --workers | s per epoch | s in all |\n|---|---|---|---|")
+    for workers in (0, 1):
+        for cache in ("off", "ram", "disk", "disk"):
+            with tempfile.TemporaryDirectory() as runs:
+                config = Config(
+                    options.folder, backbone=options.backbone, mode=options.mode, cache=cache,
+                    epochs=options.epochs, workers=workers, runs_dir=runs, probe_first=False,
+                    image_size=options.size,
+                )  # fmt: skip
+                plan, start = prepare(config), time.perf_counter()
+                epochs = finish(plan)
+                whole = time.perf_counter() - start
+            median = statistics.median(float(row["seconds"]) for row in epochs)
+            print(f"| {cache} | {workers} | {median:.2f} | {whole:.1f} |", flush=True)
+
+
+def finish(plan) -> list[dict[str, str]]:
+    """The rows of the history."""
+    for event in carry_out(plan):
+        last = event
+    with (last.run.path / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def probabilities(options: argparse.Namespace) -> None:
+    classifier = load(options.model)
+    spec = classifier.input_spec
+    with tempfile.TemporaryDirectory() as folder:
+        paths = list(enlarged(options.folder, options.enlarge, Path(folder)))
+        views = EvaluationViews(spec)
+
+        def probabilities_of(pixels: PixelSpec) -> torch.Tensor:
+            batches = view_batches(paths, views, 32, 0, ImageFiles(paths, pixels))
+            return infer_all(classifier.network, batches, paths).exp()
+
+        exact = probabilities_of(FULL)
+        print(f"{len(paths)} images, {spec.size} px\n")
+        print("| read as | mean change | largest | other class |\n|---|---|---|---|")
+        for factor in FACTORS:
+            for decoder in ("pillow", "draft"):
+                found = probabilities_of(PixelSpec(round(factor * spec.size), decoder))
+                change = (found - exact).abs()
+                other = int((found.argmax(dim=1) != exact.argmax(dim=1)).sum())
+                name = f"{round(factor * spec.size)} px, {decoder}"
+                print(f"| {name} | {change.mean():.4f} | {change.max():.3f} | {other} |")
+
+
+def enlarged(folder: Path, factor: int, to: Path) -> Iterator[str]:
+    for number, path in enumerate(image_files(folder)[0]):
+        if factor == 1:
+            yield path
+            continue
+        image = Image.open(path).convert("RGB")
+        size = factor * image.width, factor * image.height
+        image.resize(size, Image.Resampling.BICUBIC).save(to / f"{number}.jpg", quality=90)
+        yield str(to / f"{number}.jpg")
+
+
+def accuracy(options: argparse.Namespace) -> None:
+    """The runs of one seed train on the same images, from the same weights."""
+    print("| resolution | val accuracy, mean | minus full, by seed: mean |\n|---|---|---|")
+    found: dict[str, list[float]] = {}
+    for seed in range(options.seeds):
+        for factor in (None, *FACTORS):
+            side = "full" if factor is None else round(factor * options.size)
+            with tempfile.TemporaryDirectory() as runs:
+                config = Config(
+                    options.folder, backbone=options.backbone, epochs=options.epochs, seed=seed,
+                    image_size=options.size, train_resolution=side, workers=0, runs_dir=runs,
+                )  # fmt: skip
+                plan = prepare(config)
+                drawn = draw(plan.train, options.images, seed)
+                batches = replace(plan.batches, images=len(drawn))
+                rows = finish(replace(plan, train=drawn, batches=batches))
+            best = max(float(row["val_accuracy"]) for row in rows)
+            found.setdefault(str(side), []).append(best)
+    for side, values in found.items():
+        gaps = [value - full for value, full in zip(values, found["full"], strict=True)]
+        words = ", ".join(f"{100 * gap:+.1f}" for gap in gaps)
+        mean = 100 * statistics.mean(values)
+        print(f"| {side} | {mean:.1f} % | {words}: {100 * statistics.mean(gaps):+.2f} |")
+
+
+def draw(samples: Samples, images: int, seed: int) -> Samples:
+    """So many of each class."""
+    order = random.Random(seed).sample(range(len(samples)), len(samples))
+    return samples.take(
+        index
+        for label in range(len(samples.classes))
+        for index in [i for i in order if samples.labels[i] == label][:images]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The pixel cache and reduced copies.")
+    parser.add_argument("what", choices=["loading", "training", "probabilities", "accuracy"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-m", "--model", type=Path)
+    parser.add_argument("--backbone", default="builtin")
+    parser.add_argument("--mode", default="finetune")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--images", type=int, default=25, help="of each class")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--enlarge", type=int, default=1)
+    options = parser.parse_args()
+    globals()[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
