@@ -70,6 +70,7 @@ class Session:
     def __init__(self, plan: Plan, run: Run, saved: Checkpoint | None, board: Board) -> None:
         self.plan, self.run, self.board = plan, run, board
         self.history: list[Epoch] = []
+        history = self.history  # for the schedule: with `self` in it, workers would outlive this
         config, classifier = plan.config, plan.classifier
         network, head, spec = classifier.network, classifier.head, classifier.input_spec
         # As the run began, though the number of processes may be another now.
@@ -79,7 +80,7 @@ class Session:
         self.state = TrainState(
             network=network,
             optimizer=make_optimizer(network, head, plan.stages, plan.rates, config),
-            schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in self.history]),
+            schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
             keys=plan.batches,
             keep_statistics=batchnorms(network, head) if self.frozen else (),
             mix=mixing(config, len(classifier.classes)),
