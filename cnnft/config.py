@@ -159,7 +159,8 @@ class Config:
     # input can use; full: as they are. Evaluation always reads them as they are.
     train_resolution: int | Literal["auto", "full"] = "auto"
     decoder: Decoder = "pillow"  # of training; draft: JPEGs as the nearest smaller size in the file
-    # Where layers are frozen: epoch e sees view e modulo so many of each image. None: 4.
+    # Where layers are frozen: epoch e sees view e modulo so many of each image. None: 4 in mode
+    # feature-extractor, a new one in every epoch elsewhere.
     feature_views: int | None = None
     cache: Cache = "auto"  # where pixels are kept that every epoch reads
     workers: int | None = None  # None: half of the processors, at most 8
@@ -225,7 +226,8 @@ class Config:
             yield "--weights and --no-pretrained contradict each other: leave one out"
         if self.weights is not None and self.backbone == "builtin":
             yield "--weights goes with a named backbone; builtin brings its own weights"
-        if self.feature_views is not None and self.views is None and self.mode != "auto":
+        whole = self.mode in ("finetune", "bn-only") and self.train_stages is None
+        if self.feature_views is not None and whole:
             yield "--feature-views is about frozen layers: add --mode feature-extractor"
         if self.decoder == "draft" and self.train_resolution == "full":
             yield "--decoder draft reads reduced images, train_resolution full whole ones: choose"
@@ -291,10 +293,9 @@ class Config:
 
         Where layers are frozen and a view comes again, what they make of it is known.
         """
-        frozen = self.mode == "feature-extractor" or self.train_stages is not None
-        if not frozen or (self.feature_views is None and (self.mixup or self.cutmix)):
-            return None
-        return min(self.feature_views or FEATURE_VIEWS, self.epochs)
+        if self.mode == "feature-extractor" and not (self.mixup or self.cutmix):
+            return min(self.feature_views or FEATURE_VIEWS, self.epochs)
+        return None if self.feature_views is None else min(self.feature_views, self.epochs)
 
     @property
     def milestone_epochs(self) -> tuple[float, ...]:

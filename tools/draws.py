@@ -90,8 +90,13 @@ MODES = Table(
 
 BY_NAME = Table(
     document=DOCUMENTS / "recipes.md",
-    methods={name: recipe.settings for name, recipe in RECIPES.items()},
-    baselines=("tutorial",),
+    methods={
+        "tutorial": RECIPES["tutorial"].settings,
+        "tutorial, batches of 32": RECIPES["tutorial"].settings | {"batch_size": 32},
+        "no recipe": {},
+        **{name: RECIPES[name].settings for name in ("fast", "standard", "thorough")},
+    },
+    baselines=("tutorial", "tutorial, batches of 32"),
     common={},
     complete=True,
 )

@@ -252,7 +252,7 @@ def command(
             metavar="NAME",
             rich_help_panel=_MODEL,
             help=f"Settings that go together: {', '.join(RECIPES)} (see cnnft recipes).",
-            show_default="standard",
+            show_default="none",
         ),
     ] = None,
     config: Annotated[
