@@ -1,0 +1,236 @@
+"""Records of the benchmark -> tables in Markdown, and which targets are met.
+
+A record is what one process came to: group (kind and network), row, round, and either seconds,
+memory and the row's facts, or why it is absent.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rows import Group
+
+Record = dict[str, Any]
+LIMIT = "limit"
+TIMES_FASTER, SHARE_OF_LIMIT, SECOND_RUN, PREDICT_FASTER = 25, 0.95, 5.0, 1.5
+"""The targets."""
+FLAT = 1.1
+"""What memory of 100 times as many images may be of that of the fewest."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """Records of one group."""
+
+    group: Group
+    records: Sequence[Record]
+
+    def of(self, row: str) -> list[Record]:
+        """By rounds."""
+        return [r for r in self.records if r["row"] == row and "absent" not in r]
+
+    def why_absent(self, row: str) -> str | None:
+        return next((r["absent"] for r in self.records if r["row"] == row and "absent" in r), None)
+
+    def values(self, row: str, what: str) -> list[Any]:
+        return [r[what] for r in self.of(row) if r.get(what) is not None]
+
+    def median(self, row: str, what: str) -> float | None:
+        return statistics.median(self.values(row, what)) if self.values(row, what) else None
+
+    def paired(
+        self, first: str, second: str, value: Callable[[Record, Record], float]
+    ) -> list[float]:
+        """`value` of the records of both rows in each round that has both."""
+        others = {r["round"]: r for r in self.of(second)}
+        return [value(r, others[r["round"]]) for r in self.of(first) if r["round"] in others]
+
+    def ratios(self, row: str) -> list[float]:
+        """How many times as fast as the baseline, in each round."""
+        return self.paired(self.group.baseline, row, lambda a, b: a["seconds"] / b["seconds"])
+
+
+def spread(values: Sequence[float], format: str = ".2f") -> str:
+    """Median and range."""
+    if not values:
+        return "–"
+    low, middle, high = min(values), statistics.median(values), max(values)
+    text = f"{middle:{format}}"
+    return text if len(values) == 1 else f"{text} [{low:{format}}, {high:{format}}]"
+
+
+def table(results: Results, bound: Callable[[int], float] | None) -> str:
+    """One group; `bound` of K views is the most that caching features can give."""
+    group, on_gpu = results.group, any(r.get("gpu_memory") for r in results.records)
+    heads = ["", f"times as fast as {group.baseline}", *(["bound"] if bound else [])]
+    heads += ["seconds", "accuracy", "memory, MB", *(["on the GPU, MB"] if on_gpu else [])]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in group.rows:
+        if row.name == LIMIT:
+            continue
+        if reason := results.why_absent(row.name):
+            lines.append(_line([row.name, f"not there: {reason}", *[""] * (len(heads) - 2)]))
+            continue
+        views = results.median(row.name, "views")
+        limits = [f"{bound(int(views)):.1f}" if views else ""] if bound else []
+        accuracy = results.values(row.name, "accuracy")
+        cells = [row.name, spread(results.ratios(row.name)) if accuracy else "", *limits]
+        cells += [spread(results.values(row.name, "seconds"), ".1f")]
+        cells += [spread([100 * a for a in accuracy], ".1f") + " %" if accuracy else ""]
+        cells += [_megabytes(results.median(row.name, "memory"))]
+        cells += [_megabytes(results.median(row.name, "gpu_memory"))] if on_gpu else []
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def growth_table(results: Results) -> str:
+    """Of ever larger rows: time and memory, and what they are of those of the first."""
+    heads = ["", "seconds", "of the first", "memory, MB", "of the first"]
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    for row in results.group.rows:
+        if reason := results.why_absent(row.name):
+            lines.append(_line([row.name, f"not there: {reason}", "", "", ""]))
+            continue
+        cells = [row.name]
+        for what, shown in (("seconds", "{:.1f}".format), ("memory", _megabytes)):
+            own, first = (results.median(name, what) for name in (row.name, results.group.baseline))
+            cells += [shown(own), f"{own / first:.2f}"] if own and first else ["–", "–"]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def limit_lines(results: Results) -> list[str]:
+    """What the network alone reaches in memory, and how far cnnft and the tutorial loop are."""
+    found = [record["throughput"] for record in results.of(LIMIT)]
+    if not found:
+        return []
+    plain = max(("plain", "plain, channels last"), key=lambda kind: _middle(found, kind))
+    lines = [
+        "Images in memory as tensors, of forward, backward and SGD: "
+        + "; ".join(f"{kind} {_middle(found, kind):.1f} images/s" for kind in found[0])
+        + f". The limit is {plain}.",
+        "",
+        "| | training alone, of the limit | times as fast as the tutorial | of which compute "
+        "| of which loading |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results.group.rows:
+        if not results.values(row.name, "images_per_second"):
+            continue
+        ratio, compute, loading = _split(results, row.name)
+        shown = [spread(values) for values in (shares(results, row.name), ratio, compute, loading)]
+        lines.append(_line([row.name, *shown]))
+    return lines
+
+
+def shares(results: Results, row: str) -> list[float]:
+    """Training's images per second in the row's epochs, of those of the limit, by rounds."""
+
+    def share(run: Record, limit: Record) -> float:
+        reached = limit["throughput"]
+        return run["images_per_second"] / max(reached["plain"], reached["plain, channels last"])
+
+    return results.paired(row, LIMIT, share)
+
+
+def _split(results: Results, row: str) -> tuple[list[float], list[float], list[float]]:
+    """How many times as fast as the tutorial loop training is, and two factors of it: the steps on
+    tensors in memory, and the rest, which is loading."""
+    kind = "cnnft" if row.startswith("cnnft") else "tutorial"
+    ratios = results.paired(
+        results.group.baseline, row, lambda a, b: b["images_per_second"] / a["images_per_second"]
+    )
+    limits = [record["throughput"] for record in results.of(LIMIT)]
+    compute = [limit[kind] / limit["tutorial"] for limit in limits]
+    return ratios, compute, [r / c for r, c in zip(ratios, compute, strict=False)]
+
+
+def targets(groups: Sequence[Results], bound: Callable[[int], float], epochs: int) -> str:
+    """Each target, what was measured for it, and whether it is met."""
+    lines = ["| target | measured | |", "|---|---|---|"]
+    for found in groups:
+        for target, measured, met in _targets(found, bound, epochs):
+            verdict = "not measured" if met is None else "met" if met else "**not met**"
+            lines.append(_line([target, measured, verdict]))
+    return "\n".join(lines)
+
+
+Target = tuple[str, str, bool | None]
+
+
+def _targets(found: Results, bound: Callable[[int], float], epochs: int) -> Iterable[Target]:
+    kind, name = found.group.kind, f"{found.group.kind}, {found.group.network}"
+    if kind == "feature-extractor":
+        faster = found.ratios("cnnft, K = 1")
+        yield (
+            f"{name}: K = 1 at least {TIMES_FASTER} times as fast as the tutorial loop",
+            f"{spread(faster)}; the bound is {bound(1):.1f}",
+            _at_least(faster, TIMES_FASTER) if epochs == TIMES_FASTER else None,
+        )
+        differences = found.paired("tutorial", "cnnft", lambda a, b: b["accuracy"] - a["accuracy"])
+        yield (
+            f"{name}: accuracy with the default K at least that of the tutorial loop",
+            f"{spread([100 * d for d in differences], '+.1f')} points",
+            _at_least(differences, 0),
+        )
+        beyond = found.paired(
+            "cnnft, again", "start-up of cnnft", lambda a, b: a["seconds"] - b["seconds"]
+        )
+        yield (
+            f"{name}: a second run under {SECOND_RUN:g} s plus start-up",
+            f"{spread(beyond, '.1f')} s",
+            statistics.median(beyond) < SECOND_RUN if beyond else None,
+        )
+    elif kind == "finetune":
+        reached = shares(found, "cnnft")
+        yield (
+            f"{name}: training at {SHARE_OF_LIMIT:.0%} of the limit or better",
+            spread(reached),
+            _at_least(reached, SHARE_OF_LIMIT),
+        )
+    elif kind == "predict":
+        faster = found.ratios("cnnft")
+        yield (
+            f"{name}: at least {PREDICT_FASTER:g} times as fast as timm's inference script",
+            spread(faster),
+            _at_least(faster, PREDICT_FASTER),
+        )
+    elif found.group.network.startswith("predict"):
+        ends = [
+            found.median(row.name, "memory") for row in (found.group.rows[0], found.group.rows[-1])
+        ]
+        more = ends[1] / ends[0] if all(ends) else None
+        yield (
+            f"memory of predict flat, from {found.group.rows[0].name} to "
+            f"{found.group.rows[-1].name}",
+            f"{more:.2f} times" if more else "–",
+            more <= FLAT if more else None,
+        )
+
+
+def _at_least(values: Sequence[float], least: float) -> bool | None:
+    return statistics.median(values) >= least if values else None
+
+
+def _middle(found: Sequence[dict[str, float]], kind: str) -> float:
+    return statistics.median(throughput[kind] for throughput in found)
+
+
+def _megabytes(number: float | None) -> str:
+    return "–" if number is None else f"{number / 1e6:,.0f}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def machine() -> str:
+    """The processor, its number, and the memory, as far as the system tells."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    memory = Path("/proc/meminfo")
+    kilobytes = int(memory.read_text().split()[1]) if memory.exists() else 0
+    return f"{len(names)} × {names[0]}, {kilobytes / 1e6:.0f} GB" if names else "unknown"
