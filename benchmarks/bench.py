@@ -71,7 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--finetune-epochs", type=int, default=5)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of measurements")
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
@@ -177,8 +177,8 @@ def take_turns(group: Group, setting: Setting, rounds: int, records: _Records) -
 def _measured(row: Row, setting: Setting) -> Record:
     if row.absent:
         return {"absent": row.absent}
-    row.before()
     try:
+        row.before()
         measured = measure(row.command, setting.environment)
     except FailedError as error:
         return {"absent": f"failed: {error}"}
@@ -222,7 +222,8 @@ def _conditions(setting: Setting, options: argparse.Namespace, train: int, val: 
         f"{what}: {train} images to train on, {val} to validate; {setting.size} px, batches of "
         f"{setting.batch_size}, {setting.epochs} epochs in feature-extractor mode and "
         f"{setting.finetune_epochs} in finetune mode; {'bf16' if setting.bf16 else 'float32'}; "
-        f"rounds: {options.rounds}, of growth 1; {setting.threads} threads.\n\n{machine()}; {shown}."
+        f"rounds: {options.rounds}, of growth 1; {setting.threads} threads.\n\n"
+        f"{machine()}; {shown}."
     )
 
 

@@ -10,13 +10,14 @@ from benchmarks.synthetic import draw_images
 
 SIZE = 64  # pixels: what grows with the images is meant, not what one image costs
 CLASSES = (10, 100, 1000)
+LEAST = 5  # images of a class, of which a fifth is held out
 
 
 def growth(setting: Setting, sizes: tuple[int, ...]) -> list[Group]:
     """Training and prediction of ever more images; training of ever more classes."""
     middle = sizes[len(sizes) // 2]
     images = [_finetune(setting, n, CLASSES[0]) for n in sizes]
-    classes = [_finetune(setting, middle, c) for c in CLASSES]
+    classes = [_finetune(setting, middle, c) for c in CLASSES if c * LEAST <= middle]
     run = setting.work / "runs" / _name(sizes[0], CLASSES[0])
     train = partial(make_run, setting, run, images[0].command)
     predict = [_predict(setting, n, run, train) for n in sizes]

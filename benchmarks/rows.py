@@ -60,6 +60,8 @@ class Group:
     network: str
     baseline: str
     rows: tuple[Row, ...]
+    pretrained: bool = True
+    """Whether accuracy says something."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class Setting:
     work: Path
     """For whatever is written."""
     networks: dict[str, Path] = field(default_factory=dict)
-    """Name -> timm folder."""
+    """Name -> timm folder. The first has random weights: speed is measured on it, and accuracy on
+    the other."""
     size: int = 224
     batch_size: int = 32
     epochs: int = 25
@@ -119,7 +122,7 @@ def training(setting: Setting, network: str, frozen: bool, peers: list[str]) -> 
     if not frozen:
         command = (PYTHON, "-m", "benchmarks.limit", json.dumps(asdict(job)))
         rows.append(Row("limit", command, lambda out: {"throughput": json.loads(out)}))
-    return Group(kind, network, "tutorial", tuple(rows))
+    return Group(kind, network, "tutorial", tuple(rows), network != next(iter(setting.networks)))
 
 
 def inference(setting: Setting, network: str) -> list[Group]:

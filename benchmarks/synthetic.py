@@ -1,6 +1,7 @@
 """Generated JPEGs in class folders, as many as wanted, and a network with random weights."""
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
+from safetensors.torch import save_file
 
 PICTURES = 20  # different ones in each class; files beyond differ in a comment alone
 COARSE = 16  # pixels between the points from which a picture is interpolated
@@ -51,5 +52,13 @@ def _with_comment(jpeg: bytes, comment: str) -> bytes:
 def random_weights(folder: Path, architecture: str, seed: int = 0) -> Path:
     """A timm folder of `architecture` with random weights."""
     torch.manual_seed(seed)
-    save_for_hf(timm.create_model(architecture), str(folder), safe_serialization=True)
+    network = timm.create_model(architecture)
+    description = {
+        "architecture": architecture,
+        "num_classes": network.num_classes,
+        "pretrained_cfg": network.pretrained_cfg,
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(description))
+    save_file(network.state_dict(), folder / "model.safetensors")
     return folder
