@@ -50,7 +50,7 @@ def main() -> None:
         records = _Records(options.results, _told(options))
         for group in groups:
             take_turns(group, setting, 1 if group.kind == "growth" else options.rounds, records)
-    text = _report(groups, records, setting, options)
+        text = _report(groups, records, setting, options)
     print(text)
     if options.document:
         fill(DOCUMENT, "table", text)
@@ -169,12 +169,12 @@ def take_turns(group: Group, setting: Setting, rounds: int, records: _Records) -
             done = any(r["row"] == row.name and r["round"] == number for r in found.records)
             if not done and not found.why_absent(row.name):
                 key = {"group": [group.kind, group.network], "row": row.name, "round": number}
-                record = key | _measured(row, setting)
+                record = key | result_of(row, setting)
                 print(*(f"{k}: {v}" for k, v in record.items()), sep="; ", file=sys.stderr)
                 records.add(record)
 
 
-def _measured(row: Row, setting: Setting) -> Record:
+def result_of(row: Row, setting: Setting) -> Record:
     if row.absent:
         return {"absent": row.absent}
     try:
@@ -182,11 +182,10 @@ def _measured(row: Row, setting: Setting) -> Record:
         measured = measure(row.command, setting.environment)
     except FailedError as error:
         return {"absent": f"failed: {error}"}
-    return {
+    return row.read(measured.out) | {
         "seconds": measured.seconds,
         "memory": measured.memory,
         "gpu_memory": measured.gpu_memory if setting.device == "cuda" else None,
-        **row.read(measured.out),
     }
 
 

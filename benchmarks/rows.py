@@ -102,6 +102,9 @@ class Setting:
             bf16=self.bf16,
         )
 
+    def is_pretrained(self, network: str) -> bool:
+        return network != next(iter(self.networks))
+
     def clear_cache(self) -> None:
         shutil.rmtree(self.work / "cache", ignore_errors=True)
 
@@ -122,7 +125,7 @@ def training(setting: Setting, network: str, frozen: bool, peers: list[str]) -> 
     if not frozen:
         command = (PYTHON, "-m", "benchmarks.limit", json.dumps(asdict(job)))
         rows.append(Row("limit", command, lambda out: {"throughput": json.loads(out)}))
-    return Group(kind, network, "tutorial", tuple(rows), network != next(iter(setting.networks)))
+    return Group(kind, network, "tutorial", tuple(rows), setting.is_pretrained(network))
 
 
 def inference(setting: Setting, network: str) -> list[Group]:
@@ -134,16 +137,16 @@ def inference(setting: Setting, network: str) -> list[Group]:
     common = ("-m", str(run), *_common(setting), *_precision(setting))
     predict = cnnft("predict", str(images), *common)
     evaluate = cnnft("evaluate", str(setting.data), "--split", "val", *common)
-    job = setting.job(run, frozen=True)
+    job, pretrained = setting.job(run, frozen=True), setting.is_pretrained(network)
     return [
         Group("predict", network, "timm-inference", (
             peer("timm-inference", replace(job, data=str(images)), train),
             Row("cnnft", predict, _right_folder, train, _missing(predict)),
-        )),
+        ), pretrained),
         Group("evaluate", network, "timm-validate", (
             peer("timm-validate", job, train),
             Row("cnnft", evaluate, _accuracy, train, _missing(evaluate)),
-        )),
+        ), pretrained),
     ]  # fmt: skip
 
 

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.bench import result_of
 from benchmarks.limit import throughput
 from benchmarks.measure import ROOT, FailedError, measure, memory_of
 from benchmarks.peers import PEERS, Job
 from benchmarks.report import Results, growth_table, limit_lines, table, targets
-from benchmarks.rows import Group, Row
+from benchmarks.rows import Group, Row, Setting
 from benchmarks.synthetic import draw_images, random_weights
 
 QUICK = (
     "--images=20", "--size=32", "--batch-size=8", "--epochs=2", "--finetune-epochs=1", "--copies=1",
-    "--architecture=resnet10t", "--rounds=1", "--growth", "20", "40",
+    "--architecture=resnet10t", "--rounds=1", "--growth", "50", "100",
+    "--peers", "tutorial", "timm-train",
 )  # fmt: skip
 
 
@@ -64,6 +66,18 @@ def test_a_process_is_measured_with_its_children():
 def test_a_failure_is_told_in_its_last_line():
     with pytest.raises(FailedError, match=r"^no such thing$"):
         measure([sys.executable, "-c", "import sys; sys.exit('some\\nno such thing')"], {})
+
+
+def test_a_row_takes_as_long_as_its_process(tmp_path):
+    code = """import time; time.sleep(0.5); print('{"seconds": 0.0, "accuracy": 0.25}')"""
+    row = Row("quick", (sys.executable, "-c", code), json.loads)
+    result = result_of(row, Setting(tmp_path, tmp_path))
+    assert result["seconds"] > 0.5 and result["accuracy"] == 0.25
+
+
+def test_a_row_that_cannot_run_says_why(tmp_path):
+    row = Row("no", (sys.executable, "-c", "import no_such_module"), json.loads)
+    assert "no_such_module" in result_of(row, Setting(tmp_path, tmp_path))["absent"]
 
 
 def records(row: str, seconds: list[float], **facts: object) -> list[dict[str, object]]:
@@ -120,21 +134,14 @@ def test_growth_is_told_of_the_first():
 
 @pytest.mark.slow
 def test_the_whole_command(tmp_path):
-    results = tmp_path / "results.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.bench",
-        *QUICK,
-        "--peers",
-        "tutorial",
-        "timm-train",
-    ]
-    told = subprocess.run(
-        [*command, f"--results={results}"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    def bench() -> subprocess.CompletedProcess[str]:
+        results = f"--results={tmp_path / 'results.jsonl'}"
+        command = [sys.executable, "-m", "benchmarks.bench", *QUICK, results]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    told = bench()
     assert "### Targets" in told.stdout and "failed" not in told.stdout
-    again = subprocess.run(
-        [*command, f"--results={results}"], cwd=ROOT, capture_output=True, text=True
-    )
+    again = bench()  # goes on where the first one stopped, which is at the end
     assert again.stdout == told.stdout and again.stderr == ""
