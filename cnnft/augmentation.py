@@ -48,6 +48,10 @@ class Augmentation:
     pca: float = 0.0
     erase: float = 0.0
 
+    @property
+    def random(self) -> bool:
+        return self != Augmentation()
+
 
 _BASIC = Augmentation(crop=True, hflip=True)
 _STANDARD = replace(_BASIC, brightness=0.4, contrast=0.4, saturation=0.4)

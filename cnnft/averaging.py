@@ -40,6 +40,8 @@ def recalibrate(network: nn.Module, layers: Iterable[nn.Module], batches: Iterab
     device = next(network.parameters()).device
     network.eval()
     norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
+    if not norms:
+        return
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()

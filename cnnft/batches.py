@@ -3,7 +3,7 @@
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -126,6 +126,8 @@ class KeyedBatches(Sampler[list[Key]]):
     first_step: int = 0
     """Where iteration begins: the steps before it were taken by a run that was interrupted."""
     draw: BalancedDraw | None = None
+    views: int | None = None
+    """Of each image; the keys have them for epochs. None: a new one in every epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -161,6 +163,8 @@ class KeyedBatches(Sampler[list[Key]]):
         return len(self._places(step % self.steps_per_epoch))
 
     def _key(self, epoch: int, index: int, place: int) -> Key:
+        if self.views is not None:
+            return (epoch if self.draw is None else epoch + place) % self.views, index
         return (epoch, index) if self.draw is None else (epoch, index, place)
 
     def _places(self, within: int) -> range:
@@ -178,9 +182,9 @@ def _order(images: int, seed: int, epoch: int, draw: BalancedDraw | None) -> lis
 
 
 def training_batches(
-    dataset: TrainingImages, keys: KeyedBatches, workers: int, *, pinned: bool = False
+    dataset: TrainingImages, keys: Iterable[list[Key]], workers: int, *, pinned: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (pixels (B, 3, H, W), labels (B,)) for all epochs: workers start once.
+    """Yields (pixels (B, 3, H, W), labels (B,)) for all keys: workers start once.
 
     `pinned`: in memory that a GPU copies from while it computes.
 

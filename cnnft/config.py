@@ -43,6 +43,7 @@ ExportFormat = Literal["head", "safetensors", "onnx"]
 LARGEST_IMAGE = 8192
 """Pixels of a side that a network is given; a description that says more is damaged."""
 
+FEATURE_VIEWS = 4
 _LONGEST_NAME = 200  # file systems take 255, and names count up
 RARE_AUGMENTATION = {
     "rotation": 180, "translation": 1, "shear": 89, "perspective": 1, "crop_and_pad": 0.9,
@@ -68,7 +69,7 @@ _BOUNDS = {
     "inverse_epochs": above(0), "restart_epochs": above(0), "restart_multiplier": Bounds(1, 100),
     "cycle_rise": between(0, 1), "plateau_patience": Bounds(0), "patience": Bounds(1),
     "ema": between(0, 1), "swa": Bounds(1), "snapshots": Bounds(2), "val_fraction": between(0, 1),
-    "workers": Bounds(0), "skip_nonfinite": Bounds(0),
+    "workers": Bounds(0), "feature_views": Bounds(1), "skip_nonfinite": Bounds(0),
 }  # fmt: skip
 
 
@@ -158,6 +159,9 @@ class Config:
     # input can use; full: as they are. Evaluation always reads them as they are.
     train_resolution: int | Literal["auto", "full"] = "auto"
     decoder: Decoder = "pillow"  # of training; draft: JPEGs as the nearest smaller size in the file
+    # Where layers are frozen: epoch e sees view e modulo so many of each image. None: 4 in mode
+    # feature-extractor, a new one in every epoch elsewhere.
+    feature_views: int | None = None
     cache: Cache = "auto"  # where pixels are kept that every epoch reads
     workers: int | None = None  # None: half of the processors, at most 8
     device: str = "auto"
@@ -222,6 +226,9 @@ class Config:
             yield "--weights and --no-pretrained contradict each other: leave one out"
         if self.weights is not None and self.backbone == "builtin":
             yield "--weights goes with a named backbone; builtin brings its own weights"
+        whole = self.mode in ("finetune", "bn-only") and self.train_stages is None
+        if self.feature_views is not None and whole:
+            yield "--feature-views is about frozen layers: add --mode feature-extractor"
         if self.decoder == "draft" and self.train_resolution == "full":
             yield "--decoder draft reads reduced images, train_resolution full whole ones: choose"
         if self.class_weights == "balanced" and self.sampling == "balanced":
@@ -279,6 +286,16 @@ class Config:
                 f"--epochs {self.epochs} cannot be shared evenly by --snapshots {self.snapshots}: "
                 f"take {self.epochs + more:g}"
             )
+
+    @property
+    def views(self) -> int | None:
+        """How many views of each image training has; None: a new one in every epoch.
+
+        Where layers are frozen and a view comes again, what they make of it is known.
+        """
+        if self.mode == "feature-extractor" and not (self.mixup or self.cutmix):
+            return min(self.feature_views or FEATURE_VIEWS, self.epochs)
+        return None if self.feature_views is None else min(self.feature_views, self.epochs)
 
     @property
     def milestone_epochs(self) -> tuple[float, ...]:

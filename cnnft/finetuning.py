@@ -87,7 +87,7 @@ def _explained(plan: Plan) -> Iterator[None]:
         ) from error
 
 
-def finetune(data: str | Path, *, recipe: str = "standard", **settings: Any) -> Run:
+def finetune(data: str | Path, *, recipe: str | None = None, **settings: Any) -> Run:
     """Train a classifier on a folder of images, as the command of the same name does.
 
         run = finetune("photos", recipe="fast", backbone="builtin")
@@ -101,7 +101,8 @@ def finetune(data: str | Path, *, recipe: str = "standard", **settings: Any) -> 
     Raises:
         CnnftError: what has to be mended, in a sentence.
     """
-    values = expand({"data": data, "recipe": recipe, **settings})
+    named = {} if recipe is None else {"recipe": recipe}
+    values = expand({"data": data, **named, **settings})
     for event in carry_out(prepare(Config.from_dict(values, "finetune"))):
         finished = event
     assert isinstance(finished, Finished)

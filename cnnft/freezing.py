@@ -77,6 +77,18 @@ def train_mode(network: nn.Module, keep_statistics: Iterable[nn.Module] = ()) ->
         module.training = False
 
 
+def changing(network: nn.Module, keep: Iterable[nn.Module] = ()) -> list[str]:
+    """Names of its tensors that training changes: trained parameters, and running statistics.
+
+    The network is left in train mode.
+    """
+    train_mode(network, keep)
+    trained = {name for name, p in network.named_parameters() if p.requires_grad}
+    paths = {path for path, module in network.named_modules() if module.training}
+    buffers = {name for name, _ in network.named_buffers() if name.rpartition(".")[0] in paths}
+    return [name for name in network.state_dict() if name in trained or name in buffers]
+
+
 def learning_statistics(network: nn.Module, keep: Iterable[nn.Module] = ()) -> list[str]:
     """Names of the BatchNorm layers whose running statistics change in training."""
     train_mode(network, keep)

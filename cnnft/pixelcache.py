@@ -62,6 +62,7 @@ class Kept:
     images: int
     """So far."""
     total: int
+    doing: str = "decoding"
 
 
 class KeptImages:

@@ -175,6 +175,7 @@ def prepare(
             config.seed,
             config.epochs,
             draw=BalancedDraw(found.train.labels) if config.sampling == "balanced" else None,
+            views=config.views,
         ),
         device=device,
         workers=workers,

@@ -11,14 +11,29 @@ class Recipe(NamedTuple):
     """Those of `Config` that differ from its defaults."""
 
 
+_ADAMW = {"optimizer": "adamw", "weight_decay": 0.05}
+
 RECIPES = {
     "fast": Recipe(
-        "a first answer: the last stage alone, few epochs", {"train_stages": 1, "epochs": 5}
+        "a first answer: the last stage alone",
+        {"train_stages": 1, "epochs": 5, "lr": 1e-3, "head_lr": 1e-3, **_ADAMW},
     ),
-    "standard": Recipe("the defaults", {}),
+    "standard": Recipe(
+        "the last three stages",
+        {"train_stages": 3, "epochs": 10, "lr": 3e-4, "head_lr": 1e-3, **_ADAMW},
+    ),
     "thorough": Recipe(
-        "the most accurate: longer, with more augmentation and averaged weights",
-        {"epochs": 40, "augment": "standard", "label_smoothing": 0.1, "ema": 0.99},
+        "three such networks that vote, with smoothed labels",
+        {
+            "train_stages": 3,
+            "epochs": 24,
+            "lr": 3e-4,
+            "head_lr": 1e-3,
+            **_ADAMW,
+            "label_smoothing": 0.1,
+            "schedule": "cosine-restarts",
+            "snapshots": 3,
+        },
     ),
     "tutorial": Recipe(
         "PyTorch's transfer-learning tutorial, to compare with",
@@ -35,11 +50,14 @@ RECIPES = {
 }
 
 _OF_PRETRAINED_LAYERS = {"lr", "train_stages", "layer_decay", "drop_path"}
-"""What a recipe says of them means nothing in a mode that it was not made for."""
+_OF_THE_OPTIMIZER = {"lr", "head_lr", "weight_decay"}
 
 
 def expand(values: dict[str, Any]) -> dict[str, Any]:
     """Settings in which "recipe" may name one -> the same with that recipe's, which yield to them.
+
+    Of the recipe, rates do not outlive another optimizer, nor what it says of pretrained layers
+    another mode, or that there are none.
 
     Raises:
         UsageError: there is no such recipe.
@@ -50,7 +68,10 @@ def expand(values: dict[str, Any]) -> dict[str, Any]:
     name = values["recipe"]
     if name not in RECIPES:
         raise UsageError(f"unknown --recipe {name!r:.100}{did_you_mean(str(name), RECIPES)}")
+    left_out: set[str] = set()
+    if "optimizer" in given:
+        left_out |= _OF_THE_OPTIMIZER
+    if "mode" in given or not given.get("pretrained", True):
+        left_out |= _OF_PRETRAINED_LAYERS
     settings = RECIPES[name].settings
-    if given.get("mode", "finetune") != settings.get("mode", "finetune"):
-        settings = {k: v for k, v in settings.items() if k not in _OF_PRETRAINED_LAYERS}
-    return settings | given
+    return {k: v for k, v in settings.items() if k not in left_out} | given

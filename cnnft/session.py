@@ -3,30 +3,29 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cnnft import distributed
-from cnnft.augmentation import augmentation, mixing, training_transform
+from cnnft.augmentation import mixing
 from cnnft.averaging import equal_average, recalibrate, running_average
-from cnnft.batches import ImageFiles, TrainingImages, training_batches, view_batches
+from cnnft.batches import view_batches
 from cnnft.checkpoints import Checkpoint
 from cnnft.classifier import Classifier
 from cnnft.config import Config
 from cnnft.constraints import gradient_rules, weight_rules
 from cnnft.errors import CnnftError, first_line
+from cnnft.feeding import Feed
 from cnnft.freezing import batchnorms, learning_statistics
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
 from cnnft.objectives import make_objective
 from cnnft.optim import freezes_statistics, make_optimizer
-from cnnft.pixelcache import Kept, KeptImages, keep, training_pixels
+from cnnft.pixelcache import Kept
 from cnnft.planning import Plan
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
@@ -71,6 +70,7 @@ class Session:
     def __init__(self, plan: Plan, run: Run, saved: Checkpoint | None, board: Board) -> None:
         self.plan, self.run, self.board = plan, run, board
         self.history: list[Epoch] = []
+        history = self.history  # for the schedule: with `self` in it, workers would outlive this
         config, classifier = plan.config, plan.classifier
         network, head, spec = classifier.network, classifier.head, classifier.input_spec
         # As the run began, though the number of processes may be another now.
@@ -80,7 +80,7 @@ class Session:
         self.state = TrainState(
             network=network,
             optimizer=make_optimizer(network, head, plan.stages, plan.rates, config),
-            schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in self.history]),
+            schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
             keys=plan.batches,
             keep_statistics=batchnorms(network, head) if self.frozen else (),
             mix=mixing(config, len(classifier.classes)),
@@ -94,16 +94,7 @@ class Session:
             self._restore(saved)
         if plan.teachers and not self.over:
             self.state.teach = make_teach(plan.teachers, config, spec, plan.train, plan.workers)
-        self.pinned = plan.device.type == "cuda"
-        self.images, self.val_images = _images(plan)
-        self.val_batches = view_batches(
-            plan.val.paths,
-            EvaluationViews(spec).of_crop,
-            config.images_at_once,
-            plan.workers,
-            self.val_images,
-            pinned=self.pinned,
-        )
+        self.feed = Feed(plan)
         self.due = _Due(config.checkpoint_every, self.state.step)
 
     def _average(self) -> None:
@@ -118,6 +109,8 @@ class Session:
     def _restore(self, saved: Checkpoint) -> None:
         try:
             self.state.restore(saved.tensors, saved.values["state"])
+            if saved.values["pretrained"] != self.plan.classifier.pretrained_hash:
+                raise ValueError("the backbone's weights are others than when it began")
             self.history.extend(Epoch(**row) for row in saved.values["history"])
             self.run.require_classifier(of_an_epoch=bool(self.history))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -131,16 +124,11 @@ class Session:
         self, stop: Callable[[], bool]
     ) -> Iterator[Kept | StepDone | Epoch | Finished | Stopped]:
         plan, state = self.plan, self.state
-        if not self.over and (yield from self._keep_images(stop)):
+        if not self.over and (yield from self.feed.prepare(stop)):
             yield Stopped(self.run, state.step)
             return
-        transform = training_transform(plan.classifier.input_spec, augmentation(plan.config))
-        batches = training_batches(
-            TrainingImages(plan.train, transform, plan.config.seed, self.images),
-            replace(plan.batches, first_step=state.step),
-            plan.workers,
-            pinned=self.pinned,
-        )
+        state.tail = self.feed.tail(state.network)
+        batches = self.feed.training(state.step)
         objective = make_objective(plan.config, plan.train.counts())
         for event in () if self.over else train(state, batches, objective):
             if isinstance(event, StepDone):
@@ -158,16 +146,6 @@ class Session:
                 yield Stopped(self.run, state.step)
                 return
         yield self._finish()
-
-    def _keep_images(self, stop: Callable[[], bool]) -> Generator[Kept, None, bool]:
-        """Decode for all epochs; whether the caller asks to stop."""
-        config = self.plan.config
-        with closing(keep([self.images, self.val_images], config.cache, config.epochs)) as keeping:
-            for kept in keeping:
-                yield kept
-                if stop():
-                    break
-        return any(distributed.anywhere(stop()))
 
     @property
     def over(self) -> bool:
@@ -203,13 +181,15 @@ class Session:
             "state": state_values,
             "history": [asdict(epoch) for epoch in self.history],
             "frozen_statistics": self.frozen,
+            "pretrained": self.plan.classifier.pretrained_hash,
         }
         self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
         self.due.reset(self.state.step)
 
     def _validate(self, network: nn.Module) -> tuple[Score, Tensor]:
         try:
-            log_probs = infer_all(network, self.val_batches, self.plan.val.paths)
+            tail = self.feed.tail(network)
+            log_probs = infer_all(tail, self.feed.validation, self.plan.val.paths)
             val = score(log_probs, torch.tensor(self.plan.val.labels))
             if not math.isfinite(val.loss):
                 raise NotANumberError("the loss on val is not finite")
@@ -265,17 +245,6 @@ class Session:
         batches = view_batches(self.plan.train.paths, views, size, workers)
         recalibrate(network, [network.get_submodule(name) for name in layers], batches)
         return what, replace(classifier, network=network)
-
-
-def _images(plan: Plan) -> tuple[KeptImages, KeptImages]:
-    """What training reads of its images, and what evaluation sees of those of val."""
-    spec, of = plan.classifier.input_spec, Path(plan.config.data).name
-    files = ImageFiles(plan.train.paths, training_pixels(plan.config, spec))
-    crops = ImageFiles(plan.val.paths, crop=spec)
-    return (
-        KeptImages(files, plan.train.hashes, f"{len(plan.train)} training images of {of}"),
-        KeptImages(crops, plan.val.hashes, f"{len(plan.val)} validation crops of {of}"),
-    )
 
 
 class _Due:

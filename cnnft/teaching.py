@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cnnft.augmentation import Augmentation, augmentation
+from cnnft.augmentation import augmentation
 from cnnft.batches import view_batches
 from cnnft.classifier import Classifier, load
 from cnnft.config import Config
@@ -40,7 +40,7 @@ def make_teach(
     Otherwise they see what the student sees, at their own size and normalisation (Beyer et al.,
     2022: a teacher is consistent if it judges the same view).
     """
-    if augmentation(config) != Augmentation() or config.mixup or config.cutmix:
+    if augmentation(config).random or config.mixup or config.cutmix:
         return lambda pixels, images: _mean(
             [_logits(teacher, pixels, spec, samples.classes) for teacher in teachers]
         )

@@ -17,7 +17,7 @@ from cnnft import distributed
 from cnnft.augmentation import Mix
 from cnnft.batches import IGNORED, KeyedBatches, keyed_seed
 from cnnft.errors import CnnftError
-from cnnft.freezing import train_mode
+from cnnft.freezing import changing, train_mode
 from cnnft.objectives import Objective
 
 AUXILIARY_WEIGHT = 0.4
@@ -55,6 +55,8 @@ class TrainState:
     """What is done to the gradients."""
     after_step: Callable[[], None] = lambda: None
     """What is done to the weights."""
+    tail: nn.Module | None = None
+    """Where batches are activations inside the network, what computes its logits from them."""
     average: AveragedModel | None = None
     """Of the weights after the steps that `averaged` names."""
     averaged: Callable[[int], bool] = lambda step: True
@@ -83,11 +85,8 @@ class TrainState:
         Raises:
             NonFiniteLossError: the state is not worth keeping.
         """
-        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        tensors = self._weights()
         optimizer = _without_tensors(self.optimizer.state_dict(), "optimizer", tensors)
-        if self.average is not None:
-            average = self.average.state_dict()
-            tensors |= {f"average.{name}": tensor for name, tensor in average.items()}
         tensors["totals"] = distributed.total(self.totals)
         if not all(t.isfinite().all() for t in tensors.values() if t.is_floating_point()):
             raise NonFiniteLossError("the loss or a weight is not finite", self.step - 1)
@@ -99,21 +98,32 @@ class TrainState:
         }
         return tensors, values
 
+    def _weights(self) -> dict[str, Tensor]:
+        """What training changes of the network and its average; what is frozen is as pretrained."""
+        names = changing(self.network, self.keep_statistics)
+        networks = {"network": self.network}
+        if self.average is not None:
+            networks["average"] = self.average.module
+        tensors = {
+            f"{which}.{name}": tensor
+            for which, network in networks.items()
+            for name, tensor in network.state_dict().items()
+            if name in names
+        }
+        if self.average is not None:
+            tensors["averaged"] = self.average.n_averaged
+        return tensors
+
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Go back to the state that both were taken in."""
-        self.network.load_state_dict(_below("network.", tensors))
-        if self.average is not None:
-            self.average.load_state_dict(_below("average.", tensors))
+        for name, tensor in self._weights().items():
+            tensor.copy_(tensors[name])
         self.optimizer.load_state_dict(_with_tensors(values["optimizer"], tensors))
         if distributed.is_main:  # it had the sum of all processes
             self.totals.copy_(tensors["totals"])
         self.step, self.left_out = values["step"], values["left_out"]
         sizes = [size for size in (self.micro_batch, values["micro_batch"]) if size]
         self.micro_batch = min(sizes, default=None)
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -189,7 +199,7 @@ def train(
             looks at the loss of the step before instead of waiting.
     """
     device = next(state.network.parameters()).device
-    network = distributed.parallel(state.network, device)
+    network = distributed.parallel(state.tail or state.network, device)
     unread: tuple[int, Tensor] | None = None
     start = time.monotonic()
     for pixels, labels in batches:

@@ -1,7 +1,9 @@
 """cnnft finetune: the summary, the run directory, reproducibility, what trains."""
 
 import csv
+import gc
 import json
+import multiprocessing
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -471,6 +473,17 @@ def test_training_that_diverges_stops_with_a_sentence(
 ) -> None:
     outcome = train(flat, "--mode", "finetune", "--lr", 1e30, "--epochs", 3)
     outcome.fails_with(1, "training diverged", "lower --lr or --head-lr")
+
+
+def test_no_process_that_loads_images_outlives_training(train: Finetune, flat: Path) -> None:
+    """It ignores signals, so Python would wait for it at its exit, for ever."""
+    before = set(multiprocessing.active_children())
+    gc.disable()  # which would end it some time
+    try:
+        succeed(train(flat, "--workers", 1))
+        assert set(multiprocessing.active_children()) == before
+    finally:
+        gc.enable()
 
 
 def test_split_folders_are_known_in_any_case(train: Finetune, separated: Path) -> None:

@@ -129,8 +129,11 @@ def test_augmented_and_mixed_batches_are_the_same_after_a_stop(whole, tmp_path: 
     more = {"augment": "strong", "mixup": 0.2, "cutmix": 1.0, "sampling": "balanced"}
     expected = finish(settings(flat, tmp_path, "expected", **more))
     first = settings(flat, tmp_path, "stopped", **more)
-    *_, stopped = carry_out(prepare(first), stop=iter([False] * 4 + [True] * 9).__next__)
-    assert isinstance(stopped, Stopped) and 0 < stopped.step < EPOCHS * STEPS
+    taken: list[StepDone] = []
+    for stopped in carry_out(prepare(first), stop=lambda: len(taken) > STEPS):
+        if isinstance(stopped, StepDone):
+            taken.append(stopped)
+    assert isinstance(stopped, Stopped) and stopped.step == STEPS + 1
     run = Run.open(stopped.run.path)
     finish(Config.from_dict(run.config().to_dict() | {"workers": 2}, ""), run)
     same(run, expected)

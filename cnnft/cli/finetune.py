@@ -16,7 +16,7 @@ import typer
 from cnnft.cli import console, options
 from cnnft.cli.plan import optimizer_words, plan_json, show_plan
 from cnnft.cli.training import train
-from cnnft.config import Config, Schedule, flag
+from cnnft.config import FEATURE_VIEWS, Config, Schedule, flag
 from cnnft.errors import UsageError
 from cnnft.recipes import RECIPES, expand
 
@@ -88,6 +88,12 @@ _FLAGS = {
     ),
     "mixup": _Flag(_RANDOM, "Blend images and labels; 0.2 is usual.", "off", metavar="ALPHA"),
     "cutmix": _Flag(_RANDOM, "Put a part of one into another; 1 is usual.", "off", metavar="ALPHA"),
+    "feature_views": _Flag(
+        _MUCH,
+        "Where layers are frozen: random views of each image, whose features are kept.",
+        str(FEATURE_VIEWS),
+        metavar="K",
+    ),
     "epochs": _Flag(_TRAINING, "Passes over the data."),
     "batch_size": _Flag(_TRAINING, "Images per step; auto: as many as fit.", metavar="N|auto"),
     "micro_batch": _Flag(
@@ -246,7 +252,7 @@ def command(
             metavar="NAME",
             rich_help_panel=_MODEL,
             help=f"Settings that go together: {', '.join(RECIPES)} (see cnnft recipes).",
-            show_default="standard",
+            show_default="none",
         ),
     ] = None,
     config: Annotated[

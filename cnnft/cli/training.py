@@ -63,7 +63,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                 bar.update(task, description="training")
                 console.say(_epoch_line(event, plan.config))
             elif isinstance(event, Kept):
-                bar.update(task, description=f"decoding image {event.images} of {event.total}")
+                bar.update(task, description=f"{event.doing} image {event.images} of {event.total}")
             elif isinstance(event, Started):
                 kept = event.run.environment() or {}
                 console.log_to(event.run.log, ", ".join(" ".join(item) for item in kept.items()))

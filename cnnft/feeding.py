@@ -1,0 +1,164 @@
+"""What training and validation read: pixels, or activations where all before them is frozen."""
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnnft import distributed, featurecache
+from cnnft.augmentation import augmentation, training_transform
+from cnnft.batches import ImageFiles, Key, TrainingImages, Views, training_batches, view_batches
+from cnnft.cutting import Cut, find_cut
+from cnnft.featurecache import Activations, Frozen, Looks, ViewBatches
+from cnnft.images import decoder_versions
+from cnnft.inference import Ensemble
+from cnnft.pixelcache import Kept, KeptImages, keep, training_pixels
+from cnnft.planning import Plan
+from cnnft.transforms import EvaluationViews
+
+_log = logging.getLogger(__name__)
+
+
+class Feed:
+    """The batches of a run. What every epoch reads is decoded, or computed, once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.views = EvaluationViews(plan.classifier.input_spec)
+        spec, of = plan.classifier.input_spec, Path(plan.config.data).name
+        files = ImageFiles(plan.train.paths, training_pixels(plan.config, spec))
+        crops = ImageFiles(plan.val.paths, crop=spec)
+        train, val = f"{len(plan.train)} training images of {of}", f"{len(plan.val)} of {of} (val)"
+        self.images = KeptImages(files, plan.train.hashes, train)
+        self.val_images = KeptImages(crops, plan.val.hashes, val)
+        transform = training_transform(spec, augmentation(plan.config))
+        self.dataset = TrainingImages(plan.train, transform, plan.config.seed, self.images)
+        self.validation: Iterable[Views] = view_batches(
+            plan.val.paths,
+            self.views.of_crop,
+            plan.config.images_at_once,
+            plan.workers,
+            self.val_images,
+            pinned=self.pinned,
+        )
+        self._cut: Cut | None = None
+        self._activations: Tensor | None = None
+
+    @property
+    def pinned(self) -> bool:
+        return self.plan.device.type == "cuda"
+
+    def tail(self, network: nn.Module) -> nn.Module:
+        """What computes logits from what is read; `network` has the plan's architecture."""
+        if isinstance(network, Ensemble):
+            return Ensemble([self.tail(voter) for voter in network.networks])
+        return network if self._cut is None else self._cut.tail(network)
+
+    def training(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from `first_step` on."""
+        keys = replace(self.plan.batches, first_step=first_step)
+        if self._activations is not None:
+            labels = torch.tensor(self.plan.train.labels)
+            return featurecache.training_batches(self._activations, labels, keys)
+        return training_batches(self.dataset, keys, self.plan.workers, pinned=self.pinned)
+
+    def prepare(self, stop: Callable[[], bool]) -> Generator[Kept, None, bool]:
+        """Decode, or compute, what every epoch reads; returns whether the caller asks to stop."""
+        with closing(self._keep()) as keeping:
+            for kept in keeping:
+                yield kept
+                if stop():
+                    break
+        return any(distributed.anywhere(stop()))
+
+    def _keep(self) -> Generator[Kept]:
+        config = self.plan.config
+        frozen = self._frozen()
+        if frozen is None:
+            yield from keep([self.images, self.val_images], config.cache, config.epochs)
+            return
+        on_disk = config.cache != "ram"
+        train = Activations(frozen, self._training_looks(), on_disk)
+        val = Activations(frozen, self._validation_looks(), on_disk)
+        if len(train.missing) > len(self.plan.train):  # of several views
+            yield from keep([self.images], config.cache, len(train.looks.rows))
+        total = len(train.missing) + len(val.missing)
+        values = yield from _told(train.compute(), 0, total)
+        validation = yield from _told(val.compute(), len(train.missing), total)
+        _log.info(
+            "the frozen layers have seen %d images in %d views%s",
+            *(len(self.plan.train), config.views),
+            "" if total else ", all of them in earlier runs",
+        )
+        self._cut = frozen.cut
+        self._activations = values.unflatten(0, (-1, len(self.plan.train)))
+        self.validation = ViewBatches(validation, config.images_at_once)
+
+    def _frozen(self) -> Frozen | None:
+        """The part of the network whose activations are worth keeping; None: there is none."""
+        plan, classifier = self.plan, self.plan.classifier
+        config, identity = plan.config, classifier.identity
+        if config.views is None or config.cache == "off" or config.mixup or config.cutmix:
+            return None
+        if plan.teachers and augmentation(config).random:  # they look at pixels in every step
+            return None
+        few = [self.views(self.val_images.files[i])[0] for i in range(min(len(plan.val), 2))]
+        example = torch.stack((few * 2)[:2]).to(plan.device)
+        cut = find_cut(classifier.network, example)
+        if cut is None:
+            _log.info("this backbone cannot be cut where its frozen layers end: nothing is kept")
+            return None
+        named = (classifier.pretrained_hash, identity.architecture, identity.model_args)
+        about = f"{identity.name}, {self.images.about}"
+        frozen = Frozen(classifier.network, cut, repr((*named, plan.device.type)), about)
+        if not featurecache.fits(frozen, example, config.views * len(plan.train) + len(plan.val)):
+            _log.warning("the activations of the frozen layers do not fit: they are not kept")
+            return None
+        return frozen
+
+    def _training_looks(self) -> Looks:
+        config, hashes = self.plan.config, self.plan.train.hashes
+        assert config.views is not None
+        spec, parts = self.plan.classifier.input_spec, augmentation(config)
+        how = ("training", spec, parts, config.seed, self.images.files.pixels, decoder_versions())
+        keys: list[Key] = [
+            (view, index) for view in range(config.views) for index in range(len(hashes))
+        ]
+        rows = [(*key, hashes[key[1]]) for key in keys]
+
+        def pixels(some: Sequence[int]) -> Iterator[Tensor]:
+            return self._batches(self.dataset, [keys[row] for row in some])
+
+        return Looks(how, rows, pixels)
+
+    def _validation_looks(self) -> Looks:
+        how = ("evaluation", self.plan.classifier.input_spec, decoder_versions())
+        crops = TrainingImages(
+            self.plan.val, lambda crop: self.views.of_crop(crop)[0], 0, self.val_images
+        )
+
+        def pixels(some: Sequence[int]) -> Iterator[Tensor]:
+            return self._batches(crops, [(0, index) for index in some])
+
+        return Looks(how, self.plan.val.hashes, pixels)
+
+    def _batches(self, dataset: TrainingImages, keys: list[Key]) -> Iterator[Tensor]:
+        size = self.plan.config.images_at_once
+        batches = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
+        workers = self.plan.workers if len(batches) > 1 else 0
+        for pixels, _ in training_batches(dataset, batches, workers, pinned=self.pinned):
+            yield pixels
+
+
+def _told(
+    computing: Generator[int, None, Tensor], before: int, total: int
+) -> Generator[Kept, None, Tensor]:
+    while True:
+        try:
+            yield Kept(before + next(computing), total, "computing features of")
+        except StopIteration as end:
+            return end.value

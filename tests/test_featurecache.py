@@ -1,0 +1,222 @@
+"""Where networks are cut, and features that are computed once."""
+
+import pytest
+import torch
+from conftest import draw
+from safetensors.torch import load_file
+from torch import nn
+
+from cnnft import Config, cachefolder, featurecache, load
+from cnnft.backbones import open_backbone
+from cnnft.cutting import find_cut
+from cnnft.finetuning import carry_out
+from cnnft.freezing import freeze, train_mode
+from cnnft.planning import prepare
+from cnnft.run import Run
+from cnnft.session import Stopped
+from cnnft.training import StepDone
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CNNFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def settings(flat, tmp_path, name, **more):
+    more = {"mode": "feature-extractor", "epochs": 5, "head_lr": 0.1, "feature_views": 2} | more
+    return Config(
+        flat, backbone="builtin", image_size=64, workers=0, batch_size=6, name=name,
+        runs_dir=tmp_path / "runs", device="cpu", **more,
+    )  # fmt: skip
+
+
+def finish(config, run=None):
+    for event in carry_out(prepare(config), run):
+        last = event
+    return last.run
+
+
+# ---------------------------------------------------------------- cuts
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "stages", "shape"),
+    [
+        ("builtin", "feature-extractor", None, (256,)),
+        ("builtin", "finetune", 1, (128, 4, 4)),
+        ("mobilenetv2_050", "finetune", 2, (48, 4, 4)),
+        ("torchvision/densenet121", "feature-extractor", None, (1024,)),
+        ("regnetx_002", "feature-extractor", None, (368,)),  # its head pools
+        ("torchvision/squeezenet1_1", "feature-extractor", None, (512, 3, 3)),  # a convolution
+    ],
+)
+def test_what_follows_a_cut_computes_the_logits(name, mode, stages, shape):
+    backbone = open_backbone(name, 3, pretrained=False, image_size=64)
+    network = backbone.network
+    freeze(network, backbone.head, backbone.stages, mode, stages)
+    pixels = torch.randn(4, 3, 64, 64)
+    cut = find_cut(network, pixels[:2])
+    values = cut.activations(network, pixels)
+    assert tuple(values.shape[1:]) == shape
+    tail = cut.tail(network)
+    torch.testing.assert_close(tail(values), network(pixels), rtol=1e-4, atol=1e-4)
+    trained = {id(p) for p in network.parameters() if p.requires_grad}
+    assert trained <= {id(p) for p in tail.parameters()}
+
+
+def test_what_trains_everywhere_cannot_be_cut():
+    backbone = open_backbone("builtin", 3, image_size=64)
+    freeze(backbone.network, backbone.head, backbone.stages, "finetune")
+    assert find_cut(backbone.network, torch.randn(2, 3, 64, 64)) is None
+
+
+class Awkward(nn.Module):
+    """Frozen layers, a random layer, and a sum that reaches over the cut where `leaps`."""
+
+    def __init__(self, leaps: bool) -> None:
+        super().__init__()
+        self.frozen, self.drop = nn.Conv2d(3, 3, 1), nn.Dropout(0.5)
+        self.middle, self.fc = nn.Conv2d(3, 3, 1), nn.Linear(3, 2)
+        self.leaps = leaps
+        self.frozen.requires_grad_(False)
+
+    def forward(self, pixels):
+        x = self.middle(self.drop(self.frozen(pixels)))
+        return self.fc((x + pixels if self.leaps else x).mean(dim=(2, 3)))
+
+
+def test_layers_that_draw_at_random_stay_behind_the_cut_and_follow_the_networks_mode():
+    network, pixels = Awkward(leaps=False), torch.randn(4, 3, 8, 8)
+    cut = find_cut(network, pixels)
+    assert cut.first == "drop"
+    tail, values = cut.tail(network), cut.activations(network, pixels)
+    train_mode(network)
+    torch.manual_seed(0)
+    expected = network(pixels)
+    torch.manual_seed(0)
+    torch.testing.assert_close(tail(values), expected)
+
+
+def test_a_network_that_uses_its_input_again_is_not_cut():
+    assert find_cut(Awkward(leaps=True), torch.randn(4, 3, 8, 8)) is None
+
+
+# ---------------------------------------------------------------- features that are kept
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"dropout": 0.3}, {"mode": "finetune", "train_stages": 1, "head_lr": 0.01, "lr": 0.001},
+     {"ema": 0.9}, {"schedule": "cosine-restarts", "snapshots": 2, "epochs": 4},
+     {"sampling": "balanced"}],
+    ids=lambda more: next(iter(more)),
+)  # fmt: skip
+def test_kept_features_train_as_computed_ones_do(flat, tmp_path, more):
+    off = finish(settings(flat, tmp_path, "off", cache="off", **more))
+    for cache in ("ram", "auto"):
+        on = finish(settings(flat, tmp_path, cache, cache=cache, **more))
+        one, two = (load_file(run.path / "model.safetensors") for run in (off, on))
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+        for mine, other in zip(on.val_predictions(), off.val_predictions(), strict=True):
+            assert mine["predicted"] == other["predicted"]
+            assert float(mine["probability"]) == pytest.approx(
+                float(other["probability"]), abs=1e-4
+            )
+
+
+def test_features_themselves_agree(flat, tmp_path, cache):
+    run = finish(settings(flat, tmp_path, "kept", epochs=2))
+    classifier = load(run.path, device="cpu")
+    shards = [load_file(path) for path in sorted((cache / "features").iterdir())]
+    (val,) = (shard["values"] for shard in shards if len(shard["values"]) == 4)
+    entering = []
+    hook = classifier.network.fc.register_forward_pre_hook(lambda _, x: entering.append(x[0]))
+    classifier.predict([row["file"] for row in run.val_predictions()], batch_size=3)
+    hook.remove()
+    torch.testing.assert_close(val, torch.cat(entering), rtol=1e-5, atol=1e-6)
+
+
+def computed(monkeypatch):
+    """How many images go through frozen layers from now on, one number for each batch."""
+    seen, plain = [], featurecache.Frozen.__call__
+
+    def counted(frozen, pixels):
+        seen.append(len(pixels))
+        return plain(frozen, pixels)
+
+    monkeypatch.setattr(featurecache.Frozen, "__call__", counted)
+    return seen
+
+
+EXAMPLE = 2  # images on which the size of the features is found
+
+
+def test_a_second_run_with_another_head_starts_at_once(flat, tmp_path, monkeypatch):
+    first = finish(settings(flat, tmp_path, "first"))
+    seen = computed(monkeypatch)
+    second = finish(settings(flat, tmp_path, "second", head_init="xavier", head_lr=0.5))
+    assert sum(seen) == EXAMPLE
+    assert first.metrics() != second.metrics()
+    finish(settings(flat, tmp_path, "more", feature_views=3))
+    assert sum(seen) == 2 * EXAMPLE + 16  # one more view of the training images
+    seen.clear()
+    finish(settings(flat, tmp_path, "seed", seed=1))
+    assert sum(seen) == EXAMPLE + 2 * 16  # other views; validation images are the same
+
+
+def test_changed_images_and_damaged_files_are_computed_again(flat, tmp_path, monkeypatch, cache):
+    finish(settings(flat, tmp_path, "first"))
+    seen = computed(monkeypatch)
+    training = next(row for row in Run(tmp_path / "runs" / "first").images())
+    draw(flat / training["class"] / training["file"].rpartition("/")[2], 0, 99)
+    finish(settings(flat, tmp_path, "changed"))
+    assert 0 < sum(seen) - EXAMPLE <= 2 * 16 + 4  # the split follows contents
+    for path in (cache / "features").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    seen.clear()
+    finish(settings(flat, tmp_path, "damaged"))
+    assert sum(seen) == EXAMPLE + 2 * 16 + 4
+
+
+@pytest.mark.parametrize("reason", ["memory", "mixup", "off"])
+def test_where_features_are_not_kept_training_goes_on(flat, tmp_path, monkeypatch, reason, cache):
+    more = {"mixup": {"mixup": 0.2}, "off": {"cache": "off"}}.get(reason, {})
+    if reason == "memory":
+        monkeypatch.setattr(featurecache, "MEMORY_SHARE", 0.0)
+    run = finish(settings(flat, tmp_path, "run", epochs=2, **more))
+    assert run.metrics()["val"]["n"] == 4
+    assert not (cache / "features").exists()
+
+
+def test_a_bounded_cache_does_not_keep_them(flat, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("CNNFT_CACHE_LIMIT", "0")
+    finish(settings(flat, tmp_path, "run", epochs=2))
+    assert cachefolder.entries() == []
+
+
+def test_a_stopped_run_goes_on_with_kept_features(flat, tmp_path):
+    expected = finish(settings(flat, tmp_path, "whole"))
+    steps = []
+    plan = prepare(settings(flat, tmp_path, "stopped"))
+    for event in carry_out(plan, stop=lambda: len(steps) >= 4):
+        if isinstance(event, StepDone):
+            steps.append(event)
+    assert isinstance(event, Stopped)
+    run = finish(event.run.config(), Run.open(event.run.path))
+    one, two = (load_file(r.path / "model.safetensors") for r in (expected, run))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    largest = max(p.stat().st_size for p in (run.path / "state").glob("*.safetensors"))
+    assert largest < (run.path / "model.safetensors").stat().st_size / 10  # what trains alone
+
+
+def test_other_backbone_weights_than_before_are_refused_on_resume(cnnft, flat, tmp_path):
+    run = finish(settings(flat, tmp_path, "run"))
+    text = (run.path / "config.toml").read_text()
+    (run.path / "config.toml").write_text(text.replace("pretrained = true", "pretrained = false"))
+    cnnft("finetune", "--resume", run.path).fails_with(1, "weights are others")
+
+
+def test_feature_views_need_frozen_layers(cnnft, flat):
+    cnnft("finetune", flat, "--feature-views", 2).fails_with(2, "--feature-views", "frozen layers")

@@ -1,0 +1,425 @@
+"""Methods measured on small draws of data sets; writes the tables of two documents.
+
+    python tools/draws.py --table modes --data DIR --weights DIR --results FILE
+    python tools/draws.py --table recipes --data DIR --weights DIR --results FILE
+
+For each data set, a number of images per class is drawn from train/ and split 80 : 20; every
+method trains on the one part, selects its best epoch on the other, and is scored on val/, which
+nothing was chosen on. All methods see the same draws, weights and image size. Results are appended
+to --results as they come, so that an interrupted run goes on; two processes can measure different
+--seeds, and a call with all of them then makes the table. --pilot scores on the images of train/
+that were not drawn instead, which is where recipes are developed, and prints the table.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch.optim.lr_scheduler import StepLR
+from torch.utils.data import DataLoader
+from torchmetrics.functional.classification import binary_calibration_error
+from torchvision.datasets import ImageFolder
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks import tutorial
+from cnnft import Config, load
+from cnnft.augmentation import training_transform
+from cnnft.batches import view_batches
+from cnnft.finetuning import carry_out
+from cnnft.images import read_image
+from cnnft.inference import infer_all
+from cnnft.planning import Plan, prepare
+from cnnft.recipes import RECIPES
+from cnnft.transforms import EvaluationViews, InputSpec
+from tools.document import fill
+
+SETS = ("hymenoptera", "textures", "flowers")
+PER_CLASS = (20, 60)
+DOCUMENTS = Path(__file__).parents[1] / "docs"
+REPLICATES = 2000
+BINS = 15  # of the calibration error
+SIDE = 128  # of the reduced files, in pixels: decoding is not what is measured
+
+Settings = dict[str, Any]
+"""Of cnnft's `Config`, where they differ from its defaults."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is compared, and where that is written."""
+
+    document: Path
+    methods: dict[str, Settings | int]
+    """A number is the tutorial loop written by hand, in batches of that size."""
+    baselines: tuple[str, ...]
+    """The methods that the others are compared with; times are shares of the first one's."""
+    common: Settings
+    """Of every method that does not say otherwise."""
+    complete: bool
+    """With calibration and time."""
+
+
+MODES = Table(
+    document=DOCUMENTS / "how-much-to-train.md",
+    methods={
+        "tutorial loop": 4,
+        "tutorial loop, batches of 32": 32,
+        "feature-extractor": {"mode": "feature-extractor"},
+        "finetune, no probe": {"mode": "finetune", "probe_first": False},
+        "finetune, probe first (default)": {},
+        "bn-only": {"mode": "bn-only"},
+        "last stage": {"train_stages": 1},
+        "last 3 stages": {"train_stages": 3},
+        "auto": {"mode": "auto"},
+    },
+    baselines=("tutorial loop", "tutorial loop, batches of 32"),
+    common={"epochs": 8},
+    complete=False,
+)
+
+BY_NAME = Table(
+    document=DOCUMENTS / "recipes.md",
+    methods={
+        "tutorial": RECIPES["tutorial"].settings,
+        "tutorial, batches of 32": RECIPES["tutorial"].settings | {"batch_size": 32},
+        "no recipe": {},
+        **{name: RECIPES[name].settings for name in ("fast", "standard", "thorough")},
+    },
+    baselines=("tutorial", "tutorial, batches of 32"),
+    common={},
+    complete=True,
+)
+
+TABLES = {"modes": MODES, "recipes": BY_NAME}
+
+Cell = tuple[str, int]
+"""A data set, and how many images of each class are drawn."""
+
+Row = dict[str, Any]
+"""set, per_class, seed, method, the settings it came to, seconds of wall time and of processor
+time, chance (the share of the commonest class), and per image correct (0 or 1) and confidence (the
+probability of the predicted class)."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Images of one data set on disk, reduced: train/ and val/ to learn from, and test/."""
+
+    folder: Path
+    name: str
+    per_class: int
+    seed: int
+
+
+def draw(source: Path, target: Path, per_class: int, seed: int, pilot: bool) -> Draw:
+    for folder in sorted(path for path in (source / "train").iterdir() if path.is_dir()):
+        files = sorted(folder.iterdir(), key=lambda path: _rank(seed, path))
+        inside = round(0.8 * per_class)
+        _reduce(files[:inside], target / "train" / folder.name)
+        _reduce(files[inside:per_class], target / "val" / folder.name)
+        scored = files[per_class:] if pilot else sorted((source / "val" / folder.name).iterdir())
+        _reduce(scored, target / "test" / folder.name)
+    return Draw(target, source.name, per_class, seed)
+
+
+def _rank(seed: int, path: Path) -> bytes:
+    return hashlib.sha256(f"{seed}:".encode() + path.read_bytes()).digest()
+
+
+def _reduce(files: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for path in files:
+        image = read_image(path)
+        scale = SIDE / min(image.size)
+        image = image.resize([max(round(side * scale), 1) for side in image.size], 1)
+        image.save(folder / f"{path.stem}.jpg", quality=95)
+
+
+def settle(drawn: Draw, options: argparse.Namespace, settings: Settings) -> Plan:
+    return prepare(
+        Config(
+            drawn.folder,
+            backbone=f"local-dir:{options.weights}",
+            image_size=options.size,
+            seed=drawn.seed,
+            workers=0,
+            runs_dir=drawn.folder.parent / "runs",
+            device="cpu",
+            **settings,
+        )
+    )
+
+
+def train_cnnft(plan: Plan) -> torch.nn.Module:
+    for event in carry_out(plan):
+        finished = event
+    return load(finished.run.path, device="cpu").network
+
+
+def train_by_hand(
+    drawn: Draw, options: argparse.Namespace, plan: Plan, batch_size: int
+) -> torch.nn.Module:
+    """The tutorial loop with its rate and schedule, and the best epoch on val."""
+    torch.manual_seed(drawn.seed)
+    spec = plan.classifier.input_spec
+    loaders = {
+        part: DataLoader(
+            ImageFolder(str(drawn.folder / part), transform),
+            batch_size=batch_size,
+            shuffle=part == "train",
+        )
+        for part, transform in (
+            ("train", training_transform(spec)),
+            ("val", lambda image: EvaluationViews(spec)(image)[0]),
+        )
+    }
+    classes = len(loaders["train"].dataset.classes)
+    network = timm.create_model(
+        f"local-dir:{options.weights}", pretrained=True, num_classes=classes
+    )
+    network.classifier = torch.nn.Linear(network.classifier.in_features, classes)
+    optimizer = tutorial.make_optimizer(network)
+    scheduler = StepLR(optimizer, step_size=7, gamma=0.1)
+    best, kept = -1.0, None
+    for _ in range(plan.config.epochs):
+        tutorial.train_epoch(network, loaders["train"], optimizer, scheduler)
+        current = tutorial.accuracy(network, loaders["val"])
+        if current > best:
+            best, kept = current, {k: v.clone() for k, v in network.state_dict().items()}
+    network.load_state_dict(kept)
+    return network
+
+
+def classify(network: torch.nn.Module, spec: InputSpec, folder: Path) -> Row:
+    """What a row says of every image below `folder`, in their order."""
+    samples = ImageFolder(str(folder)).samples
+    paths, labels = [Path(path) for path, _ in samples], [label for _, label in samples]
+    batches = view_batches(paths, EvaluationViews(spec), 32, 0)
+    highest, predicted = infer_all(network, batches, paths).max(dim=1)
+    return {
+        "chance": max(Counter(labels).values()) / len(labels),
+        "correct": (predicted == torch.tensor(labels)).int().tolist(),
+        "confidence": [round(p, 4) for p in highest.exp().tolist()],
+    }
+
+
+def measure(table: Table, options: argparse.Namespace) -> None:
+    for seed in options.seeds:
+        for name in options.sets:
+            for per_class in options.per_class:
+                cell = (name, per_class, seed)
+                rows = [r for r in read_rows(options.results) if _cell(r) == cell]
+                missing = set(options.methods) - {row["method"] for row in rows}
+                if not missing:
+                    continue
+                with tempfile.TemporaryDirectory() as temporary:
+                    folder = Path(temporary, "data")
+                    drawn = draw(options.data / name, folder, per_class, seed, options.pilot)
+                    for method in [m for m in options.methods if m in missing]:
+                        rows.append(_row(table, method, drawn, options, rows))
+                        with options.results.open("a") as file:
+                            file.write(json.dumps(rows[-1]) + "\n")
+
+
+def _row(
+    table: Table, method: str, drawn: Draw, options: argparse.Namespace, others: list[Row]
+) -> Row:
+    row: Row = {"set": drawn.name, "per_class": drawn.per_class, "seed": drawn.seed}
+    row |= {"method": method, "settled": None}
+    settings = table.methods[method]
+    wall, processor = time.monotonic(), time.process_time()
+    own = settings if isinstance(settings, dict) else {}
+    plan = settle(drawn, options, table.common | own)
+    if isinstance(settings, int):
+        network = train_by_hand(drawn, options, plan, settings)
+    else:
+        row["settled"] = _settled(plan.config)
+        if twin := next((r for r in others if r["settled"] == row["settled"]), None):
+            # The same settings give the same weights: auto chose what was trained already.
+            return twin | {"method": method}
+        network = train_cnnft(plan)
+    row["seconds"] = round(time.monotonic() - wall, 1)
+    row["processor_seconds"] = round(time.process_time() - processor, 1)
+    row |= classify(network, plan.classifier.input_spec, drawn.folder / "test")
+    print(*_cell(row), method, row["seconds"], row["processor_seconds"],
+          f"{np.mean(row['correct']):.3f} {calibration_error(row):.3f}", flush=True)  # fmt: skip
+    return row
+
+
+def _settled(config: Config) -> Settings:
+    """All settings but where things are."""
+    paths = ("data", "runs_dir", "backbone")
+    return {key: value for key, value in config.to_dict().items() if key not in paths}
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _cell(row: Row) -> tuple[str, int, int]:
+    return row["set"], row["per_class"], row["seed"]
+
+
+def calibration_error(row: Row) -> float:
+    """Expected calibration error of the predicted classes (Naeini et al., 2015)."""
+    confidence, correct = torch.tensor(row["confidence"]), torch.tensor(row["correct"])
+    return float(binary_calibration_error(confidence, correct, n_bins=BINS, norm="l1"))
+
+
+class Report:
+    """Markdown tables: a row for each method, a column for each data set and size of draw."""
+
+    def __init__(self, table: Table, options: argparse.Namespace) -> None:
+        self.table, self.methods, self.seeds = table, options.methods, options.seeds
+        self.cells = [(name, n) for name in options.sets for n in options.per_class]
+        self.rows = {(row["method"], *_cell(row)): row for row in read_rows(options.results)}
+        self.lines: list[str] = []
+
+    def text(self, size: int) -> str:
+        """Accuracies, differences from the baselines, and what else the table wants."""
+        chance = [self._draws(self.methods[0], cell)[0]["chance"] for cell in self.cells]
+        accuracies = {"always the commonest class": chance}
+        accuracies |= self._each(lambda method, cell: self._correct(method, cell).mean())
+        self._add(accuracies, _points)
+        for baseline in self.table.baselines:
+            self.lines += ["", f"Difference from the {baseline}, in points, with 95 % intervals:"]
+            differences = self._each(lambda m, cell, b=baseline: self._difference(m, b, cell))
+            del differences[baseline]
+            self._add(differences, _interval)
+        if self.table.complete:
+            self._add_calibration_and_time()
+        if "auto" in self.methods:
+            self.lines += ["", f"auto chose: {self._chosen()}."]
+        images = ", ".join(f"{name} {n}: {self._correct(self.methods[0], (name, n)).shape[1]}"
+                           for name, n in self.cells)  # fmt: skip
+        common = "".join(f"{value} {key}, " for key, value in self.table.common.items())
+        self.lines += [
+            "",
+            f"Draws with seeds {', '.join(map(str, self.seeds))}; {common}{size} px; images that "
+            f"score: {images}; torch {torch.__version__}, CPU, one thread.",
+        ]
+        return "\n".join(self.lines[1:])
+
+    def _add_calibration_and_time(self) -> None:
+        self.lines += ["", f"Expected calibration error, in points, {BINS} bins:"]
+        errors = self._each(
+            lambda method, cell: np.mean([*map(calibration_error, self._draws(method, cell))])
+        )
+        self._add(errors, _points)
+        first = self.table.baselines[0]
+        self.lines += [
+            "",
+            f"Time, in the {first}'s on the same draw (in brackets: the processor's time):",
+        ]
+        self._add(self._each(lambda method, cell: self._times(method, first, cell)), _multiples)
+
+    def _draws(self, method: str, cell: Cell) -> list[Row]:
+        return [self.rows[method, *cell, seed] for seed in self.seeds]
+
+    def _correct(self, method: str, cell: Cell) -> np.ndarray:
+        """(draws, images) of 0 and 1."""
+        return np.array([row["correct"] for row in self._draws(method, cell)], dtype=np.int8)
+
+    def _difference(self, method: str, baseline: str, cell: Cell) -> np.ndarray:
+        return _differences(self._correct(method, cell) - self._correct(baseline, cell))
+
+    def _times(self, method: str, baseline: str, cell: Cell) -> np.ndarray:
+        """Of the wall's clock and of the processor's: the mean over draws."""
+        spent, other = (
+            np.array([[row["seconds"], row["processor_seconds"]] for row in self._draws(m, cell)])
+            for m in (method, baseline)
+        )
+        return (spent / other).mean(axis=0)
+
+    def _chosen(self) -> str:
+        return "; ".join(
+            f"{name} {n}: {_words(row['settled'])} (draw {row['seed']})"
+            for name, n in self.cells
+            for row in self._draws("auto", (name, n))
+        )
+
+    def _each(self, value: Callable[[str, Cell], Any]) -> dict[str, list[Any]]:
+        return {method: [value(method, cell) for cell in self.cells] for method in self.methods}
+
+    def _add(self, rows: dict[str, list[Any]], words: Callable[[Any], str]) -> None:
+        head = " | ".join(f"{name}, {n}" for name, n in self.cells)
+        self.lines += ["", f"| method | {head} | mean |", "|---" * (len(self.cells) + 2) + "|"]
+        for method, values in rows.items():
+            texts = [words(value) for value in (*values, np.mean(values, axis=0))]
+            self.lines.append(f"| {method} | {' | '.join(texts)} |")
+
+
+def _differences(paired: np.ndarray) -> np.ndarray:
+    """The mean difference, then bootstrap replicates over draws (rows) and images (columns)."""
+    random = np.random.default_rng(0)
+    draws, images = paired.shape
+    replicates = [
+        paired[random.integers(draws, size=draws)][:, random.integers(images, size=images)].mean()
+        for _ in range(REPLICATES)
+    ]
+    return 100 * np.array([paired.mean(), *replicates])
+
+
+def _interval(draws: np.ndarray) -> str:
+    low, high = np.quantile(draws[1:], (0.025, 0.975))
+    return f"{draws[0]:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _multiples(times: np.ndarray) -> str:
+    wall, processor = times
+    return f"{wall:.2f} ({processor:.2f})"
+
+
+def _words(settled: Settings) -> str:
+    stages = settled.get("train_stages")
+    return settled["mode"] + ("" if stages is None else f", last {stages}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", choices=list(TABLES), required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", type=Path, required=True, help="timm's folder layout")
+    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
+    parser.add_argument("--per-class", nargs="+", type=int, default=PER_CLASS)
+    parser.add_argument("--methods", nargs="+", default=[], help="besides the baselines; or all")
+    parser.add_argument("--pilot", action="store_true")
+    parser.add_argument("--candidates", type=Path, help="with --pilot: more methods, as JSON")
+    options = parser.parse_args()
+    if options.candidates and not options.pilot:
+        parser.error("--candidates are chosen from with --pilot, before the table is made")
+    table = TABLES[options.table]
+    if options.candidates:
+        table.methods.update(json.loads(options.candidates.read_text()))
+    if unknown := set(options.methods) - table.methods.keys():
+        parser.error(f"unknown --methods: {', '.join(sorted(unknown))}")
+    wanted = {*table.baselines, *(options.methods or table.methods)}
+    options.methods = [method for method in table.methods if method in wanted]
+    measure(table, options)
+    text = Report(table, options).text(options.size)
+    if options.pilot:
+        print(text)
+    else:
+        fill(table.document, "table", text)
+
+
+if __name__ == "__main__":
+    main()
