@@ -398,7 +398,7 @@ def test_the_cache_is_shown_and_cleared(cnnft: Cli, photos: Path, cache_folder: 
     train(photos, "run", cache="disk")
     outcome = cnnft("cache")
     assert outcome.code == 0 and "11 training images of photos" in outcome.out
-    assert "2 validation crops of photos" in outcome.out
+    assert "2 of photos (val)" in outcome.out
     listed = json.loads(cnnft("cache", "--json").out)
     assert listed["bytes"] == sum(entry["bytes"] for entry in listed["entries"]) > 1000
     assert {entry["kind"] for entry in listed["entries"]} == {"pixels"}

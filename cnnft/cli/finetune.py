@@ -182,6 +182,14 @@ _FLAGS = {
         metavar="TIME|STEPS",
     ),
     "tensorboard": _Flag(_RUN, "Write the history for TensorBoard too.", switch=True),
+    "cache": _Flag(
+        _RUN,
+        "Where decoded images are kept for the next epoch; disk: for the next run too (see cnnft "
+        "cache). Changes no result.",
+    ),
+    "decoder": _Flag(
+        _RUN, "draft: read large JPEGs at a fraction of their size; faster, and other pixels."
+    ),
     "workers": _Flag(_RUN, "Processes that load images.", "half of the processors, at most 8"),
     "device": _Flag(_RUN, "Where to compute.", metavar="auto|cpu|cuda|mps"),
     "sync_bn": _Flag(
