@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python tools/demo.py
@@ -23,6 +23,10 @@ format: $(VENV)/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# BENCH="--data DIR --weights DIR": see docs/benchmarks.md.
+bench: $(VENV)/peers
+	$(BIN)/python -m benchmarks.bench $(BENCH)
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cnnft needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +37,13 @@ $(VENV)/installed: $(BIN)/python pyproject.toml
 
 $(VENV)/installed-%: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+# A peer that wants another torch than the one that is here stays absent.
+$(VENV)/peers: $(VENV)/installed
+	$(BIN)/python -m pip freeze --exclude-editable > $(VENV)/present.txt
+	for peer in fastai ultralytics; do \
+	    $(BIN)/python -m pip install --quiet --constraint $(VENV)/present.txt $$peer || echo "$$peer: absent"; done
 	touch $@
 
 clean:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cnnft import distributed, featurecache
+from cnnft import cachefolder, distributed, featurecache
 from cnnft.augmentation import augmentation, training_transform
 from cnnft.batches import ImageFiles, Key, TrainingImages, Views, training_batches, view_batches
 from cnnft.cutting import Cut, find_cut
@@ -89,11 +89,8 @@ class Feed:
         total = len(train.missing) + len(val.missing)
         values = yield from _told(train.compute(), 0, total)
         validation = yield from _told(val.compute(), len(train.missing), total)
-        _log.info(
-            "the frozen layers have seen %d images in %d views%s",
-            *(len(self.plan.train), config.views),
-            "" if total else ", all of them in earlier runs",
-        )
+        if not total:
+            _log.info("the frozen layers have seen all images before (%s)", cachefolder.root())
         self._cut = frozen.cut
         self._activations = values.unflatten(0, (-1, len(self.plan.train)))
         self.validation = ViewBatches(validation, config.images_at_once)

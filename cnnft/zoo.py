@@ -165,12 +165,15 @@ def _described(name: str, config_file: Path) -> Identity:
     description = parse_json(config_file.read_bytes(), config_file)
     try:
         config = dict(description["pretrained_cfg"])
+        # timm 1.0.31 writes the number of classes here too; ours is another.
+        arguments = dict(description.get("model_args") or {})
+        arguments.pop("num_classes", None)
         identity = Identity(
             name,
             description.get("cnnft", {}).get("backbone", {}).get("library", "timm"),
             description["architecture"],
             config.get("tag", ""),
-            description.get("model_args") or {},
+            arguments,
             {"num_classes": description.get("num_classes", 1000)} | config,
         )
         if identity.library != "timm":

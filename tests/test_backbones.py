@@ -157,6 +157,19 @@ def test_a_torchvision_run_is_no_local_dir(tmp_path):
         open_backbone(f"local-dir:{tmp_path}", 3)
 
 
+def test_a_folder_that_timm_wrote_opens_for_another_number_of_classes(tmp_path):
+    from timm.models import save_for_hf
+
+    network = timm.create_model("test_resnet", num_classes=4)
+    save_for_hf(network, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["model_args"] = {"num_classes": 4, "in_chans": 3}  # as timm 1.0.31 has it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = open_backbone(f"local-dir:{tmp_path}", 3)
+    assert backbone.weights.missing == ()
+    assert backbone.network(torch.zeros(1, 3, 160, 160)).shape == (1, 3)
+
+
 def test_the_likeliest_architecture_is_named(tmp_path):
     save_file(timm.create_model("mobilenetv2_100").state_dict(), tmp_path / "w.safetensors")
     with pytest.raises(CnnftError, match="it looks like mobilenetv2_100"):

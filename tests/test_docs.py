@@ -40,7 +40,7 @@ def test_links_to_files_lead_somewhere(document):
         assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "format"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "format", "bench"])
 def test_every_make_target_that_is_named_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
