@@ -4,7 +4,6 @@ Nothing asks which architecture it is: what computes when is seen on an example,
 changes the example's logits is none.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from cnnft.freezing import train_mode
+from cnnft.substitution import Substituted
 
 _TOLERANCE = 1e-4
 
@@ -33,7 +33,7 @@ class Cut:
         """Activations (B, ...) -> logits (B, C), by the network's own modules."""
         if not self.passed:
             return network.get_submodule(self.first)
-        return _Tail(network, self.passed)
+        return Substituted(network, {path: nn.Identity() for path in self.passed})
 
     def activations(self, network: nn.Module, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> what enters `first`; the rest is not computed."""
@@ -55,35 +55,6 @@ class Cut:
 class _Reached(Exception):  # noqa: N818  # nothing is wrong
     def __init__(self, activations: Tensor) -> None:
         self.activations = activations
-
-
-class _Tail(nn.Module):
-    """The network with modules that do nothing in place of those that are passed."""
-
-    def __init__(self, network: nn.Module, passed: frozenset[str]) -> None:
-        super().__init__()
-        self.pairs: list[tuple[nn.Module, nn.Module]] = []
-        self.network = self._without(network, passed)
-
-    def forward(self, activations: Tensor) -> Tensor:
-        for clone, original in self.pairs:  # some drop features in their own forward
-            clone.training = original.training
-        logits: Tensor = self.network(activations)
-        return logits
-
-    def _without(self, module: nn.Module, gone: frozenset[str], prefix: str = "") -> nn.Module:
-        """Only what holds one of the `gone` is copied; all parameters are shared."""
-        if not any(path.startswith(prefix) for path in gone):
-            return module
-        clone = copy.copy(module)
-        clone._modules = {
-            name: nn.Identity()
-            if prefix + name in gone
-            else child and self._without(child, gone, f"{prefix}{name}.")
-            for name, child in module._modules.items()
-        }
-        self.pairs.append((clone, module))
-        return clone
 
 
 def find_cut(network: nn.Module, pixels: Tensor) -> Cut | None:

@@ -12,6 +12,7 @@ from cnnft.classifier import Classifier
 from cnnft.config import Split, TestTimeViews
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
+from cnnft.folding import folded
 from cnnft.inference import infer_all
 from cnnft.metrics import (
     ClassScore,
@@ -95,9 +96,8 @@ def evaluate_folder(
         batch_size,
         default_workers() if workers is None else workers,
     )
-    log_probs = infer_all(
-        classifier.network, batches, kept.paths, on_image=lambda: on_image(len(kept))
-    )
+    network = folded(classifier.network, classifier.input_spec.size)
+    log_probs = infer_all(network, batches, kept.paths, on_image=lambda: on_image(len(kept)))
     labels = torch.tensor(kept.labels)
     chosen_on = set(selected_on)
     return Evaluation(

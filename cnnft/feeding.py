@@ -14,6 +14,8 @@ from cnnft.augmentation import augmentation, training_transform
 from cnnft.batches import ImageFiles, Key, TrainingImages, Views, training_batches, view_batches
 from cnnft.cutting import Cut, find_cut
 from cnnft.featurecache import Activations, Frozen, Looks, ViewBatches
+from cnnft.folding import folded
+from cnnft.freezing import changing
 from cnnft.images import decoder_versions
 from cnnft.inference import Ensemble
 from cnnft.pixelcache import Kept, KeptImages, keep, training_pixels
@@ -98,7 +100,7 @@ class Feed:
     def _frozen(self) -> Frozen | None:
         """The part of the network whose activations are worth keeping; None: there is none."""
         plan, classifier = self.plan, self.plan.classifier
-        config, identity = plan.config, classifier.identity
+        config, identity, spec = plan.config, classifier.identity, classifier.input_spec
         if config.views is None or config.cache == "off" or config.mixup or config.cutmix:
             return None
         if plan.teachers and augmentation(config).random:  # they look at pixels in every step
@@ -111,7 +113,8 @@ class Feed:
             return None
         named = (classifier.pretrained_hash, identity.architecture, identity.model_args)
         about = f"{identity.name}, {self.images.about}"
-        frozen = Frozen(classifier.network, cut, repr((*named, plan.device.type)), about)
+        network = folded(classifier.network, spec.size, changing(classifier.network))
+        frozen = Frozen(network, cut, repr((*named, plan.device.type)), about)
         if not featurecache.fits(frozen, example, config.views * len(plan.train) + len(plan.val)):
             _log.warning("the activations of the frozen layers do not fit: they are not kept")
             return None

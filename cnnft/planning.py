@@ -24,6 +24,7 @@ from cnnft.config import Config, Mode
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.features import Features, Probe, embed, install, probe
+from cnnft.folding import folded
 from cnnft.freezing import batchnorms, freeze, learning_statistics
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
@@ -330,7 +331,7 @@ def _features(
     config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
 ) -> Features:
     batches = view_batches(samples.paths, EvaluationViews(spec), config.images_at_once, workers)
-    return embed(backbone.network, backbone.head, batches, samples.paths)
+    return embed(folded(backbone.network, spec.size), backbone.head, batches, samples.paths)
 
 
 def _with_absolute_paths(config: Config) -> Config:

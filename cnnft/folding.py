@@ -1,0 +1,101 @@
+"""BatchNorm that directly follows a convolution, computed by the convolution.
+
+Both are linear where the statistics are fixed, so the convolution with other weights does for both
+(but for rounding), and activations pass through memory once less. Which follows which is seen on an
+example, and what changes the example's logits is left as it is.
+"""
+
+from collections.abc import Collection
+
+import torch
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from cnnft.substitution import substituted
+
+_TOLERANCE = 1e-4
+"""Of the largest logit."""
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
+
+
+def folded(network: nn.Module, size: int, changing: Collection[str] = ()) -> nn.Module:
+    """For inference: the same function of images of size × size pixels, computed quicker.
+
+    What is not folded is shared with `network`, which is left in eval mode. `changing`: as for
+    `folds`.
+    """
+    return substituted(network, folds(network, size, changing)).eval()
+
+
+@torch.no_grad()
+def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict[str, nn.Module]:
+    """Path of a module -> what takes its place; empty where nothing can be folded.
+
+    `changing`: names of tensors that training changes, so that their layers stay as they are. The
+    network is left in eval mode.
+    """
+    network.eval()
+    if not any(map(_is_norm, network.modules())):
+        return {}
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(next(network.parameters()).device)
+    pairs, expected = _watch(network, pixels)
+    trained = {name.rpartition(".")[0] for name in changing}
+    modules: dict[str, nn.Module] = {}
+    for layer, norm in pairs:
+        if not trained & {layer, norm}:
+            first, second = network.get_submodule(layer), network.get_submodule(norm)
+            modules |= {layer: _fuse(first, second), norm: _what_remains(second)}
+    if not modules or not isinstance(expected, Tensor):
+        return {}
+    found = substituted(network, modules)(pixels)
+    same = (found - expected).abs().max() <= _TOLERANCE * expected.abs().max()
+    return modules if same else {}
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) in _NORMS and module.running_var is not None
+
+
+def _watch(network: nn.Module, pixels: Tensor) -> tuple[list[tuple[str, str]], object]:
+    """(paths of each layer and the normalisation that its output enters at once, the logits)."""
+    pairs: list[tuple[str, str]] = []
+    last: tuple[str, Tensor] | None = None
+
+    def after_layer(path: str, output: Tensor) -> None:
+        nonlocal last
+        last = path, output
+
+    def before_norm(path: str, entering: Tensor) -> None:
+        if last is not None and entering is last[1]:
+            pairs.append((last[0], path))
+
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, output, path=path: after_layer(path, output))
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ] + [
+        module.register_forward_pre_hook(lambda _, inputs, path=path: before_norm(path, inputs[0]))
+        for path, module in network.named_modules()
+        if _is_norm(module)
+    ]
+    try:
+        return pairs, network(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fuse(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    assert isinstance(norm, _BatchNorm)
+    if isinstance(layer, nn.Conv2d):
+        return fuse_conv_bn_eval(layer, norm)
+    assert isinstance(layer, nn.Linear)
+    return fuse_linear_bn_eval(layer, norm)
+
+
+def _what_remains(norm: nn.Module) -> nn.Module:
+    """timm has layers that normalise and then activate."""
+    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
