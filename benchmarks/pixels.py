@@ -33,7 +33,7 @@ from cnnft.augmentation import training_transform
 from cnnft.batches import ImageFiles, TrainingImages, view_batches
 from cnnft.data import Samples, check, find_split, image_files, scan
 from cnnft.finetuning import carry_out
-from cnnft.images import FULL, PixelSpec
+from cnnft.images import FULL, PixelSpec, read_image
 from cnnft.inference import infer_all
 from cnnft.pixelcache import KeptImages, keep
 from cnnft.planning import prepare
@@ -113,14 +113,27 @@ def probabilities(options: argparse.Namespace) -> None:
 
         exact = probabilities_of(FULL)
         print(f"{len(paths)} images, {spec.size} px\n")
-        print("| read as | mean change | largest | other class |\n|---|---|---|---|")
+        print(f"read in full: {reading(paths, FULL):.0f} ms per image\n")
+        print("| read as | mean change | largest | other class | ms |\n|---|---|---|---|---|")
         for factor in FACTORS:
             for decoder in ("pillow", "draft"):
-                found = probabilities_of(PixelSpec(round(factor * spec.size), decoder))
+                pixels = PixelSpec(round(factor * spec.size), decoder)
+                found = probabilities_of(pixels)
                 change = (found - exact).abs()
                 other = int((found.argmax(dim=1) != exact.argmax(dim=1)).sum())
-                name = f"{round(factor * spec.size)} px, {decoder}"
-                print(f"| {name} | {change.mean():.4f} | {change.max():.3f} | {other} |")
+                print(
+                    f"| {pixels.short_side} px, {decoder} | {change.mean():.4f} "
+                    f"| {change.max():.3f} | {other} | {reading(paths, pixels):.0f} |"
+                )
+
+
+def reading(paths: list[str], pixels: PixelSpec) -> float:
+    """CPU time in ms per image."""
+    some = paths[:40]
+    start = time.process_time()
+    for path in some:
+        read_image(path, pixels)
+    return 1000 * (time.process_time() - start) / len(some)
 
 
 def enlarged(folder: Path, factor: int, to: Path) -> Iterator[str]:

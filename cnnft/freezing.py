@@ -50,15 +50,30 @@ def _normalisations(network: nn.Module) -> set[str]:
     }
 
 
+Modes = list[tuple[nn.Module, bool]]
+"""Each module of a network, and whether it is in train mode."""
+
+
 def train_mode(network: nn.Module, keep_statistics: Iterable[nn.Module] = ()) -> None:
-    """Like `network.train()`, but all that comes before the last frozen parameter stays in eval.
+    """Put it into the mode that it trains in."""
+    restore_modes(network, train_modes(network, keep_statistics))
+
+
+def restore_modes(network: nn.Module, modes: Modes) -> None:
+    if any(module.training != training for module, training in modes):
+        network.train()  # some networks forget here what they have cached
+        for module, training in modes:
+            module.training = training
+
+
+def train_modes(network: nn.Module, keep_statistics: Iterable[nn.Module] = ()) -> Modes:
+    """All in train mode, but what comes before the last frozen parameter in eval mode.
 
     Frozen BatchNorm layers then use, and keep, their pretrained statistics, and dropout or
     stochastic depth among frozen layers stay off: their features are a function of the image. A
     layer whose own parameters train is in train mode wherever it stands. A container is in train
     mode if nothing in it is frozen. `keep_statistics`: trained layers to leave in eval mode too.
     """
-    network.train()  # some networks forget what they have cached here
     modules = list(network.modules())
     frozen = [
         position
@@ -66,15 +81,17 @@ def train_mode(network: nn.Module, keep_statistics: Iterable[nn.Module] = ()) ->
         if any(not parameter.requires_grad for parameter in module.parameters(recurse=False))
     ]
     last_frozen = max(frozen, default=-1)
+    kept = set(keep_statistics)
+    modes = []
     for position, module in enumerate(modules):
         if own := list(module.parameters(recurse=False)):
-            module.training = any(parameter.requires_grad for parameter in own)
+            trains = any(parameter.requires_grad for parameter in own)
         elif inner := list(module.parameters()):
-            module.training = all(parameter.requires_grad for parameter in inner)
+            trains = all(parameter.requires_grad for parameter in inner)
         else:
-            module.training = position > last_frozen
-    for module in keep_statistics:
-        module.training = False
+            trains = position > last_frozen
+        modes.append((module, trains and module not in kept))
+    return modes
 
 
 def changing(network: nn.Module, keep: Iterable[nn.Module] = ()) -> list[str]:

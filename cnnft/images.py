@@ -83,7 +83,10 @@ def decode(path: str | Path, content: bytes, pixels: PixelSpec = FULL) -> Image.
     """
     image = _open(path, content, pixels.short_side if pixels.decoder == "draft" else None)
     size = pixels.reduced(*image.size)
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    if size == image.size:
+        return image
+    # A gap of 2 averages whole blocks of pixels first: several times faster for large photographs.
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def size_of(path: str | Path) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnft import distributed
+from cnnft.allocation import keep_freed_memory
 from cnnft.batches import Views
 from cnnft.errors import CnnftError, UsageError, first_line
 
@@ -90,6 +91,8 @@ def choose_device(name: str) -> torch.device:
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
         torch.empty(1, device=device).cpu()
+        if device.type == "cpu":
+            keep_freed_memory()
     except Exception as error:  # torch raises a different kind for every backend it lacks
         raise UsageError(
             f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"

@@ -17,7 +17,7 @@ from cnnft import distributed
 from cnnft.augmentation import Mix
 from cnnft.batches import IGNORED, KeyedBatches, keyed_seed
 from cnnft.errors import CnnftError
-from cnnft.freezing import changing, train_mode
+from cnnft.freezing import changing, restore_modes, train_modes
 from cnnft.objectives import Objective
 
 AUXILIARY_WEIGHT = 0.4
@@ -209,12 +209,12 @@ def train(
     """
     device = next(state.network.parameters()).device
     network = distributed.parallel(state.tail or state.network, device)
+    modes = train_modes(state.network, state.keep_statistics)
     unread: tuple[int, Tensor] | None = None
     start = time.monotonic()
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        # At every step, because the caller may have evaluated.
-        train_mode(state.network, state.keep_statistics)
+        restore_modes(state.network, modes)  # the caller may have evaluated
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule(state.step)
         tolerant = state.left_out < state.tolerated
