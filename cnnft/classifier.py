@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cnnft import __version__, distributed
+from cnnft.acceleration import place
 from cnnft.batches import default_workers, view_batches
 from cnnft.config import Head, TestTimeViews
 from cnnft.errors import CnnftError, UsageError, first_line
@@ -269,10 +270,9 @@ def load(
         CnnftError: it cannot be read, or the backbone is not the one that the head was trained on.
     """
     path = require_model(model)
-    place = choose_device(device)
+    chosen = choose_device(device)
     classifier = _load_run(path, weights) if path.is_dir() else _load_file(path, weights)
-    classifier.network.to(place)
-    classifier.network.eval()
+    place(classifier.network, chosen).eval()
     return classifier
 
 

@@ -9,6 +9,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 
 from cnnft import data, distributed
+from cnnft.acceleration import place
 from cnnft.advice import Advice, advise
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
@@ -214,7 +215,7 @@ def _open(config: Config, classes: int, device: torch.device) -> Backbone:
         auxiliary=_auxiliary(config),
         drop_path=config.drop_path,
     )
-    backbone.network.to(device)
+    place(backbone.network, device)
     return backbone
 
 

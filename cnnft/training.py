@@ -119,11 +119,20 @@ class TrainState:
         for name, tensor in self._weights().items():
             tensor.copy_(tensors[name])
         self.optimizer.load_state_dict(_with_tensors(values["optimizer"], tensors))
+        for parameter, kept in self.optimizer.state.items():
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[name] = _like(parameter, value)
         if distributed.is_main:  # it had the sum of all processes
             self.totals.copy_(tensors["totals"])
         self.step, self.left_out = values["step"], values["left_out"]
         sizes = [size for size in (self.micro_batch, values["micro_batch"]) if size]
         self.micro_batch = min(sizes, default=None)
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """`value` in the order in memory that the optimizer had given it."""
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

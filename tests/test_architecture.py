@@ -27,6 +27,7 @@ LAYERS = [
         "schedules",
         "metrics",
         "advice",
+        "acceleration",
     },
     {"zoo", "objectives", "averaging", "constraints"},
     {"pretrained"},

@@ -149,7 +149,7 @@ def test_timm_opens_a_run_with_constructor_arguments(flat, tmp_path):
     ours = load(run.path)
     assert ours.identity.model_args == {"pad_type": "same"}
     torch.testing.assert_close(
-        timm_logits(run.path, photo), ours.logits(read_image(photo)), rtol=0, atol=1e-6
+        timm_logits(run.path, photo), ours.logits(read_image(photo)), rtol=1e-5, atol=1e-6
     )
 
 

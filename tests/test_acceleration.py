@@ -1,0 +1,51 @@
+"""What makes computing quicker must not change what is computed."""
+
+import copy
+import resource
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+from cnnft.acceleration import place
+
+CPU = torch.device("cpu")
+
+
+def test_weights_channels_last_are_the_same_weights_and_the_same_function() -> None:
+    torch.manual_seed(0)
+    network = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
+    placed = place(copy.deepcopy(network), CPU)
+    assert placed.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(network.parameters(), placed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(network(pixels), placed(pixels), rtol=1e-5, atol=1e-6)
+
+
+PAGES = """
+import resource, sys, torch
+from cnnft.acceleration import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    before = faults()
+    for _ in range(5):
+        torch.ones(2**24)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
+def test_freed_memory_is_used_again() -> None:
+    def pages(what: str) -> int:
+        command = [sys.executable, "-c", PAGES, what]
+        return int(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+
+    in_all = 5 * 4 * 2**24 // resource.getpagesize()
+    assert pages("keep") < in_all / 20
