@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnft import distributed
-from cnnft.allocation import keep_freed_memory
+from cnnft.acceleration import keep_freed_memory
 from cnnft.batches import Views
 from cnnft.errors import CnnftError, UsageError, first_line
 

@@ -10,7 +10,7 @@ import cnnft
 PACKAGE = Path(cnnft.__file__).parent
 
 LAYERS = [
-    {"errors", "allocation"},
+    {"errors"},
     {"distributed"},
     {"values"},
     {"config", "recipes"},

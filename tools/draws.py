@@ -1,7 +1,8 @@
-"""Methods measured on small draws of data sets; writes the tables of two documents.
+"""Methods measured on small draws of data sets; writes the tables of three documents.
 
     python tools/draws.py --table modes --data DIR --weights DIR --results FILE
     python tools/draws.py --table recipes --data DIR --weights DIR --results FILE
+    python tools/draws.py --table views --data DIR --weights DIR --results FILE
 
 For each data set, a number of images per class is drawn from train/ and split 80 : 20; every
 method trains on the one part, selects its best epoch on the other, and is scored on val/, which
@@ -60,6 +61,7 @@ class Table:
     """What is compared, and where that is written."""
 
     document: Path
+    marker: str
     methods: dict[str, Settings | int]
     """A number is the tutorial loop written by hand, in batches of that size."""
     baselines: tuple[str, ...]
@@ -72,6 +74,7 @@ class Table:
 
 MODES = Table(
     document=DOCUMENTS / "how-much-to-train.md",
+    marker="table",
     methods={
         "tutorial loop": 4,
         "tutorial loop, batches of 32": 32,
@@ -90,6 +93,7 @@ MODES = Table(
 
 BY_NAME = Table(
     document=DOCUMENTS / "recipes.md",
+    marker="table",
     methods={
         "tutorial": RECIPES["tutorial"].settings,
         "tutorial, batches of 32": RECIPES["tutorial"].settings | {"batch_size": 32},
@@ -101,7 +105,17 @@ BY_NAME = Table(
     complete=True,
 )
 
-TABLES = {"modes": MODES, "recipes": BY_NAME}
+VIEWS = Table(
+    document=DOCUMENTS / "speed.md",
+    marker="views",
+    methods={f"K = {k}": {"feature_views": k} for k in (25, 1, 2, 4, 8)},
+    baselines=("K = 25",),
+    # Not on the disk, where one method would find what another has computed.
+    common={"mode": "feature-extractor", "epochs": 25, "cache": "ram"},
+    complete=True,
+)
+
+TABLES = {"modes": MODES, "recipes": BY_NAME, "views": VIEWS}
 
 Cell = tuple[str, int]
 """A data set, and how many images of each class are drawn."""
@@ -418,7 +432,7 @@ def main() -> None:
     if options.pilot:
         print(text)
     else:
-        fill(table.document, "table", text)
+        fill(table.document, table.marker, text)
 
 
 if __name__ == "__main__":

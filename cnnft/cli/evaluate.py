@@ -31,12 +31,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Evaluate a model on labelled images; those that it was trained on are left out."""
-    from cnnft.acceleration import keep_freed_memory
     from cnnft.classifier import load
     from cnnft.evaluation import evaluate_folder
     from cnnft.run import Run
 
-    keep_freed_memory()
     classifier = load(model, weights=weights, device=device)
     run = Run.open(model) if Path(model).is_dir() else None
     if run is None:

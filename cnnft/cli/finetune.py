@@ -318,10 +318,8 @@ def command(
         require_plot(plot_schedule)
     run, chosen = _started(given, config) if resume is None else _resumed(given, resume)
 
-    from cnnft.acceleration import keep_freed_memory
     from cnnft.planning import prepare
 
-    keep_freed_memory()
     with console.progress() as bar:
         restored = run is not None and run.has_checkpoint()
         plan = prepare(chosen, restored=restored, on_files=console.reading_images(bar))

@@ -50,10 +50,8 @@ def command(
         raise UsageError(f"--output {output} is a folder: give the file to write")
     files, skipped = _expand(images)
 
-    from cnnft.acceleration import keep_freed_memory
     from cnnft.classifier import load
 
-    keep_freed_memory()
     classifier = load(model, weights=weights, device=device)
     predictions = classifier.stream(
         files,
