@@ -33,6 +33,7 @@ Schedule = Literal[
 ]  # fmt: skip
 Sampling = Literal["shuffled", "balanced"]
 ClassWeights = Literal["none", "balanced"]
+Precision = Literal["float32", "bfloat16", "float16"]
 TestTimeViews = Literal["none", "hflip", "five-crop", "ten-crop"]
 Cache = Literal["auto", "ram", "disk", "off"]
 Decoder = Literal["pillow", "draft"]
@@ -165,6 +166,9 @@ class Config:
     cache: Cache = "auto"  # where pixels are kept that every epoch reads
     workers: int | None = None  # None: half of the processors, at most 8
     device: str = "auto"
+    # Of what training computes; weights and sums stay float32. auto: 16 bits on a CUDA GPU.
+    precision: Precision | Literal["auto"] = "auto"
+    compile: bool = False  # torch.compile: a minute or so, for faster steps
     checkpoint_every: str = "5m"  # or steps; besides one after each epoch
     skip_nonfinite: int = 0  # steps that may be left out because their loss is NaN or infinite
     tensorboard: bool = False
@@ -314,6 +318,12 @@ class Config:
         """`batch_size`, where auto is settled."""
         assert isinstance(self.batch_size, int)
         return self.batch_size
+
+    @property
+    def settled_precision(self) -> Precision:
+        """`precision`, where auto is settled."""
+        assert self.precision != "auto"
+        return self.precision
 
     @property
     def images_at_once(self) -> int:

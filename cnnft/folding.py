@@ -37,12 +37,12 @@ def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict
     network is left in eval mode.
     """
     network.eval()
-    if not any(map(_is_norm, network.modules())):
+    trained = {name.rpartition(".")[0] for name in changing}
+    if not any(_is_norm(m) for path, m in network.named_modules() if path not in trained):
         return {}
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(next(network.parameters()).device)
     pairs, expected = _watch(network, pixels)
-    trained = {name.rpartition(".")[0] for name in changing}
     modules: dict[str, nn.Module] = {}
     for layer, norm in pairs:
         if not trained & {layer, norm}:

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from cnnft import distributed
+from cnnft.acceleration import autocast
+from cnnft.config import Precision
 from cnnft.freezing import train_mode
 from cnnft.training import all_logits
 
@@ -29,7 +31,9 @@ _CGROUPS = tuple(
 _MEMINFO = Path("/proc/meminfo")
 
 
-def largest_batch(network: nn.Module, size: int, images: int, copies: float) -> int:
+def largest_batch(
+    network: nn.Module, size: int, images: int, copies: float, precision: Precision = "float32"
+) -> int:
     """The largest power of two whose training step fits the free memory of all devices.
 
     At most LARGEST, and small enough for LEAST_STEPS steps in an epoch of `images`. `copies`: what
@@ -38,19 +42,20 @@ def largest_batch(network: nn.Module, size: int, images: int, copies: float) -> 
     device = next(network.parameters()).device
     trained = sum(p.nbytes for p in network.parameters() if p.requires_grad)
     free = available(device) - copies * trained
-    fits = min(distributed.gather([free / (_RESERVED * bytes_per_image(network, size))]))
+    each = bytes_per_image(network, size, precision)
+    fits = min(distributed.gather([free / (_RESERVED * each)]))
     most = max(min(fits * distributed.world, LARGEST, images / LEAST_STEPS), 1)
     return 1 << (int(most).bit_length() - 1)
 
 
-def bytes_per_image(network: nn.Module, size: int) -> int:
+def bytes_per_image(network: nn.Module, size: int, precision: Precision = "float32") -> int:
     """What the forward pass keeps of each image of size × size pixels for the backward pass."""
     network = copy.deepcopy(network)  # trying it changes BatchNorm statistics
     train_mode(network)
-    return (_kept(network, 4, size) - _kept(network, 2, size)) // 2
+    return (_kept(network, 4, size, precision) - _kept(network, 2, size, precision)) // 2
 
 
-def _kept(network: nn.Module, images: int, size: int) -> int:
+def _kept(network: nn.Module, images: int, size: int, precision: Precision) -> int:
     device = next(network.parameters()).device
     kept: dict[int, int] = {}
 
@@ -66,7 +71,9 @@ def _kept(network: nn.Module, images: int, size: int) -> int:
         torch.random.fork_rng(devices),
         torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
     ):
-        loss = sum(cross_entropy(logits, labels) for logits in all_logits(network(pixels)))
+        with autocast(precision, device):
+            outputs = all_logits(network(pixels))
+        loss = sum(cross_entropy(logits, labels) for logits in outputs)
     assert isinstance(loss, Tensor)
     return sum(kept.values()) + pixels.nbytes
 

@@ -9,7 +9,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 
 from cnnft import data, distributed
-from cnnft.acceleration import place
+from cnnft.acceleration import choose_precision, place
 from cnnft.advice import Advice, advise
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
@@ -98,6 +98,7 @@ def prepare(
     """
     device = choose_device(config.device)
     _require_cuda_for_sync_bn(config, device)
+    config = replace(config, precision=choose_precision(config.precision, device))
     for teacher in config.teacher:
         require_model(teacher)
     resolve(config.backbone)  # a wrong name is known before the data is read
@@ -137,7 +138,8 @@ def prepare(
         network = convert_sync_batchnorm(network)
     if config.batch_size == "auto":
         copies = 1 + state_per_weight(config) + bool(config.ema or config.swa)
-        largest = largest_batch(network, spec.size, len(found.train), copies)
+        images, precision = len(found.train), config.settled_precision
+        largest = largest_batch(network, spec.size, images, copies, precision)
         config = replace(config, batch_size=largest)
     keep = batchnorms(network, head) if freezes_statistics(config) else ()
     if config.recalibrate_bn and not learning_statistics(network, keep):

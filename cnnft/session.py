@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnft import distributed
+from cnnft.acceleration import Compiled
 from cnnft.augmentation import mixing
 from cnnft.averaging import equal_average, recalibrate, running_average
 from cnnft.batches import view_batches
@@ -20,7 +21,8 @@ from cnnft.config import Config
 from cnnft.constraints import gradient_rules, weight_rules
 from cnnft.errors import CnnftError, first_line
 from cnnft.feeding import Feed
-from cnnft.freezing import batchnorms, learning_statistics
+from cnnft.folding import folds
+from cnnft.freezing import batchnorms, changing, learning_statistics
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
 from cnnft.objectives import make_objective
@@ -29,6 +31,7 @@ from cnnft.pixelcache import Kept
 from cnnft.planning import Plan
 from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
+from cnnft.substitution import Substituted
 from cnnft.teaching import make_teach
 from cnnft.tensorboard import Board
 from cnnft.training import EpochDone, StepDone, TrainState, train
@@ -87,6 +90,7 @@ class Session:
             before_step=gradient_rules(network, config),
             after_step=weight_rules(network, head, config),
             micro_batch=config.micro_batch,
+            precision=config.settled_precision,
             tolerated=config.skip_nonfinite,
         )
         self._average()
@@ -127,7 +131,7 @@ class Session:
         if not self.over and (yield from self.feed.prepare(stop)):
             yield Stopped(self.run, state.step)
             return
-        state.tail = self.feed.tail(state.network)
+        state.computing = self._computing()
         batches = self.feed.training(state.step)
         objective = make_objective(plan.config, plan.train.counts())
         for event in () if self.over else train(state, batches, objective):
@@ -146,6 +150,16 @@ class Session:
                 yield Stopped(self.run, state.step)
                 return
         yield self._finish()
+
+    def _computing(self) -> nn.Module:
+        """What computes the network's logits in training."""
+        plan, state = self.plan, self.state
+        network = self.feed.tail(state.network)
+        if network is state.network:
+            names = changing(network, state.keep_statistics)
+            modules = folds(network, plan.classifier.input_spec.size, names)
+            network = Substituted(network, modules) if modules else network
+        return Compiled(network) if plan.config.compile else network
 
     @property
     def over(self) -> bool:

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import AveragedModel
 
 from cnnft import distributed
+from cnnft.acceleration import autocast, float32_at_least
 from cnnft.augmentation import Mix
 from cnnft.batches import IGNORED, KeyedBatches, keyed_seed
+from cnnft.config import Precision
 from cnnft.errors import CnnftError
 from cnnft.freezing import changing, restore_modes, train_modes
 from cnnft.objectives import Objective
@@ -55,8 +58,11 @@ class TrainState:
     """What is done to the gradients."""
     after_step: Callable[[], None] = lambda: None
     """What is done to the weights."""
-    tail: nn.Module | None = None
-    """Where batches are activations inside the network, what computes its logits from them."""
+    computing: nn.Module | None = None
+    """What computes the network's logits, with the same trained layers: from activations inside it,
+    where batches are those, or more quickly. None: the network."""
+    precision: Precision = "float32"
+    """In which the logits are computed. Losses and weights are float32 in any case."""
     average: AveragedModel | None = None
     """Of the weights after the steps that `averaged` names."""
     averaged: Callable[[int], bool] = lambda step: True
@@ -70,14 +76,18 @@ class TrainState:
     """Steps taken so far."""
     left_out: int = 0
     """Such steps so far."""
+    scaler: GradScaler = field(init=False)
+    """Small gradients would be 0 in float16; it scales them, and leaves out steps where they become
+    too large. Of another precision it does nothing."""
     totals: Tensor = field(init=False)
     """Of the present epoch so far, in this process, on the device, (3,): summed loss, images
     classified right, images."""
 
     def __post_init__(self) -> None:
         device = next(self.network.parameters()).device
-        precision = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.totals = torch.zeros(3, dtype=precision, device=device)
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        self.totals = torch.zeros(3, dtype=exact, device=device)
+        self.scaler = GradScaler(device.type, enabled=self.precision == "float16")
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that `restore` needs: tensors by name, and JSON values; every process has to ask.
@@ -94,6 +104,7 @@ class TrainState:
             "step": self.step,
             "micro_batch": self.micro_batch,
             "left_out": self.left_out,
+            "scaler": self.scaler.state_dict(),
             "optimizer": optimizer,
         }
         return tensors, values
@@ -126,6 +137,8 @@ class TrainState:
         if distributed.is_main:  # it had the sum of all processes
             self.totals.copy_(tensors["totals"])
         self.step, self.left_out = values["step"], values["left_out"]
+        if self.scaler.is_enabled() and values["scaler"]:
+            self.scaler.load_state_dict(values["scaler"])
         sizes = [size for size in (self.micro_batch, values["micro_batch"]) if size]
         self.micro_batch = min(sizes, default=None)
 
@@ -208,7 +221,7 @@ def train(
             looks at the loss of the step before instead of waiting.
     """
     device = next(state.network.parameters()).device
-    network = distributed.parallel(state.tail or state.network, device)
+    network = distributed.parallel(state.computing or state.network, device)
     modes = train_modes(state.network, state.keep_statistics)
     unread: tuple[int, Tensor] | None = None
     start = time.monotonic()
@@ -229,8 +242,10 @@ def train(
             elif unread is not None:
                 _require_finite(state, *unread)
             unread = state.step, sums[0]
+            state.scaler.unscale_(state.optimizer)
             state.before_step()
-            state.optimizer.step()
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
             state.after_step()
             state.totals += sums
 
@@ -286,11 +301,13 @@ def _gradients_in_parts(
         if state.teach is not None:
             aims.append(state.teach(some_pixels, some_images.tolist()))
         with nullcontext() if part == parts else distributed.without_sync(network):
-            logits, *auxiliary = all_logits(network(some_pixels))
+            with autocast(state.precision, pixels.device):
+                outputs = all_logits(network(some_pixels))
+            logits, *auxiliary = map(float32_at_least, outputs)
             loss = objective(logits, *aims)
             for other in auxiliary:
                 loss = loss + AUXILIARY_WEIGHT * objective(other, *aims)
-            (loss * weight).backward()
+            state.scaler.scale(loss * weight).backward()
         main = labels if labels.ndim == 1 else labels.argmax(dim=1)
         correct = (logits.argmax(dim=1) == main).sum()
         sums += torch.stack([loss.detach(), correct, (main != IGNORED).sum()]).to(sums)
@@ -299,6 +316,8 @@ def _gradients_in_parts(
 
 def _usable(state: TrainState, loss: Tensor) -> bool:
     """Whether the loss and all gradients are finite; waits for the device."""
+    if state.scaler.is_enabled():  # gradients that it has scaled may be infinite, and it looks
+        return bool(loss.isfinite())
     gradients = [p.grad for p in state.network.parameters() if p.grad is not None]
     return bool(loss.isfinite() & get_total_norm(gradients).isfinite())
 

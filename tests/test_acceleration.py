@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 
-from cnnft.acceleration import place
+from cnnft.acceleration import choose_precision, place
+from cnnft.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -49,3 +50,42 @@ def test_freed_memory_is_used_again() -> None:
 
     in_all = 5 * 4 * 2**24 // resource.getpagesize()
     assert pages("keep") < in_all / 20
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_auto_is_float32_where_there_is_no_gpu() -> None:
+    assert choose_precision("auto", CPU) == "float32"
+    assert choose_precision("bfloat16", CPU) == "bfloat16"
+
+
+@pytest.mark.parametrize("bits", [True, False])
+def test_auto_is_what_a_gpu_has(monkeypatch: pytest.MonkeyPatch, bits: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: bits)
+    assert choose_precision("auto", torch.device("cuda")) == ("bfloat16" if bits else "float16")
+
+
+def test_a_device_that_has_no_such_precision_is_told() -> None:
+    with pytest.raises(UsageError, match=r"--precision float16 cannot be used on meta .*float32"):
+        choose_precision("float16", torch.device("meta"))
+
+
+# ---------------------------------------------------------------- compilation
+
+
+def test_what_cannot_be_compiled_is_one_sentence(cnnft, flat, tmp_path, monkeypatch) -> None:
+    from torch._dynamo.exc import Unsupported
+
+    def refuse(network: object) -> object:
+        def forward(pixels: torch.Tensor) -> torch.Tensor:
+            raise Unsupported("no compiler is here\n\nand much more")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=1", "--compile",
+        "--runs-dir", tmp_path, "--device=cpu", "--image-size=32",
+    )  # fmt: skip
+    outcome.fails_with(1, "--compile", "no compiler is here", "leave it out")

@@ -1,6 +1,7 @@
 """What a step does when the loss is not finite or memory runs out, and what a run does about it."""
 
 import itertools
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from cnnft import Config, memory
 from cnnft.batches import KeyedBatches
+from cnnft.config import Precision
 from cnnft.errors import UsageError
 from cnnft.finetuning import carry_out
 from cnnft.planning import prepare
@@ -251,3 +253,72 @@ def test_where_an_error_ends_training_the_way_on_is_told(cnnft, flat, tmp_path, 
     )  # fmt: skip
     outcome.fails_with(1, "the data changed while training")
     assert f"go on with: cnnft finetune --resume {tmp_path / 'run'}" in outcome.err
+
+
+# ---------------------------------------------------------------- 16 bits
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_sixteen_bits_are_for_computing_alone(precision: Precision):
+    networks = Small(), Small()
+    kinds = (state(networks[0]), state(networks[1], precision=precision))
+    losses = [
+        [e.loss.item() for e in train(kind, batches(), SUM) if isinstance(e, StepDone)]
+        for kind in kinds
+    ]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert weights(networks[0]).tolist() == pytest.approx(weights(networks[1]).tolist(), abs=0.05)
+    tensors, _ = kinds[1].state_dict()
+    assert {t.dtype for t in tensors.values() if t.dim() > 1} == {torch.float32}
+
+
+def test_a_gradient_too_large_for_float16_leaves_out_the_step_and_halves_the_scale():
+    network = Small()
+    of = state(network, precision="float16", tolerated=1)
+    of.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    events = train(of, batches(), SUM)
+    before = network.fc.weight.clone()
+    next(events)
+    assert torch.equal(network.fc.weight, before) and of.scaler.get_scale() == 2.0**39
+    assert of.left_out == 0  # its loss was finite
+
+
+def test_a_loss_that_is_not_finite_is_noticed_in_float16_too():
+    of = state(Small(), precision="float16", tolerated=1)
+    list(train(of, batches(bad=1), SUM))
+    assert of.left_out == 1
+    with pytest.raises(NonFiniteLossError):
+        list(train(state(Small(), precision="float16"), batches(bad=1), SUM))
+
+
+def test_the_scale_belongs_to_the_state():
+    whole, first, second = Small(), Small(), Small()
+    of_whole, of_first = (state(n, precision="float16") for n in (whole, first))
+    for of in (of_whole, of_first):
+        of.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=1)
+    list(train(of_whole, batches(), SUM))
+    events = train(of_first, batches(), SUM)
+    assert [type(next(events)) for _ in range(2)] == [StepDone] * 2
+    tensors, values = of_first.state_dict()
+    resumed = state(second, precision="float16")
+    resumed.scaler = torch.amp.GradScaler("cpu", init_scale=7.0, growth_interval=1)
+    resumed.restore(tensors, json.loads(json.dumps(values)))
+    assert resumed.scaler.get_scale() == 8.0
+    list(train(resumed, batches()[2:], SUM))
+    assert torch.equal(weights(whole), weights(second))
+    assert resumed.scaler.get_scale() == of_whole.scaler.get_scale()
+    other = state(Small())  # it may go on in another precision
+    other.restore(tensors, values)
+
+
+def test_the_precision_is_settled_and_told(cnnft, flat: Path, tmp_path: Path):
+    settled = prepare(settings(flat, tmp_path)).config
+    assert settled.precision == "float32"
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=1", "--device=cpu",
+        "--precision=bfloat16", "--runs-dir", tmp_path, "--name=half", "--image-size=32",
+    )  # fmt: skip
+    assert outcome.code == 0 and "on cpu, bfloat16" in outcome.err
+    assert Run(tmp_path / "half").config().precision == "bfloat16"
+    resumed = cnnft("finetune", "--resume", tmp_path / "half", "--epochs=2")
+    assert resumed.code == 0 and "on cpu, bfloat16" in resumed.err

@@ -192,6 +192,14 @@ _FLAGS = {
     ),
     "workers": _Flag(_RUN, "Processes that load images.", "half of the processors, at most 8"),
     "device": _Flag(_RUN, "Where to compute.", metavar="auto|cpu|cuda|mps"),
+    "precision": _Flag(
+        _RUN,
+        "Of what training computes: 16 bits are faster where the device has units for them.",
+        "auto: 16 bits on CUDA, float32 elsewhere",
+    ),
+    "compile": _Flag(
+        _RUN, "Compile the network first, for faster steps in a long training.", switch=True
+    ),
     "sync_bn": _Flag(
         _RUN, "With several GPUs: BatchNorm sees the whole step's images.", switch=True
     ),

@@ -50,7 +50,7 @@ def show_plan(plan: "Plan") -> None:
         console.say(f"{'' if i else 'besides':<16}{words}")
     console.say(
         f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
-        f"{optimizer_words(plan.config)}, on {plan.device}\n"
+        f"{optimizer_words(plan.config)}, on {plan.device}, {plan.config.precision}\n"
     )
 
 
