@@ -165,9 +165,9 @@ def _described(name: str, config_file: Path) -> Identity:
     description = parse_json(config_file.read_bytes(), config_file)
     try:
         config = dict(description["pretrained_cfg"])
-        # timm 1.0.31 writes the number of classes here too; ours is another.
-        arguments = dict(description.get("model_args") or {})
-        arguments.pop("num_classes", None)
+        arguments = description.get("model_args") or {}
+        if isinstance(arguments, dict):  # timm 1.0.31 writes the number of classes here too
+            arguments = {key: value for key, value in arguments.items() if key != "num_classes"}
         identity = Identity(
             name,
             description.get("cnnft", {}).get("backbone", {}).get("library", "timm"),

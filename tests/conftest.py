@@ -1,7 +1,7 @@
 """Small generated images, a small network, the real entry point."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,14 @@ class Outcome:
         assert "Traceback" not in self.err and "this is a bug" not in self.err
         for part in parts:
             assert part in lines[-1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For what fixtures of the session train: not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CNNFT_CACHE", str(tmp_path_factory.mktemp("shared-cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -249,7 +249,7 @@ def test_where_an_error_ends_training_the_way_on_is_told(cnnft, flat, tmp_path, 
     monkeypatch.setattr(torch.optim.SGD, "step", step)
     outcome = cnnft(
         "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=3", "--device=cpu",
-        "--runs-dir", tmp_path, "--name=run", "--batch-size=4", "--image-size=32",
+        "--runs-dir", tmp_path, "--name=run", "--batch-size=4", "--image-size=32", "--cache=off",
     )  # fmt: skip
     outcome.fails_with(1, "the data changed while training")
     assert f"go on with: cnnft finetune --resume {tmp_path / 'run'}" in outcome.err
