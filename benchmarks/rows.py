@@ -197,7 +197,7 @@ def _common(setting: Setting) -> tuple[str, ...]:
 
 
 def _precision(setting: Setting) -> tuple[str, ...]:
-    return ("--precision", "bf16") if setting.bf16 else ()
+    return ("--precision", "bfloat16") if setting.bf16 else ()
 
 
 def _missing(command: tuple[str, ...]) -> str | None:
