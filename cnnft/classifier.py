@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -12,16 +12,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cnnft import __version__, distributed
-from cnnft.acceleration import place
+from cnnft.acceleration import Compiled, choose_precision, place
 from cnnft.batches import default_workers, view_batches
-from cnnft.config import Head, TestTimeViews
+from cnnft.config import Head, Precision, TestTimeViews
 from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.files import parse_json
+from cnnft.folding import folded
 from cnnft.heads import head_tensors, replace_by_mlp
 from cnnft.hub import Pin
 from cnnft.inference import Ensemble, choose_device, infer
+from cnnft.memory import largest_inference_batch
 from cnnft.pretrained import backbone_hash, load_weights
-from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.transforms import VIEWS, EvaluationViews, InputSpec
 from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held, resolve, try_out
 
 FORMAT = 1
@@ -78,11 +80,27 @@ class Classifier:
         *,
         tta: TestTimeViews = "none",
         top: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | Literal["auto"] = 32,
         workers: int | None = None,
+        precision: Precision = "float32",
+        compile: bool = False,
     ) -> list[Prediction]:
-        """One prediction per file, in order. `top`: how many classes each holds (None: all)."""
-        mine = self.stream(images, tta=tta, top=top, batch_size=batch_size, workers=workers)
+        """One prediction per file, in order.
+
+        Args:
+            top: how many classes each holds (None: all).
+            batch_size: images that are computed at once; auto: as many as fit and are quick.
+            compile: with torch.compile first, which takes as long as some thousand images.
+        """
+        mine = self.stream(
+            images,
+            tta=tta,
+            top=top,
+            batch_size=batch_size,
+            workers=workers,
+            precision=precision,
+            compile=compile,
+        )
         return distributed.gather(list(mine))
 
     def stream(
@@ -91,28 +109,42 @@ class Classifier:
         *,
         tta: TestTimeViews = "none",
         top: int | None = None,
-        batch_size: int = 32,
+        batch_size: int | Literal["auto"] = 32,
         workers: int | None = None,
+        precision: Precision = "float32",
+        compile: bool = False,
     ) -> Iterator[Prediction]:
         """`predict`, yielding as batches are done; of several processes each gives its share."""
-        paths = [Path(images)] if isinstance(images, str | Path) else [Path(i) for i in images]
+        paths = [images] if isinstance(images, str | Path) else images
         if tta not in get_args(TestTimeViews):
             choices = ", ".join(get_args(TestTimeViews))
             raise UsageError(f"--tta {tta!r} is unknown: choose one of {choices}")
         for name, value in (("--top", top), ("--batch-size", batch_size)):
-            if value is not None and value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name} {value} is out of range: it must be at least 1")
         top = min(top or len(self.classes), len(self.classes))
         workers = default_workers() if workers is None else workers
-        workers = workers if len(paths) > batch_size else 0  # one batch: a worker only adds time
-        batches = view_batches(paths, EvaluationViews(self.input_spec, tta), batch_size, workers)
-        for batch, log_probs in infer(self.network, batches):
+        network, size = self.network, self.input_spec.size
+        device = next(network.parameters()).device
+        precision = choose_precision(precision, device)
+        if batch_size == "auto":
+            batch_size = largest_inference_batch(network, size, VIEWS[tta])
+        if len(paths) > batch_size:
+            network = folded(network, size)
+        else:  # one batch, for which neither that nor a worker is worth the time
+            workers = 0
+        if compile:
+            network = Compiled(network)
+        views = EvaluationViews(self.input_spec, tta)
+        pinned = device.type == "cuda"
+        batches = view_batches(paths, views, batch_size, workers, pinned=pinned)
+        for batch, log_probs in infer(network, batches, precision):
             rows = dict(zip(batch.indices, log_probs, strict=True))
             for index in sorted([*batch.indices, *batch.unreadable]):
                 if index in rows:
-                    yield Prediction(paths[index], self._top(rows[index], top))
+                    yield Prediction(Path(paths[index]), self._top(rows[index], top))
                 else:
-                    yield Prediction(paths[index], (), batch.unreadable[index])
+                    yield Prediction(Path(paths[index]), (), batch.unreadable[index])
 
     def _top(self, log_probs: Tensor, top: int) -> tuple[tuple[str, float], ...]:
         values, labels = log_probs.exp().topk(top)

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from cnnft import data
+from cnnft.acceleration import choose_precision
 from cnnft.batches import default_workers, view_batches
 from cnnft.classifier import Classifier
-from cnnft.config import Split, TestTimeViews
+from cnnft.config import Precision, Split, TestTimeViews
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
 from cnnft.folding import folded
 from cnnft.inference import infer_all
+from cnnft.memory import largest_inference_batch
 from cnnft.metrics import (
     ClassScore,
     MacroScore,
@@ -25,7 +28,7 @@ from cnnft.metrics import (
     score,
     top_k_accuracy,
 )
-from cnnft.transforms import EvaluationViews
+from cnnft.transforms import VIEWS, EvaluationViews
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,9 @@ def evaluate_folder(
     trained_on: Iterable[str] = (),
     selected_on: Iterable[str] = (),
     tta: TestTimeViews = "none",
-    batch_size: int = 32,
+    batch_size: int | Literal["auto"] = 32,
     workers: int | None = None,
+    precision: Precision = "float32",
     on_files: OnFiles = lambda count, total: None,
     on_image: Callable[[int], object] = lambda total: None,
 ) -> Evaluation:
@@ -79,6 +83,8 @@ def evaluate_folder(
         UsageError: the folder or the split is missing.
         CnnftError: classes that the classifier does not know, or no image remains.
     """
+    device = next(classifier.network.parameters()).device
+    precision = choose_precision(precision, device)
     samples = _find(data.require_folder(folder), split, classifier.classes, on_files)
     total = len(samples)
     samples = data.check(samples, on_file=lambda: on_files(1, total))
@@ -90,14 +96,23 @@ def evaluate_folder(
                 "evaluate on images that the model has not seen"
             )
         raise CnnftError(f"{folder} ({split}) holds no readable image")
+    size = classifier.input_spec.size
+    if batch_size == "auto":
+        batch_size = largest_inference_batch(classifier.network, size, VIEWS[tta])
     batches = view_batches(
         kept.paths,
         EvaluationViews(classifier.input_spec, tta),
         batch_size,
         default_workers() if workers is None else workers,
+        pinned=device.type == "cuda",
     )
-    network = folded(classifier.network, classifier.input_spec.size)
-    log_probs = infer_all(network, batches, kept.paths, on_image=lambda: on_image(len(kept)))
+    log_probs = infer_all(
+        folded(classifier.network, size),
+        batches,
+        kept.paths,
+        on_image=lambda: on_image(len(kept)),
+        precision=precision,
+    )
     labels = torch.tensor(kept.labels)
     chosen_on = set(selected_on)
     return Evaluation(

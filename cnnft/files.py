@@ -55,12 +55,24 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         CnnftError: the disk is full, or the place cannot be written to.
     """
+    with writing_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[IO[bytes]]:
+    """`write_whole` for what comes in pieces.
+
+    Raises:
+        CnnftError: alike.
+    """
     with _writing(path):
         if path.exists() and not path.is_file():  # a device or a pipe: nothing to replace
-            path.write_bytes(content)
-            return
-        with whole_file(path, 0o666 & ~_umask()) as file:
-            file.write(content)
+            with path.open("wb") as file:
+                yield file
+        else:
+            with whole_file(path, 0o666 & ~_umask()) as file:
+                yield file
 
 
 @contextmanager

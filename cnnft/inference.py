@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cnnft import distributed
-from cnnft.acceleration import keep_freed_memory
+from cnnft.acceleration import autocast, keep_freed_memory
 from cnnft.batches import Views
+from cnnft.config import Precision
 from cnnft.errors import CnnftError, UsageError, first_line
 
 
@@ -29,25 +30,45 @@ class Ensemble(nn.Module):
         return torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))
 
 
-def infer(network: nn.Module, batches: Iterable[Views]) -> Iterator[tuple[Views, Tensor]]:
+def infer(
+    network: nn.Module, batches: Iterable[Views], precision: Precision = "float32"
+) -> Iterator[tuple[Views, Tensor]]:
     """Yields each batch with the log of its mean softmax probability over the views, (B, C), on
     the CPU; B counts the readable images, in the order of `batch.indices`.
+
+    A batch is read when the next one has been begun, so that a GPU need not wait for its reader.
     """
-    device = next(network.parameters()).device
     network.eval()
+    before: tuple[Views, Tensor] | None = None
     for batch in batches:
-        if batch.pixels is None:
-            yield batch, torch.empty(0)
-            continue
-        with torch.inference_mode():
-            images, views = batch.pixels.shape[:2]
-            logits = network(batch.pixels.flatten(0, 1).to(device, non_blocking=True))
-            log_probs = logits.float().log_softmax(dim=1).unflatten(0, (images, views))
-            if log_probs.isnan().any():
-                raise NotANumberError(
-                    "the network gives no numbers (NaN): its weights are damaged, or it diverged"
-                )
-            yield batch, (log_probs.logsumexp(dim=1) - math.log(views)).cpu()
+        present = batch, _log_probs(network, batch.pixels, precision)
+        if before is not None:
+            yield _read(*before)
+        before = present
+    if before is not None:
+        yield _read(*before)
+
+
+@torch.inference_mode()
+def _log_probs(network: nn.Module, pixels: Tensor | None, precision: Precision) -> Tensor:
+    """(B, V, 3, H, W) -> (B, C), on the network's device."""
+    if pixels is None:
+        return torch.empty(0)
+    device = next(network.parameters()).device
+    images, views = pixels.shape[:2]
+    with autocast(precision, device):
+        logits = network(pixels.flatten(0, 1).to(device, non_blocking=True))
+    log_probs = logits.float().log_softmax(dim=1).unflatten(0, (images, views))
+    return log_probs.logsumexp(dim=1) - math.log(views)
+
+
+def _read(batch: Views, log_probs: Tensor) -> tuple[Views, Tensor]:
+    log_probs = log_probs.cpu()
+    if log_probs.isnan().any():
+        raise NotANumberError(
+            "the network gives no numbers (NaN): its weights are damaged, or it diverged"
+        )
+    return batch, log_probs
 
 
 def infer_all(
@@ -55,6 +76,7 @@ def infer_all(
     batches: Iterable[Views],
     paths: Sequence[str | Path],
     on_image: Callable[[], object] = lambda: None,
+    precision: Precision = "float32",
 ) -> Tensor:
     """(N, C) log-probabilities of all `paths`, each exactly once, in their order.
 
@@ -64,7 +86,7 @@ def infer_all(
         CnnftError: a file cannot be read.
     """
     rows: list[Tensor] = []
-    for batch, log_probs in infer(network, batches):
+    for batch, log_probs in infer(network, batches, precision):
         for index, reason in batch.unreadable.items():
             raise CnnftError(f"{paths[index]} {reason}: the data changed meanwhile")
         rows.append(log_probs)

@@ -15,6 +15,7 @@ from cnnft.training import all_logits
 
 LARGEST = 256
 """Up to here the learning rate that grows with the batch is the usual one (Goyal et al., 2017)."""
+_LARGEST_ON_CPU = 32
 LEAST_STEPS = 10
 """An epoch of fewer steps learns little, whatever fits."""
 _RESERVED = 2.0
@@ -46,6 +47,35 @@ def largest_batch(
     fits = min(distributed.gather([free / (_RESERVED * each)]))
     most = max(min(fits * distributed.world, LARGEST, images / LEAST_STEPS), 1)
     return 1 << (int(most).bit_length() - 1)
+
+
+def largest_inference_batch(network: nn.Module, size: int, views: int) -> int:
+    """How many images, each with so many views, to compute at once: the largest power of two that
+    fits the free memory, and is not slower than smaller ones (docs/speed.md).
+    """
+    device = next(network.parameters()).device
+    fits = available(device) / (_RESERVED * _largest_step(network, size))
+    most = max(min(fits, LARGEST if device.type == "cuda" else _LARGEST_ON_CPU) / views, 1)
+    return 1 << (int(most).bit_length() - 1)
+
+
+def _largest_step(network: nn.Module, size: int) -> int:
+    """Bytes of what enters and leaves a module, for an image, in the module where it is most."""
+    steps = [0]
+
+    def note(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        tensors = [t for t in (*inputs, output) if isinstance(t, Tensor)]
+        steps.append(sum(tensor.nbytes for tensor in tensors))
+
+    pixels = torch.zeros(1, 3, size, size, device=next(network.parameters()).device)
+    hooks = [module.register_forward_hook(note) for module in network.modules()]
+    try:
+        with torch.inference_mode():
+            network.eval()(pixels)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return max(steps) + pixels.nbytes
 
 
 def bytes_per_image(network: nn.Module, size: int, precision: Precision = "float32") -> int:

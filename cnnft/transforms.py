@@ -67,6 +67,10 @@ _LONGEST = 50
 one of 1 × 20,000 pixels would fill gigabytes."""
 
 
+VIEWS: dict[TestTimeViews, int] = {"none": 1, "hflip": 2, "five-crop": 5, "ten-crop": 10}
+"""How many there are of an image."""
+
+
 class EvaluationViews:
     """Test-time augmentation: an image -> its views (V, 3, size, size), evaluation's own included.
 

@@ -13,7 +13,8 @@ import torch
 from conftest import Outcome, draw, draw_folder
 from PIL import Image
 
-from cnnft import load
+from cnnft import batches, load, memory
+from cnnft.cli import rows
 from cnnft.config import TestTimeViews
 from cnnft.images import read_image
 from cnnft.transforms import EvaluationViews
@@ -302,3 +303,71 @@ def test_mirrored_images_predict_alike_with_flips(
 def test_one_path_is_as_good_as_a_list(trained: Path, images: Path) -> None:
     classifier = load(trained, device="cpu")
     assert classifier.predict(str(images / "0.png")) == classifier.predict([images / "0.png"])
+
+
+# ---------------------------------------------------------------- how it is computed
+
+
+def test_batch_size_auto_and_sixteen_bits(predict: Predict, images: Path) -> None:
+    expected = predict(images, "--top", 2)
+    assert predict(images, "--top", 2, "--batch-size", "auto") == expected
+    rows = predict(images, "--top", 2, "--precision", "bfloat16")
+    assert rows != expected
+    for row, exact in zip(rows, expected, strict=True):
+        assert probabilities(row) == pytest.approx(probabilities(exact), abs=0.02)
+
+
+def test_batch_size_auto_is_what_fits(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = load(trained, device="cpu").network
+    each = memory.largest_inference_batch(network, 64, 1), memory._largest_step(network, 64)
+    assert each[0] == 32 and each[1] > 3 * 64 * 64 * 4
+    assert memory.largest_inference_batch(network, 64, 10) == 2
+    monkeypatch.setattr(memory, "available", lambda device: 5 * 2 * each[1])
+    assert memory.largest_inference_batch(network, 64, 1) == 4
+    monkeypatch.setattr(memory, "available", lambda device: 0)
+    assert memory.largest_inference_batch(network, 64, 1) == 1
+
+
+def test_rows_are_written_while_the_images_are_read(
+    trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cnnft: Cli
+) -> None:
+    """Of many images no more than some batches are in memory."""
+    folder = draw_folder(tmp_path / "many", ("ants",), 12)
+    order: list[str] = []
+    read, write = batches.read_image, rows._record
+
+    def reading(*arguments: Any) -> Any:
+        order.append("read")
+        return read(*arguments)
+
+    def writing(*arguments: Any) -> Row:
+        order.append("written")
+        return write(*arguments)
+
+    monkeypatch.setattr(batches, "read_image", reading)
+    monkeypatch.setattr(rows, "_record", writing)
+    arguments = (folder, "-m", trained, "--workers=0", "--batch-size=2", "--format=jsonl")
+    assert cnnft("predict", *arguments).code == 0
+    assert order.count("read") == order.count("written") == 12
+    assert order.index("written") == 4  # the batch before is read when the next one is begun
+
+
+def test_a_long_table_comes_in_parts(
+    cnnft: Cli, trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "_ROWS", 3)
+    shown = cnnft("predict", images, "-m", trained, "--workers=0").out.splitlines()
+    assert [line.split()[0] == "file" for line in shown] == [n % 4 == 0 for n in range(len(shown))]
+    assert len(shown) == 7 + 3
+
+
+def test_an_output_that_is_not_finished_is_none(
+    cnnft: Cli, trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rows, "_record", stop)
+    output = images.parent / "outputs" / "out.jsonl"
+    outcome = cnnft("predict", images, "-m", trained, "--workers=0", "--output", output)
+    assert outcome.code == 130 and not list(output.parent.iterdir())

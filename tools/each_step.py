@@ -40,7 +40,8 @@ def follow(settings: dict[str, object], folder: Path) -> None:
     plan = prepare(Config(**settings, runs_dir=folder))
     for event in carry_out(plan):
         if isinstance(event, StepDone) and distributed.is_main:
-            tensors = {n: t.clone() for n, t in plan.classifier.network.state_dict().items()}
+            state = plan.classifier.network.state_dict()
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
             save_file(tensors, folder / f"{event.step}.safetensors")
 
 

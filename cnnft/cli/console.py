@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -145,8 +145,12 @@ def result_text(text: str) -> None:
 
 
 @contextmanager
-def progress(*columns: str, **fields: Any) -> Iterator[Progress]:
-    """A bar on standard error; invisible where that is no terminal, or with --quiet."""
+def progress(*columns: str, beside_results: bool = False) -> Iterator[Progress]:
+    """A bar on standard error; invisible where that is no terminal, or with --quiet.
+
+    `beside_results`: results are printed meanwhile; on the same terminal they are progress enough.
+    """
+    shown = _err.is_terminal and not (beside_results and _out.is_terminal)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -155,7 +159,7 @@ def progress(*columns: str, **fields: Any) -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=_err,
         transient=True,
-        disable=quiet or not distributed.is_main or not _err.is_terminal or "CI" in os.environ,
+        disable=quiet or not distributed.is_main or not shown or "CI" in os.environ,
     ) as bar:
         yield bar
 

@@ -26,6 +26,7 @@ def command(
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = None,
+    precision: options.Precision = "float32",
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -51,6 +52,7 @@ def command(
             tta=tta,
             batch_size=batch_size,
             workers=workers,
+            precision=precision,
             on_files=reading,
             on_image=lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )

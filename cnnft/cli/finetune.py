@@ -207,15 +207,6 @@ _FLAGS = {
 """In the order of --help."""
 
 
-def _batch_size(value: str | None) -> int | str | None:
-    if value in (None, "auto"):
-        return value
-    try:
-        return int(value or "")
-    except ValueError as error:
-        raise UsageError(f"--batch-size {value!r}: give a whole number, or auto") from error
-
-
 def _parameter(name: str, shown: _Flag) -> inspect.Parameter:
     """None, "not given", lets a config file supply the setting."""
     field = next(field for field in dataclasses.fields(Config) if field.name == name)
@@ -225,7 +216,7 @@ def _parameter(name: str, shown: _Flag) -> inspect.Parameter:
         show_default=False if shown.switch else shown.default or str(field.default),
         help=shown.help,
         metavar=shown.metavar,
-        callback=_batch_size if name == "batch_size" else None,
+        callback=options.batch_size if name == "batch_size" else None,
     )
     kind: Any = Annotated[Optional[_typed(field.type)], option]  # noqa: UP045
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)

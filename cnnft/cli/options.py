@@ -1,11 +1,13 @@
 """Options that several commands share."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from cnnft import config
 from cnnft.cli import console
 from cnnft.config import TestTimeViews
+from cnnft.errors import UsageError
 
 
 def _set_quiet(value: bool) -> None:
@@ -28,8 +30,33 @@ Tta = Annotated[
         help="Test-time augmentation: average the probabilities of several views.",
     ),
 ]
+
+
+def batch_size(value: str | int | None) -> int | str | None:
+    """Raises `UsageError`: neither auto nor a number of images."""
+    if value is None or value == "auto":
+        return value
+    try:
+        number = int(value)
+    except ValueError as error:
+        raise UsageError(f"--batch-size {value!r}: give a whole number, or auto") from error
+    if number < 1:
+        raise UsageError(f"--batch-size {number} is out of range: it must be at least 1")
+    return number
+
+
 BatchSize = Annotated[
-    int, typer.Option(min=1, help="Images that are computed at once, each with all its views.")
+    Any,  # what `batch_size` makes of it
+    typer.Option(
+        metavar="N|auto",
+        parser=batch_size,
+        help="Images that are computed at once, each with all its views; auto: what fits and is "
+        "quick.",
+    ),
+]
+Precision = Annotated[
+    config.Precision,
+    typer.Option(help="Of what the network computes; 16 bits are less exact."),
 ]
 Workers = Annotated[
     int | None,

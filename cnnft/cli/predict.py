@@ -1,17 +1,16 @@
 """cnnft predict IMAGES -m RUN: what the classifier says of each file."""
 
-import csv
 import glob  # pathlib takes no absolute patterns
-import io
-import json as json_module
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.progress import Progress
 
 from cnnft import distributed
-from cnnft.cli import console, options
+from cnnft.cli import console, options, rows
 from cnnft.errors import CnnftError, UsageError
 
 if TYPE_CHECKING:
@@ -38,6 +37,11 @@ def command(
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = None,
+    precision: options.Precision = "float32",
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the network first, for some thousand images."),
+    ] = False,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -53,29 +57,30 @@ def command(
     from cnnft.classifier import load
 
     classifier = load(model, weights=weights, device=device)
-    predictions = classifier.stream(
+    stream = classifier.stream(
         files,
         tta=tta,
         top=top,
         batch_size=batch_size,
         workers=workers,
+        precision=precision,
+        compile=compile,
     )
-    done: list[Prediction] = []  # this process's
-    with console.progress() as bar:
-        task = bar.add_task("predicting", total=len(files))
-        for prediction in predictions:
-            done.append(prediction)
-            bar.advance(task, distributed.world)
-    done = distributed.gather(done)
-    if not distributed.is_main:
-        return
-    _write(done, min(top, len(classifier.classes)), format, output)
+    failures: Counter[bool] = Counter()
+    with console.progress(beside_results=output is None and format != "table") as bar:
+        predictions = _as_they_come(stream, bar, len(files))
+        if not distributed.is_main:
+            return
+        counted = _count(predictions, failures)
+        _write(counted, min(top, len(classifier.classes)), format, output, bar)
+    if output is not None:
+        console.say(f"wrote {output}")
     console.warn_of_skipped(skipped, "name a file to have it tried")
-    failed = sum(prediction.error is not None for prediction in done)
-    if failed == len(done):
+    failed = failures[True]
+    if failed == len(files):
         raise CnnftError(f"none of the {failed} file(s) could be read as an image")
     if failed:
-        console.warn(f"{failed} of {len(done)} files could not be read; their rows say why")
+        console.warn(f"{failed} of {len(files)} files could not be read; their rows say why")
 
 
 def _choose_format(format: Format | None, output: Path | None) -> Format:
@@ -114,61 +119,46 @@ def _expand(arguments: list[str]) -> tuple[list[str], list["Skipped"]]:
     return files, skipped
 
 
-def _write(predictions: list["Prediction"], top: int, format: Format, output: Path | None) -> None:
-    if format == "table":
-        _table(predictions, top)
-        return
-    if format == "json":
-        text = json_module.dumps([_record(p) for p in predictions], indent=2) + "\n"
-    elif format == "jsonl":
-        text = "".join(json_module.dumps(_record(p)) + "\n" for p in predictions)
+def _as_they_come(
+    predictions: Iterator["Prediction"], bar: Progress, total: int
+) -> Iterator["Prediction"]:
+    """Those of all processes, in the order of the files; of several processes all at once."""
+
+    def mine() -> Iterator["Prediction"]:
+        task = bar.add_task("predicting", total=total)
+        for prediction in predictions:
+            yield prediction
+            bar.advance(task, distributed.world)
+
+    return mine() if distributed.world == 1 else iter(distributed.gather(list(mine())))
+
+
+def _count(predictions: Iterator["Prediction"], failures: Counter[bool]) -> Iterator["Prediction"]:
+    """`predictions`; in the end `failures` says how many of them are errors, and how many not."""
+    for prediction in predictions:
+        failures[prediction.error is not None] += 1
+        yield prediction
+
+
+def _write(
+    predictions: Iterator["Prediction"],
+    top: int,
+    format: Format,
+    output: Path | None,
+    bar: Progress,
+) -> None:
+    if output is not None:
+        from cnnft.files import writing_whole
+
+        assert format != "table"
+        with writing_whole(output) as file:
+            for text in rows.texts(predictions, top, format):
+                file.write(text.encode("utf-8", errors="surrogateescape"))
+    elif format == "table":
+        for table in rows.tables(predictions, top):
+            bar.stop()  # it may be on the same terminal
+            console.result(table)
+            bar.start()
     else:
-        text = _csv(predictions, top)
-    if output is None:
-        console.result_text(text)
-        return
-    from cnnft.files import write_whole
-
-    write_whole(output, text.encode("utf-8", errors="surrogateescape"))
-    console.say(f"wrote {output}")
-
-
-def _record(prediction: "Prediction") -> dict[str, Any]:
-    return {
-        "file": str(prediction.file),
-        "label": prediction.label,
-        "probability": prediction.top[0][1] if prediction.top else None,
-        "top": [{"class": name, "probability": p} for name, p in prediction.top],
-        "error": prediction.error,
-    }
-
-
-def _csv(predictions: Iterable["Prediction"], top: int) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
-    columns = [f"{what}{rank}" for rank in ranks for what in ("label", "probability")]
-    writer.writerow(["file", *columns, "error"])
-    for prediction in predictions:
-        cells = [value for pair in prediction.top for value in pair] or [""] * len(columns)
-        writer.writerow([prediction.file, *cells, prediction.error or ""])
-    return text.getvalue()
-
-
-def _table(predictions: Iterable["Prediction"], top: int) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
-    for rank in range(1, top + 1):
-        table.add_column("class" if rank == 1 else f"{rank}.")
-        table.add_column("probability" if rank == 1 else "", justify="right")
-    for prediction in predictions:
-        file = Text(console.printable(str(prediction.file)))
-        if prediction.error is not None:
-            table.add_row(file, Text(prediction.error, style="red"))
-            continue
-        cells = [Text(c) for name, p in prediction.top for c in (name, f"{p:.1%}")]
-        table.add_row(file, *cells)
-    console.result(table)
+        for text in rows.texts(predictions, top, format):
+            console.result_text(text)

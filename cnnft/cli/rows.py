@@ -1,0 +1,85 @@
+"""Predictions as rows: a table, CSV, JSON or JSON lines, while they come."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from itertools import islice
+from textwrap import indent
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from cnnft.cli import console
+
+if TYPE_CHECKING:
+    from cnnft.classifier import Prediction
+
+Form = Literal["json", "jsonl", "csv"]
+
+_ROWS = 1000  # of a table, which has to be whole before it is drawn
+
+
+def texts(predictions: "Iterator[Prediction]", top: int, form: Form) -> Iterator[str]:
+    """The document in pieces, one for each prediction and some around them."""
+    if form == "json":
+        return _json(predictions)
+    if form == "csv":
+        return _csv(predictions, top)
+    return (json.dumps(_record(prediction)) + "\n" for prediction in predictions)
+
+
+def tables(predictions: "Iterator[Prediction]", top: int) -> Iterator[Table]:
+    while some := list(islice(predictions, _ROWS)):
+        yield _table(some, top)
+
+
+def _record(prediction: "Prediction") -> dict[str, Any]:
+    return {
+        "file": str(prediction.file),
+        "label": prediction.label,
+        "probability": prediction.top[0][1] if prediction.top else None,
+        "top": [{"class": name, "probability": p} for name, p in prediction.top],
+        "error": prediction.error,
+    }
+
+
+def _json(predictions: "Iterator[Prediction]") -> Iterator[str]:
+    """What `json.dumps` makes of the list, indented by 2."""
+    before = "["
+    for prediction in predictions:
+        yield f"{before}\n{indent(json.dumps(_record(prediction), indent=2), '  ')}"
+        before = ","
+    yield "\n]\n"
+
+
+def _csv(predictions: "Iterator[Prediction]", top: int) -> Iterator[str]:
+    ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
+    columns = [f"{what}{rank}" for rank in ranks for what in ("label", "probability")]
+    yield _csv_line(["file", *columns, "error"])
+    for prediction in predictions:
+        cells = [value for pair in prediction.top for value in pair] or [""] * len(columns)
+        yield _csv_line([prediction.file, *cells, prediction.error or ""])
+
+
+def _csv_line(cells: list[object]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def _table(predictions: "list[Prediction]", top: int) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    for rank in range(1, top + 1):
+        table.add_column("class" if rank == 1 else f"{rank}.")
+        table.add_column("probability" if rank == 1 else "", justify="right")
+    for prediction in predictions:
+        file = Text(console.printable(str(prediction.file)))
+        if prediction.error is not None:
+            table.add_row(file, Text(prediction.error, style="red"))
+            continue
+        cells = [Text(c) for name, p in prediction.top for c in (name, f"{p:.1%}")]
+        table.add_row(file, *cells)
+    return table
