@@ -44,7 +44,7 @@ ExportFormat = Literal["head", "safetensors", "onnx"]
 LARGEST_IMAGE = 8192
 """Pixels of a side that a network is given; a description that says more is damaged."""
 
-FEATURE_VIEWS = 4
+FEATURE_VIEWS = 8
 _LONGEST_NAME = 200  # file systems take 255, and names count up
 RARE_AUGMENTATION = {
     "rotation": 180, "translation": 1, "shear": 89, "perspective": 1, "crop_and_pad": 0.9,
@@ -160,7 +160,7 @@ class Config:
     # input can use; full: as they are. Evaluation always reads them as they are.
     train_resolution: int | Literal["auto", "full"] = "auto"
     decoder: Decoder = "pillow"  # of training; draft: JPEGs as the nearest smaller size in the file
-    # Where layers are frozen: epoch e sees view e modulo so many of each image. None: 4 in mode
+    # Where layers are frozen: epoch e sees view e modulo so many of each image. None: 8 in mode
     # feature-extractor, a new one in every epoch elsewhere.
     feature_views: int | None = None
     cache: Cache = "auto"  # where pixels are kept that every epoch reads
