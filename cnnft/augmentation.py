@@ -72,6 +72,11 @@ def augmentation(config: Config) -> Augmentation:
     return replace(PRESETS[config.augment], **changes(config))
 
 
+def view_count(config: Config) -> int | None:
+    """How many views of each image training has; None: a new one in every epoch."""
+    return config.views if config.views is None or augmentation(config).random else 1
+
+
 def changes(config: Config) -> dict[str, Any]:
     """The parts in which the user wants another value than the preset's."""
     given = {part.name: getattr(config, part.name, None) for part in fields(Augmentation)}

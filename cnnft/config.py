@@ -237,6 +237,11 @@ class Config:
             yield "--decoder draft reads reduced images, train_resolution full whole ones: choose"
         if self.class_weights == "balanced" and self.sampling == "balanced":
             yield "--class-weights and --sampling balanced make up for the same: leave one out"
+        for setting in ("feature_views", "layer_decay", "drop_path"):
+            if self.mode == "auto" and getattr(self, setting):
+                yield f"{flag(setting)} with --mode auto, which may have no use for it: name a mode"
+        if self.feature_views is not None and (self.mixup or self.cutmix):
+            yield "--feature-views repeat, and mixed images do not: leave out one or the other"
         for setting in ("temperature", "distill_weight"):
             if getattr(self, setting) is not None and not self.teacher:
                 yield f"{flag(setting)} is about a teacher: give one with --teacher RUN"
@@ -272,6 +277,10 @@ class Config:
         asked = [flag(name) for name in ("ema", "swa", "snapshots") if getattr(self, name)]
         if len(asked) > 1:
             yield f"{' and '.join(asked)} each make a model of their own: choose one"
+        if self.recalibrate_bn and (self.swa or self.snapshots):
+            yield f"--recalibrate-bn is of the best epoch, not of {' '.join(asked)}: leave one out"
+        if self.sync_bn and (self.swa or self.recalibrate_bn):
+            yield "--sync-bn cannot compute statistics anew at the end: leave out one or the other"
         if self.patience is not None and (self.swa or self.snapshots):
             yield f"--patience may end training before {' '.join(asked)}: leave one out"
         if self.snapshots is None:

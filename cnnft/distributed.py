@@ -38,6 +38,8 @@ def launch() -> str:
 
 def _dist() -> Any:
     """torch.distributed, where all processes have met."""
+    from datetime import timedelta
+
     import torch
     from torch import distributed as dist
 
@@ -47,6 +49,7 @@ def _dist() -> Any:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(days=1),  # one of them decodes for all; torchrun ends what is dead
             store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
             rank=rank,
             world_size=world,

@@ -17,8 +17,8 @@ from cnnft.errors import CnnftError
 from cnnft.files import to_safetensors, write_whole
 from cnnft.memory import available
 
-MEMORY_SHARE = 0.4
-"""Of the free memory may be filled with activations."""
+MEMORY_SHARE = 0.15
+"""Of the free memory may be filled with activations; while they are made there are copies."""
 
 _FORMAT = 1
 _NAME = 16  # bytes that name an image
@@ -65,9 +65,9 @@ class Activations:
         what = (_FORMAT, frozen.weights, frozen.cut.first, looks.how)
         self._key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
         self._names = [_name(row) for row in looks.rows]
-        known = distributed.by_main(lambda: _read(self._key)) if on_disk else {}
-        self._known = {name: known[name] for name in self._names if name in known}
-        self.missing = [row for row, name in enumerate(self._names) if name not in known]
+        wanted = frozenset(self._names) if on_disk else frozenset()
+        self._known = distributed.by_main(lambda: _read(self._key, wanted))
+        self.missing = [row for row, name in enumerate(self._names) if name not in self._known]
 
     def compute(self) -> Generator[int, None, Tensor]:
         """Yields how many of the missing are done; returns all, (N, ...), and keeps the new ones.
@@ -108,14 +108,19 @@ def _folder() -> Path:
     return cachefolder.root() / "features"
 
 
-def _read(key: str) -> dict[bytes, Tensor]:
-    """What the disk has of the key; a damaged file has nothing."""
+def _read(key: str, wanted: frozenset[bytes]) -> dict[bytes, Tensor]:
+    """What the disk has of it; a damaged file has nothing."""
     found: dict[bytes, Tensor] = {}
     for path in sorted(_folder().glob(f"{key}-*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                names, values = file.get_tensor("names"), file.get_tensor("values")
-            found |= zip(map(bytes, names.numpy()), values.unbind(), strict=True)
+                names = [bytes(name) for name in file.get_tensor("names").numpy()]
+                if wanted.isdisjoint(names):
+                    continue
+                values = file.get_tensor("values")
+            # Copies: whoever keeps a row would keep, and send, all of them.
+            pairs = zip(names, values, strict=True)
+            found |= {name: value.clone() for name, value in pairs if name in wanted}
             cachefolder.mark_used(path)
         except (OSError, SafetensorError, ValueError, TypeError):
             continue

@@ -4,12 +4,13 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cnnft import cachefolder, distributed, featurecache
+from cnnft import __version__, cachefolder, distributed, featurecache
 from cnnft.augmentation import augmentation, training_transform
 from cnnft.batches import ImageFiles, Key, TrainingImages, Views, training_batches, view_batches
 from cnnft.cutting import Cut, find_cut
@@ -73,7 +74,7 @@ class Feed:
         with closing(self._keep()) as keeping:
             for kept in keeping:
                 yield kept
-                if stop():
+                if stop() and distributed.world == 1:  # of several all have to stop together
                     break
         return any(distributed.anywhere(stop()))
 
@@ -101,33 +102,36 @@ class Feed:
         """The part of the network whose activations are worth keeping; None: there is none."""
         plan, classifier = self.plan, self.plan.classifier
         config, identity, spec = plan.config, classifier.identity, classifier.input_spec
-        if config.views is None or config.cache == "off" or config.mixup or config.cutmix:
+        views = plan.batches.views
+        if views is None or config.cache == "off" or config.mixup or config.cutmix:
             return None
         if plan.teachers and augmentation(config).random:  # they look at pixels in every step
             return None
         few = [self.views(self.val_images.files[i])[0] for i in range(min(len(plan.val), 2))]
         example = torch.stack((few * 2)[:2]).to(plan.device)
         cut = find_cut(classifier.network, example)
-        if cut is None:
+        if distributed.anywhere(cut is None)[0] or cut is None:
             _log.info("this backbone cannot be cut where its frozen layers end: nothing is kept")
             return None
-        named = (classifier.pretrained_hash, identity.architecture, identity.model_args)
+        versions = [version(name) for name in ("torch", "torchvision", "timm")]
+        built = (identity.library, identity.architecture, identity.model_args)
+        named = (__version__, versions, classifier.pretrained_hash, built)
         about = f"{identity.name}, {self.images.about}"
         network = folded(classifier.network, spec.size, changing(classifier.network))
         frozen = Frozen(network, cut, repr((*named, plan.device.type)), about)
-        if not featurecache.fits(frozen, example, config.views * len(plan.train) + len(plan.val)):
+        count = views * len(plan.train) + len(plan.val)
+        if distributed.anywhere(not featurecache.fits(frozen, example, count))[0]:
             _log.warning("the activations of the frozen layers do not fit: they are not kept")
             return None
         return frozen
 
     def _training_looks(self) -> Looks:
         config, hashes = self.plan.config, self.plan.train.hashes
-        assert config.views is not None
+        count = self.plan.batches.views
+        assert count is not None
         spec, parts = self.plan.classifier.input_spec, augmentation(config)
         how = ("training", spec, parts, config.seed, self.images.files.pixels, decoder_versions())
-        keys: list[Key] = [
-            (view, index) for view in range(config.views) for index in range(len(hashes))
-        ]
+        keys: list[Key] = [(view, index) for view in range(count) for index in range(len(hashes))]
         rows = [(*key, hashes[key[1]]) for key in keys]
 
         def pixels(some: Sequence[int]) -> Iterator[Tensor]:

@@ -48,7 +48,7 @@ def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict
         if not trained & {layer, norm}:
             first, second = network.get_submodule(layer), network.get_submodule(norm)
             modules |= {layer: _fuse(first, second), norm: _what_remains(second)}
-    if not modules or not isinstance(expected, Tensor):
+    if not modules or not isinstance(expected, Tensor) or not expected.any():
         return {}
     found = substituted(network, modules)(pixels)
     same = (found - expected).abs().max() <= _TOLERANCE * expected.abs().max()

@@ -11,6 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from cnnft import data, distributed
 from cnnft.acceleration import choose_precision, place
 from cnnft.advice import Advice, advise
+from cnnft.augmentation import view_count
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
     BalancedDraw,
@@ -142,7 +143,7 @@ def prepare(
         largest = largest_batch(network, spec.size, images, copies, precision)
         config = replace(config, batch_size=largest)
     keep = batchnorms(network, head) if freezes_statistics(config) else ()
-    if config.recalibrate_bn and not learning_statistics(network, keep):
+    if config.recalibrate_bn and not restored and not learning_statistics(network, keep):
         raise UsageError(
             "--recalibrate-bn: no BatchNorm layer learns its statistics here; leave it out, or "
             "take --batchnorm train"
@@ -179,7 +180,7 @@ def prepare(
             config.seed,
             config.epochs,
             draw=BalancedDraw(found.train.labels) if config.sampling == "balanced" else None,
-            views=config.views,
+            views=view_count(config),
         ),
         device=device,
         workers=workers,

@@ -56,8 +56,8 @@ _OF_THE_OPTIMIZER = {"lr", "head_lr", "weight_decay"}
 def expand(values: dict[str, Any]) -> dict[str, Any]:
     """Settings in which "recipe" may name one -> the same with that recipe's, which yield to them.
 
-    Of the recipe, rates do not outlive another optimizer, nor what it says of pretrained layers
-    another mode, or that there are none.
+    Of the recipe, rates do not outlive another optimizer, what it says of pretrained layers another
+    mode or that there are none, snapshots another average or schedule.
 
     Raises:
         UsageError: there is no such recipe.
@@ -66,12 +66,14 @@ def expand(values: dict[str, Any]) -> dict[str, Any]:
         return values
     given = {key: value for key, value in values.items() if key != "recipe"}
     name = values["recipe"]
-    if name not in RECIPES:
+    if not isinstance(name, str) or name not in RECIPES:
         raise UsageError(f"unknown --recipe {name!r:.100}{did_you_mean(str(name), RECIPES)}")
+    settings = RECIPES[name].settings
     left_out: set[str] = set()
-    if "optimizer" in given:
+    if given.get("optimizer") not in (None, settings.get("optimizer", "sgd")):
         left_out |= _OF_THE_OPTIMIZER
+    if given.keys() & {"ema", "swa", "patience", "schedule"}:
+        left_out |= {"snapshots", "schedule"}
     if "mode" in given or not given.get("pretrained", True):
         left_out |= _OF_PRETRAINED_LAYERS
-    settings = RECIPES[name].settings
     return {k: v for k, v in settings.items() if k not in left_out} | given

@@ -26,7 +26,7 @@ from cnnft.freezing import batchnorms, changing, learning_statistics
 from cnnft.inference import NotANumberError, infer_all
 from cnnft.metrics import Score, score
 from cnnft.objectives import make_objective
-from cnnft.optim import freezes_statistics, make_optimizer
+from cnnft.optim import SMALL_BATCH, freezes_statistics, make_optimizer
 from cnnft.pixelcache import Kept
 from cnnft.planning import Plan
 from cnnft.run import Epoch, Run
@@ -180,9 +180,12 @@ class Session:
         if better:
             run.save_classifier(replace(plan.classifier, network=model))
             run.save_val_predictions(plan.val, log_probs)
-        cycle, rest = divmod(self.state.step, len(plan.batches) // (plan.config.snapshots or 1))
-        if plan.config.snapshots and not rest:
-            run.save_snapshot(cycle, model)
+        if plan.config.snapshots is not None:
+            warmup = round(plan.config.warmup_epochs * plan.batches.steps_per_epoch)
+            steps = (len(plan.batches) - warmup) // plan.config.snapshots
+            cycle, rest = divmod(self.state.step - warmup, steps)
+            if cycle > 0 and not rest:
+                run.save_snapshot(cycle, model)
         run.save_history(self.history, plan.batches.steps_per_epoch)
         run.save_metrics(_metrics(plan, self.history))
         self.board.add(self.history[-1])
@@ -255,7 +258,7 @@ class Session:
         else:
             return None
         views = EvaluationViews(classifier.input_spec)
-        size, workers = config.images_at_once, self.plan.workers
+        size, workers = max(config.images_at_once, SMALL_BATCH), self.plan.workers
         batches = view_batches(self.plan.train.paths, views, size, workers)
         recalibrate(network, [network.get_submodule(name) for name in layers], batches)
         return what, replace(classifier, network=network)

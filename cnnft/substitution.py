@@ -31,7 +31,7 @@ class Substituted(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         for clone, original in self._copies:  # some drop features in their own forward
-            clone.training = original.training
+            clone.training = self.training and original.training
         outputs: Tensor = self.network(inputs)
         return outputs
 

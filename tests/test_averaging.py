@@ -12,7 +12,10 @@ from cnnft.averaging import equal_average, recalibrate, running_average
 from cnnft.batches import Views
 from cnnft.config import Config
 from cnnft.constraints import gradient_rules, weight_rules
+from cnnft.finetuning import carry_out
 from cnnft.inference import Ensemble
+from cnnft.planning import prepare
+from cnnft.run import Epoch, Run
 from cnnft.schedules import make_schedule
 
 
@@ -146,6 +149,26 @@ def test_snapshots_vote_in_predict_and_evaluate(cnnft, separated, tmp_path):
     cnnft("export", run.path, "--format", "head").fails_with(2, "2 networks that vote", "onnx")
 
 
+def test_snapshots_are_taken_where_the_cosines_end_also_after_a_warm_up(
+    cnnft, separated, tmp_path, monkeypatch
+):
+    taken = []
+    monkeypatch.setattr(Run, "save_snapshot", lambda run, number, _: taken.append(number))
+    monkeypatch.setattr(Run, "save_vote", lambda run, classifier, _: classifier)
+    config = Config(
+        separated, epochs=5, warmup_epochs=1, schedule="cosine-restarts", snapshots=2,
+        runs_dir=tmp_path, name="s", **SMALL,
+    )  # fmt: skip
+    epochs = []
+    for event in carry_out(prepare(config)):
+        if isinstance(event, Epoch):
+            epochs.append((event.epoch, list(taken)))
+    assert epochs == [(1, []), (2, []), (3, [1]), (4, [1]), (5, [1, 2])]
+    monkeypatch.undo()
+    refused = cnnft("finetune", "--resume", tmp_path / "s", "--epochs", 9)
+    refused.fails_with(2, "--epochs", "start a new run")
+
+
 @pytest.mark.parametrize("settings", [{"swa": 2}, {"recalibrate_bn": True}, {"ema": 0.9}])
 def test_an_average_is_kept_only_if_val_is_not_worse(separated, tmp_path, settings):
     run = finetune(separated, epochs=3, runs_dir=tmp_path, batchnorm="train", **settings, **SMALL)
@@ -188,6 +211,9 @@ def test_patience_ends_training_and_a_resumed_run_stays_ended(cnnft, separated, 
         (("--recalibrate-bn", "--batchnorm", "frozen"), ("--recalibrate-bn", "--batchnorm train")),
         (("--recalibrate-bn", "--mode", "feature-extractor"), ("--recalibrate-bn",)),
         (("--drop-path", 0.1, "--mode", "feature-extractor"), ("--drop-path",)),
+        (("--feature-views", 2, "--mode", "auto"), ("--feature-views", "name a mode")),
+        (("--layer-decay", 0.5, "--mode", "auto"), ("--layer-decay", "name a mode")),
+        (("--recalibrate-bn", "--swa", 2), ("--recalibrate-bn", "--swa")),
     ],
 )
 def test_what_makes_no_sense_is_refused(cnnft, flat, tmp_path, flags, words):

@@ -71,6 +71,14 @@ def test_what_trains_everywhere_cannot_be_cut():
     assert find_cut(backbone.network, torch.randn(2, 3, 64, 64)) is None
 
 
+def test_a_head_of_zeros_behind_which_every_cut_looks_right_is_no_test():
+    backbone = open_backbone("builtin", 3, image_size=64)
+    nn.init.zeros_(backbone.network.fc.weight)
+    nn.init.zeros_(backbone.network.fc.bias)
+    freeze(backbone.network, backbone.head, backbone.stages, "feature-extractor")
+    assert find_cut(backbone.network, torch.randn(2, 3, 64, 64)) is None
+
+
 class Awkward(nn.Module):
     """Frozen layers, a random layer, and a sum that reaches over the cut where `leaps`."""
 
@@ -135,7 +143,8 @@ def test_features_themselves_agree(flat, tmp_path, cache):
     hook = classifier.network.fc.register_forward_pre_hook(lambda _, x: entering.append(x[0]))
     classifier.predict([row["file"] for row in run.val_predictions()], batch_size=3)
     hook.remove()
-    torch.testing.assert_close(val, torch.cat(entering), rtol=1e-5, atol=1e-6)
+    # What comes before the images is the example that folding looks at.
+    torch.testing.assert_close(val, torch.cat(entering)[-len(val) :], rtol=1e-5, atol=1e-6)
 
 
 def computed(monkeypatch):
@@ -180,9 +189,14 @@ def test_changed_images_and_damaged_files_are_computed_again(flat, tmp_path, mon
     assert sum(seen) == EXAMPLE + 2 * 16 + 4
 
 
+def test_images_that_are_not_augmented_have_one_view(flat, tmp_path):
+    plan = prepare(settings(flat, tmp_path, "plain", augment="none"))
+    assert plan.batches.views == 1
+
+
 @pytest.mark.parametrize("reason", ["memory", "mixup", "off"])
 def test_where_features_are_not_kept_training_goes_on(flat, tmp_path, monkeypatch, reason, cache):
-    more = {"mixup": {"mixup": 0.2}, "off": {"cache": "off"}}.get(reason, {})
+    more = {"mixup": {"mixup": 0.2, "feature_views": None}, "off": {"cache": "off"}}.get(reason, {})
     if reason == "memory":
         monkeypatch.setattr(featurecache, "MEMORY_SHARE", 0.0)
     run = finish(settings(flat, tmp_path, "run", epochs=2, **more))

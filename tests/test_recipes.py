@@ -24,7 +24,7 @@ def test_what_is_given_wins():
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize(
     ("given", "gone"),
-    [({"optimizer": "sgd"}, {"lr", "head_lr", "weight_decay"}),
+    [({"optimizer": "nadam"}, {"lr", "head_lr", "weight_decay"}),
      ({"mode": "feature-extractor"}, {"lr", "train_stages"}),
      ({"mode": "auto"}, {"lr", "train_stages"}),
      ({"pretrained": False}, {"lr", "train_stages"})],
@@ -33,6 +33,13 @@ def test_what_a_setting_makes_meaningless_is_left_out(name, given, gone):
     values = expand({"data": "x", "recipe": name, **given})
     assert not gone & values.keys()
     Config(**values)
+
+
+def test_what_fits_a_recipe_leaves_it_whole():
+    values = expand({"data": "x", "recipe": "fast", "optimizer": "adamw"})
+    assert values == RECIPES["fast"].settings | {"data": "x"}
+    averaged = Config(**expand({"data": "x", "recipe": "thorough", "ema": 0.9}))
+    assert averaged.snapshots is None and averaged.schedule == "cosine"
 
 
 def test_the_command_lists_them(cnnft):
@@ -63,6 +70,8 @@ def test_recipes_that_cannot_be(cnnft, flat, tmp_path):
     cnnft("finetune", flat, "--recipe", "fats").fails_with(2, "--recipe", "did you mean fast")
     file = tmp_path / "x.toml"
     file.write_text('data = "x"\n')
+    file.write_text('data = "x"\nrecipe = ["fast"]\n')
+    cnnft("finetune", "--config", file).fails_with(2, "unknown --recipe")
     refused = cnnft("finetune", "--config", file, "--recipe", "fast")
     refused.fails_with(2, "--recipe", "--config")
     cnnft("finetune", "--resume", tmp_path, "--recipe", "fast").fails_with(2, "--recipe")

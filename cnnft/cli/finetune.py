@@ -362,7 +362,7 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
     run = Run.open(path)
     before = run.config()
     free = {"epochs", "patience", "workers", "device", "micro_batch", "checkpoint_every"}
-    free |= {"skip_nonfinite", "cache"}
+    free |= {"skip_nonfinite", "cache", "precision"}
     other = [
         key.replace("_", "-")
         for key, value in given.items()
@@ -374,6 +374,11 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
             f"{', '.join(sorted(other))}: leave out, or start a new run"
         )
     config = dataclasses.replace(before, **{k: v for k, v in given.items() if k in free})
+    if config.epochs > before.epochs and (config.swa or config.snapshots or config.recalibrate_bn):
+        raise UsageError(
+            f"--epochs cannot be more than the {before.epochs} of {path}: its --swa, --snapshots "
+            "or --recalibrate-bn is about their end; start a new run"
+        )
     if config.epochs < before.epochs:
         raise UsageError(f"--epochs {config.epochs} is less than the {before.epochs} of {path}")
     return run, config

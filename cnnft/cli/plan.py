@@ -46,7 +46,7 @@ def show_plan(plan: "Plan") -> None:
         )
     for i, step in enumerate(plan.rates.derivation.split("; ")):
         console.say(f"{'' if i else 'learning rates':<16}{step}")
-    for i, words in enumerate(_extras(plan.config)):
+    for i, words in enumerate(_extras(plan)):
         console.say(f"{'' if i else 'besides':<16}{words}")
     console.say(
         f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
@@ -64,9 +64,11 @@ def optimizer_words(config: "Config") -> str:
     return ", ".join(words)
 
 
-def _extras(config: "Config") -> list[str]:
+def _extras(plan: "Plan") -> list[str]:
     """What was asked for in the loss, against overfitting, and in the end."""
+    config = plan.config
     said = {
+        "views of each image:": plan.batches.views,
         "label smoothing": config.label_smoothing or None,
         "focal loss, gamma": config.focal or None,
         "dropout": config.dropout or None,
