@@ -273,8 +273,10 @@ def view_batches(
 def _stack_views(items: list[tuple[int, Tensor | str]]) -> Views:
     readable = {i: views for i, views in items if isinstance(views, Tensor)}
     unreadable = {i: reason for i, reason in items if isinstance(reason, str)}
-    pixels = torch.stack(list(readable.values())) if readable else None
-    return Views(list(readable), pixels, unreadable)
+    if not readable:
+        return Views([], None, unreadable)
+    joined = torch.cat(list(readable.values()))  # which, other than torch.stack, keeps their order
+    return Views(list(readable), joined.unflatten(0, (len(readable), -1)), unreadable)
 
 
 def channel_statistics(

@@ -23,7 +23,7 @@ from cnnft.hub import Pin
 from cnnft.inference import Ensemble, choose_device, infer
 from cnnft.memory import largest_inference_batch
 from cnnft.pretrained import backbone_hash, load_weights
-from cnnft.transforms import VIEWS, EvaluationViews, InputSpec
+from cnnft.transforms import VIEWS, EvaluationViews, InputSpec, Normalizing
 from cnnft.zoo import CROP_MODE_OF_FIT, Identity, build, numbers_held, resolve, try_out
 
 FORMAT = 1
@@ -135,7 +135,8 @@ class Classifier:
             workers = 0
         if compile:
             network = Compiled(network)
-        views = EvaluationViews(self.input_spec, tta)
+        network = Normalizing(network, self.input_spec)
+        views = EvaluationViews(self.input_spec, tta).as_bytes
         pinned = device.type == "cuda"
         batches = view_batches(paths, views, batch_size, workers, pinned=pinned)
         for batch, log_probs in infer(network, batches, precision):

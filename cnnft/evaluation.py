@@ -28,7 +28,7 @@ from cnnft.metrics import (
     score,
     top_k_accuracy,
 )
-from cnnft.transforms import VIEWS, EvaluationViews
+from cnnft.transforms import VIEWS, EvaluationViews, Normalizing
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ def evaluate_folder(
                 "evaluate on images that the model has not seen"
             )
         raise CnnftError(f"{folder} ({split}) holds no readable image")
-    size = classifier.input_spec.size
+    spec = classifier.input_spec
     if batch_size == "auto":
-        batch_size = largest_inference_batch(classifier.network, size, VIEWS[tta])
+        batch_size = largest_inference_batch(classifier.network, spec.size, VIEWS[tta])
     batches = view_batches(
         kept.paths,
-        EvaluationViews(classifier.input_spec, tta),
+        EvaluationViews(spec, tta).as_bytes,
         batch_size,
         default_workers() if workers is None else workers,
         pinned=device.type == "cuda",
     )
     log_probs = infer_all(
-        folded(classifier.network, size),
+        Normalizing(folded(classifier.network, spec.size), spec),
         batches,
         kept.paths,
         on_image=lambda: on_image(len(kept)),

@@ -217,16 +217,17 @@ def _to_rgb(path: str | Path, image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (*_BACKGROUND, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
     except Exception:  # nearly anything, of metadata that nobody can read; the pixels are good
-        return image
+        pass
+    return image
 
 
 def _eight_bits(path: str | Path, image: Image.Image) -> Image.Image:

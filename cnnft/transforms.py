@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
@@ -87,14 +88,24 @@ class EvaluationViews:
         self.normalize = v2.Compose([to_tensor, v2.Normalize(spec.mean, spec.std)])
 
     def __call__(self, image: Image.Image) -> Tensor:
-        crops = self._crops(image)
-        if self.tta in ("hflip", "ten-crop"):
-            crops += [F.horizontal_flip(crop) for crop in crops]
-        return torch.stack([self.normalize(crop) for crop in crops])
+        return torch.stack([self.normalize(crop) for crop in self._views(image)])
+
+    def as_bytes(self, image: Image.Image) -> Tensor:
+        """The same before its pixels become numbers, for a `Normalizing` network: uint8, in memory
+        channels last.
+        """
+        crops = [torch.from_numpy(np.array(crop)) for crop in self._views(image)]
+        return torch.stack(crops).permute(0, 3, 1, 2)
 
     def of_crop(self, crop: Image.Image) -> Tensor:
         """(1, 3, size, size), where `evaluation_crop` was done before."""
         return self.normalize(crop)[None]
+
+    def _views(self, image: Image.Image) -> list[Image.Image]:
+        crops = self._crops(image)
+        if self.tta in ("hflip", "ten-crop"):
+            crops += [F.horizontal_flip(crop) for crop in crops]
+        return crops
 
     def _crops(self, image: Image.Image) -> list[Image.Image]:
         size = self.spec.size
@@ -105,6 +116,30 @@ class EvaluationViews:
         resized = _resize(image, self.spec, max(self.spec.resize, round(size * 8 / 7)))
         *corners, _ = F.five_crop(resized, [size, size])
         return [evaluation_crop(image, self.spec), *corners]
+
+
+class Normalizing(nn.Module):
+    """A network of images as bytes, uint8 (B, 3, H, W), which it makes what `EvaluationViews` does.
+
+    So a quarter of the memory goes through the hands of the processes that decode.
+    """
+
+    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.white: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        # Tensors, because a GPU multiplies by the reciprocal where it is to divide by a number.
+        self.register_buffer("white", torch.tensor(255.0))
+        self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(spec.std)[:, None, None])
+        self.to(next(network.parameters()).device)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        values = pixels.float().div_(self.white).sub_(self.mean).div_(self.std)
+        outputs: Tensor = self.network(values)
+        return outputs
 
 
 def evaluation_crop(image: Image.Image, spec: InputSpec) -> Image.Image:

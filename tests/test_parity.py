@@ -27,7 +27,7 @@ from cnnft.optim import LearningRates, make_optimizer
 from cnnft.schedules import make_schedule
 from cnnft.stages import stages
 from cnnft.training import StepDone, TrainState, train
-from cnnft.transforms import EvaluationViews
+from cnnft.transforms import EvaluationViews, Normalizing
 from cnnft.zoo import input_spec, resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -119,6 +119,15 @@ def test_evaluation_tensor_equals_timms(name, photo):
     config = timm.data.resolve_data_config(pretrained_cfg=identity.pretrained_cfg)
     theirs = timm.data.create_transform(**config, is_training=False)(Image.open(photo))
     assert torch.equal(EvaluationViews(input_spec(identity))(read_image(photo))[0], theirs)
+
+
+@pytest.mark.parametrize("tta", ["none", "hflip", "ten-crop"])
+def test_bytes_are_normalised_to_the_same_tensor(tta, photo):
+    spec = input_spec(resolve("resnet18"))
+    views, image = EvaluationViews(spec, tta), read_image(photo)
+    network = Normalizing(torch.nn.Conv2d(3, 3, 1), spec)
+    network.network = torch.nn.Identity()
+    assert torch.equal(network(views.as_bytes(image)), views(image))
 
 
 def timm_logits(run: Path, image: Path) -> Tensor:
