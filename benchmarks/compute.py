@@ -2,12 +2,14 @@
 
     python -m benchmarks.compute networks NAME... [--size 224] [--batch-size 32] [--give-back]
     python -m benchmarks.compute predict FOLDER -m RUN [--batch-size 32] [--workers 2]
+    python -m benchmarks.compute start FOLDER [--backbone builtin]
 
 networks: milliseconds of CPU time of one thread for an image, forward and in a training step; the
 ways to compute take turns. --give-back: without `keep_freed_memory`, which is for a whole process.
 predict: `Classifier.stream` and timm's own loader and loop take turns on the same class folders,
 each in a process of its own, with the same batch size and number of workers: CPU time with that of
 the workers, and elapsed time, without what comes before the first image.
+start: what `cnnft finetune FOLDER` does before its first step is taken, in seconds of CPU time.
 """
 
 import argparse
@@ -111,6 +113,39 @@ def loop(options: argparse.Namespace) -> None:
     print(json.dumps({w: 1000 * (c() - before[w]) / len(files) for w, c in clocks.items()}))
 
 
+START = """
+import sys, tempfile, time
+spent = {"Python": time.process_time()}
+import torch
+spent["torch"] = time.process_time()
+import torchvision, torch._dynamo  # which torchvision and torch's optimizers import
+spent["torchvision and torch._dynamo"] = time.process_time()
+import timm
+spent["timm"] = time.process_time()
+import cnnft.cli.finetune, cnnft.finetuning
+spent["cnnft"] = time.process_time()
+from cnnft import Config
+from cnnft.finetuning import carry_out
+from cnnft.planning import prepare
+with tempfile.TemporaryDirectory() as runs:
+    plan = prepare(Config(sys.argv[1], backbone=sys.argv[2], runs_dir=runs, workers=0, cache="off"))
+    spent["data, backbone and probe"] = time.process_time()
+    events = carry_out(plan)
+    assert any(type(event).__name__ == "StepDone" for event in events)
+    spent["first step"] = time.process_time()
+    events.close()
+before = 0
+for what, seconds in spent.items():
+    print(f"{what:30}{seconds - before:6.2f} s")
+    before = seconds
+"""
+
+
+def start(options: argparse.Namespace) -> None:
+    """In a process of its own."""
+    subprocess.run((sys.executable, "-c", START, options.folder, options.backbone), check=True)
+
+
 @torch.inference_mode()
 def timms_loop(network: nn.Module, folder: Path, **options: int) -> None:
     """As timm's inference.py: softmax, the likeliest class and its probability of each image."""
@@ -162,6 +197,10 @@ def main() -> None:
     of_loop.add_argument("--of", choices=("timm", "cnnft"))
     of_predict.set_defaults(run=predict)
     of_loop.set_defaults(run=loop)
+    of_start = commands.add_parser("start")
+    of_start.add_argument("folder")
+    of_start.add_argument("--backbone", default="builtin")
+    of_start.set_defaults(run=start)
     for command in (of_networks, of_predict, of_loop):
         command.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
