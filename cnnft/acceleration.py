@@ -33,7 +33,7 @@ def keep_freed_memory() -> None:
     """For the rest of the process memory that is freed is used again, not given back.
 
     Otherwise glibc asks the system for every large tensor anew, which fills it with zeros page by
-    page: a third of the time of training mobilenetv2 on a CPU (docs/speed.md).
+    page (docs/speed.md has what that takes).
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
