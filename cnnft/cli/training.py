@@ -58,7 +58,8 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                     )
                     drawn, images = time.monotonic(), 0
                 if event.step % plan.batches.steps_per_epoch == 0:  # the next event is its Epoch
-                    bar.update(task, completed=event.step, description="validating")
+                    # now, and not with the next regular drawing: it may be over before that
+                    bar.update(task, completed=event.step, description="validating", refresh=True)
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
                 console.say(_epoch_line(event, plan.config))
