@@ -58,7 +58,8 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
 
     The key seeds the random transform for that one sample, so neither the number of workers nor
     the order of loading changes it. (Telling an epoch to a dataset that persistent workers have
-    copied has no effect: the epoch has to travel with the index.)
+    copied has no effect: the epoch has to travel with the index.) In the seed the image's name
+    stands for the index, so that views stay the same when other images come or go.
 
     A file that cannot be read any more gives the reason: an exception would reach the main
     process wrapped in the worker's traceback.
@@ -72,6 +73,7 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
         images: Images | None = None,
     ) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
+        self.names = samples.names  # made once, for all workers
         self.images = images or ImageFiles(samples.paths)
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
         except ImageError as error:
             return str(error)
         with torch.random.fork_rng(devices=[]):
-            seed = keyed_seed("sample", self.seed, epoch, index, *place)
+            seed = keyed_seed("sample", self.seed, epoch, self.names[index], *place)
             torch.default_generator.manual_seed(seed)
             return self.transform(image), self.samples.labels[index] if counted else IGNORED
 

@@ -57,13 +57,15 @@ class _Reached(Exception):  # noqa: N818  # nothing is wrong
         self.activations = activations
 
 
-def find_cut(network: nn.Module, pixels: Tensor) -> Cut | None:
+def find_cut(network: nn.Module, pixels: Tensor, *, evaluating: bool = False) -> Cut | None:
     """The last place before everything that trains; None where the network has no such place.
 
-    `pixels` (B, 3, H, W) are an example, B at least 2. The network is left in eval mode.
+    `pixels` (B, 3, H, W) are an example, B at least 2. `evaluating`: what changes activations in
+    training alone, such as dropout, may come before it. The network is left in eval mode.
     """
     train_mode(network)
     changing = {module for module in network.modules() if module.training and _varies(module)}
+    changing = set() if evaluating else changing
     network.eval()
     with torch.inference_mode():
         for opened in (True, False):

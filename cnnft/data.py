@@ -2,10 +2,11 @@
 
 import hashlib
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,6 +74,20 @@ class Samples:
             hashes=tuple(self.hashes[i] for i in chosen) if self.hashes else (),
             skipped=(),
         )
+
+    @cached_property
+    def names(self) -> tuple[object, ...]:
+        """What names each image wherever it stands: its hash, with a number where another image
+        before it has the same; its position where nobody has read the contents.
+        """
+        if not self.hashes:
+            return tuple(range(len(self)))
+        seen: Counter[str] = Counter()
+        names: list[object] = []
+        for digest in self.hashes:
+            names.append((digest, seen[digest]) if seen[digest] else digest)
+            seen[digest] += 1
+        return tuple(names)
 
     def counts(self) -> tuple[int, ...]:
         """Images per class, in the order of `classes`."""

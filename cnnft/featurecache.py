@@ -2,23 +2,42 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cnnft import cachefolder, distributed
-from cnnft.batches import IGNORED, KeyedBatches, Views
+from cnnft import __version__, cachefolder, distributed
+from cnnft.batches import (
+    IGNORED,
+    Images,
+    Key,
+    KeyedBatches,
+    TrainingImages,
+    Views,
+    training_batches,
+)
 from cnnft.cutting import Cut
+from cnnft.data import Samples
 from cnnft.errors import CnnftError
 from cnnft.files import to_safetensors, write_whole
+from cnnft.folding import folded
+from cnnft.freezing import changing
+from cnnft.images import decoder_versions
+from cnnft.inference import require_numbers
 from cnnft.memory import available
+from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.zoo import Identity
 
-MEMORY_SHARE = 0.15
-"""Of the free memory may be filled with activations; while they are made there are copies."""
+MEMORY_SHARE = 0.3
+"""Of the free memory may be filled with activations, beside the half that decoded images may."""
+KEEP_EVERY = 60.0
+"""Seconds after which what was computed meanwhile is written to the disk."""
 
 _FORMAT = 1
 _NAME = 16  # bytes that name an image
@@ -36,13 +55,41 @@ class Frozen:
     """What tells it from others: a hash, and what is not in it."""
     about: str
     """For those who look into the cache."""
+    pooled: bool = False
+    """Whether maps and tokens are averaged, so that there are only channels."""
+
+    @classmethod
+    def before(
+        cls,
+        cut: Cut,
+        network: nn.Module,
+        size: int,
+        *,
+        identity: Identity,
+        weights: str,
+        about: str,
+        pooled: bool = False,
+    ) -> "Frozen":
+        """That part of `network`, for images of size × size; `weights` is its `backbone_hash`."""
+        versions = [version(name) for name in ("torch", "torchvision", "timm")]
+        built = (identity.library, identity.architecture, identity.model_args)
+        device = next(network.parameters()).device
+        named = repr((__version__, versions, weights, built, device.type))
+        return cls(folded(network, size, changing(network)), cut, named, about, pooled)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> activations (B, ...), float32, on the CPU."""
+        """(B, 3, H, W) -> activations (B, ...), float32, on the CPU.
+
+        Raises:
+            NotANumberError: they are NaN.
+        """
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             pixels = pixels.to(device, non_blocking=True)
-            return self.cut.activations(self.network.eval(), pixels).float().cpu()
+            values = self.cut.activations(self.network.eval(), pixels).float()
+            if self.pooled and values.ndim > 2:
+                values = values.mean(dim=(2, 3) if values.ndim == 4 else 1)
+        return require_numbers(values.cpu())
 
 
 @dataclass(frozen=True)
@@ -57,41 +104,94 @@ class Looks:
     """Some of the rows -> what the network sees of them, in batches (B, 3, H, W)."""
 
 
+def evaluation_looks(
+    samples: Samples, spec: InputSpec, images: Images, batch_size: int, workers: int, pinned: bool
+) -> Looks:
+    """As evaluation sees them; `images` are what `evaluation_crop` makes of the samples."""
+    how = ("evaluation", spec, decoder_versions())
+    dataset = TrainingImages(samples, EvaluationViews(spec).normalize, 0, images)
+
+    def pixels(some: Sequence[int]) -> Iterator[Tensor]:
+        return in_batches(dataset, [(0, index) for index in some], batch_size, workers, pinned)
+
+    return Looks(how, samples.hashes, pixels)
+
+
+def in_batches(
+    dataset: TrainingImages, keys: Sequence[Key], size: int, workers: int, pinned: bool
+) -> Iterator[Tensor]:
+    """(B, 3, H, W) of all keys, in order."""
+    batches = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
+    workers = workers if len(batches) > 1 else 0
+    for pixels, _ in training_batches(dataset, batches, workers, pinned=pinned):
+        yield pixels
+
+
 class Activations:
     """What a frozen network makes of each look: read from the disk, or computed."""
 
     def __init__(self, frozen: Frozen, looks: Looks, on_disk: bool) -> None:
         self.frozen, self.looks, self.on_disk = frozen, looks, on_disk
-        what = (_FORMAT, frozen.weights, frozen.cut.first, looks.how)
+        what = (_FORMAT, frozen.weights, frozen.cut.first, frozen.pooled, looks.how)
         self._key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
         self._names = [_name(row) for row in looks.rows]
-        wanted = frozenset(self._names) if on_disk else frozenset()
-        self._known = distributed.by_main(lambda: _read(self._key, wanted))
-        self.missing = [row for row, name in enumerate(self._names) if name not in self._known]
+        self._values, self.missing = distributed.by_main(self._read)
 
-    def compute(self) -> Generator[int, None, Tensor]:
-        """Yields how many of the missing are done; returns all, (N, ...), and keeps the new ones.
-
-        Each process computes its share.
-        """
+    def compute(self) -> Iterator[int]:
+        """Yields how many of the missing are done; each process computes its share."""
         share = distributed.share(len(self.missing))
-        mine, parts, done = self.missing[share.start : share.stop], [], 0
+        mine, done, kept = self.missing[share.start : share.stop], 0, 0
+        written = time.monotonic()
         for pixels in self.looks.pixels(mine) if mine else ():
-            parts.append(self.frozen(pixels).clone())
-            done += len(pixels)
+            rows = mine[done : done + len(pixels)]
+            self._fill(rows, self.frozen(pixels))
+            done += len(rows)
+            if time.monotonic() - written > KEEP_EVERY:  # so that an interruption loses little
+                self._write(mine[kept:done])
+                kept, written = done, time.monotonic()
             yield min(done * distributed.world, len(self.missing))
-        parts = distributed.gather(parts)
-        new = torch.cat(parts) if parts else torch.empty(0)
-        if parts and self.on_disk:
-            names = [self._names[row] for row in self.missing]
-            distributed.by_main(lambda: _write(self._key, names, new, self.frozen.about))
-        shape = (new if parts else next(iter(self._known.values()))[None]).shape[1:]
-        values = torch.empty(len(self._names), *shape)
+        if distributed.world > 1:
+            parts = [] if self._values is None else [(mine, self._values[mine])]
+            for rows, values in distributed.gather(parts):
+                self._fill(rows, values)
+        distributed.by_main(self._write_rest)
+
+    @property
+    def values(self) -> Tensor:
+        """(N, ...), of all, when they are computed."""
+        assert self._values is not None
+        return self._values
+
+    def _fill(self, rows: list[int], values: Tensor) -> None:
+        if self._values is None:
+            self._values = torch.empty(len(self._names), *values.shape[1:])
+        self._values[rows] = values
+
+    def _read(self) -> tuple[Tensor | None, list[int]]:
+        """What the disk has, in the rows of all, (N, ...), and the rows that it does not have."""
+        rows: dict[bytes, list[int]] = {}  # images of the same content have the same name
         for row, name in enumerate(self._names):
-            if name in self._known:
-                values[row] = self._known[name]
-        values[self.missing] = new.reshape(len(self.missing), *shape)
-        return values
+            rows.setdefault(name, []).append(row)
+        values: Tensor | None = None
+        for names, found in _stored(self._key, rows.keys()) if self.on_disk else ():
+            if values is None:
+                values = torch.empty(len(self._names), *found.shape[1:])
+            for name, value in zip(names, found, strict=False):
+                for row in rows.pop(name, ()):
+                    values[row] = value
+        return values, sorted(row for some in rows.values() for row in some)
+
+    def _write_rest(self) -> None:
+        """Those of the missing that this machine's disk does not have by now."""
+        missing = {self._names[row] for row in self.missing}
+        for names, _ in _stored(self._key, missing) if self.on_disk else ():
+            missing -= set(names)
+        self._write([row for row in self.missing if self._names[row] in missing])
+
+    def _write(self, rows: list[int]) -> None:
+        if self.on_disk and rows:
+            names = [self._names[row] for row in rows]
+            _write(self._key, names, self.values[rows], self.frozen.about)
 
 
 def fits(frozen: Frozen, example: Tensor, count: int) -> bool:
@@ -108,9 +208,8 @@ def _folder() -> Path:
     return cachefolder.root() / "features"
 
 
-def _read(key: str, wanted: frozenset[bytes]) -> dict[bytes, Tensor]:
-    """What the disk has of it; a damaged file has nothing."""
-    found: dict[bytes, Tensor] = {}
+def _stored(key: str, wanted: Set[bytes]) -> Iterator[tuple[list[bytes], Tensor]]:
+    """(names, values) of each file that has any that is wanted; a damaged file has none."""
     for path in sorted(_folder().glob(f"{key}-*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -118,13 +217,10 @@ def _read(key: str, wanted: frozenset[bytes]) -> dict[bytes, Tensor]:
                 if wanted.isdisjoint(names):
                     continue
                 values = file.get_tensor("values")
-            # Copies: whoever keeps a row would keep, and send, all of them.
-            pairs = zip(names, values, strict=True)
-            found |= {name: value.clone() for name, value in pairs if name in wanted}
-            cachefolder.mark_used(path)
         except (OSError, SafetensorError, ValueError, TypeError):
             continue
-    return found
+        cachefolder.mark_used(path)
+        yield names, values
 
 
 def _write(key: str, names: Sequence[bytes], values: Tensor, about: str) -> None:
@@ -142,7 +238,7 @@ def _write(key: str, names: Sequence[bytes], values: Tensor, about: str) -> None
         _log.warning("features are not kept for later runs: %s", error)
 
 
-def training_batches(
+def kept_batches(
     values: Tensor, labels: Tensor, keys: KeyedBatches
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`values` (K, N, ...) of K views, `labels` (N,) -> (activations (B, ...), labels (B,)) for all

@@ -4,19 +4,25 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cnnft import __version__, cachefolder, distributed, featurecache
+from cnnft import cachefolder, distributed
 from cnnft.augmentation import augmentation, training_transform
 from cnnft.batches import ImageFiles, Key, TrainingImages, Views, training_batches, view_batches
 from cnnft.cutting import Cut, find_cut
-from cnnft.featurecache import Activations, Frozen, Looks, ViewBatches
-from cnnft.folding import folded
-from cnnft.freezing import changing
+from cnnft.featurecache import (
+    Activations,
+    Frozen,
+    Looks,
+    ViewBatches,
+    evaluation_looks,
+    fits,
+    in_batches,
+    kept_batches,
+)
 from cnnft.images import decoder_versions
 from cnnft.inference import Ensemble
 from cnnft.pixelcache import Kept, KeptImages, keep, training_pixels
@@ -48,6 +54,7 @@ class Feed:
             self.val_images,
             pinned=self.pinned,
         )
+        self._loading = plan.config.images_at_once, plan.workers, self.pinned
         self._cut: Cut | None = None
         self._activations: Tensor | None = None
 
@@ -66,7 +73,7 @@ class Feed:
         keys = replace(self.plan.batches, first_step=first_step)
         if self._activations is not None:
             labels = torch.tensor(self.plan.train.labels)
-            return featurecache.training_batches(self._activations, labels, keys)
+            return kept_batches(self._activations, labels, keys)
         return training_batches(self.dataset, keys, self.plan.workers, pinned=self.pinned)
 
     def prepare(self, stop: Callable[[], bool]) -> Generator[Kept, None, bool]:
@@ -90,19 +97,19 @@ class Feed:
         if len(train.missing) > len(self.plan.train):  # of several views
             yield from keep([self.images], config.cache, len(train.looks.rows))
         total = len(train.missing) + len(val.missing)
-        values = yield from _told(train.compute(), 0, total)
-        validation = yield from _told(val.compute(), len(train.missing), total)
+        for part, before in ((train, 0), (val, len(train.missing))):
+            for done in part.compute():
+                yield Kept(before + done, total, "computing features of")
         if not total:
             _log.info("the frozen layers have seen all images before (%s)", cachefolder.root())
         self._cut = frozen.cut
-        self._activations = values.unflatten(0, (-1, len(self.plan.train)))
-        self.validation = ViewBatches(validation, config.images_at_once)
+        self._activations = train.values.unflatten(0, (-1, len(self.plan.train)))
+        self.validation = ViewBatches(val.values, config.images_at_once)
 
     def _frozen(self) -> Frozen | None:
         """The part of the network whose activations are worth keeping; None: there is none."""
         plan, classifier = self.plan, self.plan.classifier
-        config, identity, spec = plan.config, classifier.identity, classifier.input_spec
-        views = plan.batches.views
+        config, views = plan.config, plan.batches.views
         if views is None or config.cache == "off" or config.mixup or config.cutmix:
             return None
         if plan.teachers and augmentation(config).random:  # they look at pixels in every step
@@ -113,56 +120,34 @@ class Feed:
         if distributed.anywhere(cut is None)[0] or cut is None:
             _log.info("this backbone cannot be cut where its frozen layers end: nothing is kept")
             return None
-        versions = [version(name) for name in ("torch", "torchvision", "timm")]
-        built = (identity.library, identity.architecture, identity.model_args)
-        named = (__version__, versions, classifier.pretrained_hash, built)
-        about = f"{identity.name}, {self.images.about}"
-        network = folded(classifier.network, spec.size, changing(classifier.network))
-        frozen = Frozen(network, cut, repr((*named, plan.device.type)), about)
+        frozen = Frozen.before(
+            cut,
+            classifier.network,
+            classifier.input_spec.size,
+            identity=classifier.identity,
+            weights=classifier.pretrained_hash,
+            about=f"{classifier.identity.name}, {self.images.about}",
+        )
         count = views * len(plan.train) + len(plan.val)
-        if distributed.anywhere(not featurecache.fits(frozen, example, count))[0]:
+        if distributed.anywhere(not fits(frozen, example, count))[0]:
             _log.warning("the activations of the frozen layers do not fit: they are not kept")
             return None
         return frozen
 
     def _training_looks(self) -> Looks:
-        config, hashes = self.plan.config, self.plan.train.hashes
+        config, names = self.plan.config, self.plan.train.names
         count = self.plan.batches.views
         assert count is not None
         spec, parts = self.plan.classifier.input_spec, augmentation(config)
         how = ("training", spec, parts, config.seed, self.images.files.pixels, decoder_versions())
-        keys: list[Key] = [(view, index) for view in range(count) for index in range(len(hashes))]
-        rows = [(*key, hashes[key[1]]) for key in keys]
+        keys: list[Key] = [(view, index) for view in range(count) for index in range(len(names))]
+        rows = [(view, names[index]) for view, index in keys]
 
         def pixels(some: Sequence[int]) -> Iterator[Tensor]:
-            return self._batches(self.dataset, [keys[row] for row in some])
+            return in_batches(self.dataset, [keys[row] for row in some], *self._loading)
 
         return Looks(how, rows, pixels)
 
     def _validation_looks(self) -> Looks:
-        how = ("evaluation", self.plan.classifier.input_spec, decoder_versions())
-        crops = TrainingImages(
-            self.plan.val, lambda crop: self.views.of_crop(crop)[0], 0, self.val_images
-        )
-
-        def pixels(some: Sequence[int]) -> Iterator[Tensor]:
-            return self._batches(crops, [(0, index) for index in some])
-
-        return Looks(how, self.plan.val.hashes, pixels)
-
-    def _batches(self, dataset: TrainingImages, keys: list[Key]) -> Iterator[Tensor]:
-        size = self.plan.config.images_at_once
-        batches = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
-        workers = self.plan.workers if len(batches) > 1 else 0
-        for pixels, _ in training_batches(dataset, batches, workers, pinned=self.pinned):
-            yield pixels
-
-
-def _told(
-    computing: Generator[int, None, Tensor], before: int, total: int
-) -> Generator[Kept, None, Tensor]:
-    while True:
-        try:
-            yield Kept(before + next(computing), total, "computing features of")
-        except StopIteration as end:
-            return end.value
+        spec = self.plan.classifier.input_spec
+        return evaluation_looks(self.plan.val, spec, self.val_images, *self._loading)

@@ -63,12 +63,16 @@ def _log_probs(network: nn.Module, pixels: Tensor | None, precision: Precision) 
 
 
 def _read(batch: Views, log_probs: Tensor) -> tuple[Views, Tensor]:
-    log_probs = log_probs.cpu()
-    if log_probs.isnan().any():
+    return batch, require_numbers(log_probs.cpu())
+
+
+def require_numbers(outputs: Tensor) -> Tensor:
+    """`outputs`; raises `NotANumberError` where one is NaN."""
+    if outputs.isnan().any():
         raise NotANumberError(
             "the network gives no numbers (NaN): its weights are damaged, or it diverged"
         )
-    return batch, log_probs
+    return outputs
 
 
 def infer_all(

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from timm.layers import convert_sync_batchnorm
 
-from cnnft import data, distributed
+from cnnft import data
 from cnnft.acceleration import choose_precision, place
-from cnnft.advice import Advice, advise
+from cnnft.advice import Advice
 from cnnft.augmentation import view_count
 from cnnft.backbones import Backbone, open_backbone
 from cnnft.batches import (
@@ -19,14 +19,11 @@ from cnnft.batches import (
     channel_statistics,
     default_workers,
     keyed_seed,
-    view_batches,
 )
 from cnnft.classifier import Classifier, require_model
 from cnnft.config import Config, Mode
 from cnnft.data import OnFiles, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError
-from cnnft.features import Features, Probe, embed, install, probe
-from cnnft.folding import folded
 from cnnft.freezing import batchnorms, freeze, learning_statistics
 from cnnft.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.inference import choose_device
@@ -39,16 +36,15 @@ from cnnft.optim import (
     state_per_weight,
 )
 from cnnft.pretrained import LoadedWeights, backbone_hash
+from cnnft.probing import ends_linearly, install, probe, wants_probe
 from cnnft.run import Run
 from cnnft.teaching import open_teachers
 from cnnft.tensorboard import require_tensorboard
-from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.transforms import InputSpec
 from cnnft.values import parse_statistics
 from cnnft.zoo import local_folder, resolve
 
 _log = logging.getLogger(__name__)
-
-_FEW = 8  # images that tell whether the head is one linear layer
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def prepare(
     spec = _input_spec(config, backbone.input_spec, found.train, workers)
     probed = None
     if (wants_probe(config) and not restored) or config.mode == "auto":
-        probed = _probe(config, backbone, spec, found.train, workers)
+        probed = probe(config, backbone, spec, found.train, workers)
     if asked == "auto":
         assert probed is not None and probed.advice is not None
         config = replace(config, **probed.advice.cell.settings)
@@ -125,8 +121,7 @@ def prepare(
     network, head = backbone.network, _new_head(config, backbone)
     starts_from_probe = probed is not None and probed.fitted is not None and wants_probe(config)
     if restored and wants_probe(config):  # the rates depend on whether there was one
-        few = found.train.take(range(min(len(found.train), _FEW)))
-        starts_from_probe = _features(config, backbone, spec, few, workers).linear
+        starts_from_probe = ends_linearly(backbone, spec)
     elif starts_from_probe:
         assert probed is not None and probed.fitted is not None
         install(network, head, probed.fitted)
@@ -296,46 +291,6 @@ def _input_spec(config: Config, spec: InputSpec, samples: Samples, workers: int)
         mean, std = parse_statistics(config.normalize)
         return replace(spec, mean=mean, std=std)
     return spec
-
-
-def wants_probe(config: Config) -> bool:
-    """Whether the head is to start from a linear probe, where it is one linear layer."""
-    if config.probe_first is not None:
-        return config.probe_first
-    trains_more = config.mode in ("finetune", "bn-only") and config.train_stages != 0
-    plain = config.head == "linear" and config.head_init == "default"
-    return config.pretrained and trains_more and plain
-
-
-@dataclass(frozen=True)
-class _Probed:
-    advice: Advice | None
-    fitted: Probe | None
-    """None where the classifier is no single linear layer, which it could be."""
-
-
-def _probe(
-    config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
-) -> _Probed:
-    """Fit a linear classifier on frozen features of the training images, each content once."""
-    first = {digest: i for i, digest in reversed(list(enumerate(samples.hashes)))}
-    samples = samples.take(sorted(first.values()))
-    _log.info("probing the frozen features of %d training images", len(samples))
-    features = _features(config, backbone, spec, samples, workers)
-    if not features.linear and config.mode != "auto":
-        return _Probed(None, None)
-    labels, counts = torch.tensor(samples.labels), samples.counts()
-    classes = len(samples.classes)
-    fitted = distributed.by_main(lambda: probe(features.values, labels, classes, config.seed))
-    advice = advise(len(samples) / len(counts), fitted.accuracy, max(counts) / len(samples))
-    return _Probed(advice, fitted if features.linear else None)
-
-
-def _features(
-    config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
-) -> Features:
-    batches = view_batches(samples.paths, EvaluationViews(spec), config.images_at_once, workers)
-    return embed(folded(backbone.network, spec.size), backbone.head, batches, samples.paths)
 
 
 def _with_absolute_paths(config: Config) -> Config:

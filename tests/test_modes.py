@@ -20,12 +20,12 @@ from cnnft.advice import SIMILAR, SMALL, TABLE, advise
 from cnnft.backbones import open_backbone
 from cnnft.config import BatchNorm
 from cnnft.errors import UsageError
-from cnnft.features import fit, probe
 from cnnft.finetuning import carry_out
 from cnnft.freezing import batchnorms, freeze, train_mode
 from cnnft.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
 from cnnft.optim import freezes_statistics, learning_rates, make_optimizer
 from cnnft.planning import prepare
+from cnnft.probing import fit, fit_probe
 from cnnft.stages import stages
 
 Cli = Callable[..., Outcome]
@@ -240,7 +240,7 @@ def test_cross_validation_is_honest():
     """Labels that have nothing to do with the features are guessed."""
     values, _ = clouds(0, n=300, width=100)
     labels = torch.randint(0, 3, (300,), generator=torch.Generator().manual_seed(1))
-    found = probe(values, labels, 3, seed=0)
+    found = fit_probe(values, labels, 3, seed=0)
     assert abs(found.accuracy - 1 / 3) < 0.1
     assert ((values @ found.weight.T + found.bias).argmax(dim=1) == labels).float().mean() > 0.4
 
