@@ -1,5 +1,9 @@
 """Where networks are cut, and features that are computed once."""
 
+import shutil
+from contextlib import closing
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import draw
@@ -11,6 +15,7 @@ from cnnft.backbones import open_backbone
 from cnnft.cutting import find_cut
 from cnnft.finetuning import carry_out
 from cnnft.freezing import freeze, train_mode
+from cnnft.pixelcache import Kept
 from cnnft.planning import prepare
 from cnnft.run import Run
 from cnnft.session import Stopped
@@ -187,6 +192,40 @@ def test_changed_images_and_damaged_files_are_computed_again(flat, tmp_path, mon
     seen.clear()
     finish(settings(flat, tmp_path, "damaged"))
     assert sum(seen) == EXAMPLE + 2 * 16 + 4
+
+
+def test_an_image_that_is_added_costs_its_own_time(separated, tmp_path, monkeypatch):
+    finish(settings(separated, tmp_path, "first"))
+    seen = computed(monkeypatch)
+    draw(separated / "train" / "ants" / "-first.png", 0, 99)
+    shutil.copy(separated / "train" / "bees" / "0.png", separated / "train" / "bees" / "copy.png")
+    finish(settings(separated, tmp_path, "more"))
+    assert sum(seen) == EXAMPLE + 2 * 2  # views of the one, and of a copy others than the first's
+
+
+def test_what_was_computed_before_an_interruption_is_kept(separated, tmp_path, monkeypatch, cache):
+    monkeypatch.setattr(featurecache, "KEEP_EVERY", 0.0)
+    plan = prepare(settings(separated, tmp_path, "stopped"))
+    with closing(carry_out(plan)) as events:
+        kept = (event for event in events if isinstance(event, Kept))
+        done = next(event.images for event in kept if "features" in event.doing)
+    seen = computed(monkeypatch)
+    finish(settings(separated, tmp_path, "again"))
+    assert sum(seen) == EXAMPLE + 2 * 18 + 9 - done
+    names = [load_file(path)["names"] for path in (cache / "features").iterdir()]
+    assert len(torch.cat(names).unique(dim=0)) == sum(map(len, names))  # nothing twice
+
+
+def test_the_features_of_a_probe_are_kept(flat, tmp_path, monkeypatch, cache):
+    config = settings(flat, tmp_path, "run", mode="finetune", feature_views=None)
+    first = prepare(config)
+    seen = computed(monkeypatch)
+    second = prepare(config)
+    assert first.probed and not seen
+    for one, two in zip(*(p.classifier.network.parameters() for p in (first, second)), strict=True):
+        assert torch.equal(one, two)
+    prepare(replace(config, cache="off"))
+    assert sum(seen) == 16
 
 
 def test_images_that_are_not_augmented_have_one_view(flat, tmp_path):
