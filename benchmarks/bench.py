@@ -221,7 +221,7 @@ def _conditions(setting: Setting, options: argparse.Namespace, train: int, val: 
         f"{what}: {train} images to train on, {val} to validate; {setting.size} px, batches of "
         f"{setting.batch_size}, {setting.epochs} epochs in feature-extractor mode and "
         f"{setting.finetune_epochs} in finetune mode; {'bf16' if setting.bf16 else 'float32'}; "
-        f"rounds: {options.rounds}, of growth 1; {setting.threads} threads.\n\n"
+        f"{setting.threads} threads.\n\n"
         f"{machine()}; {shown}."
     )
 

@@ -32,6 +32,8 @@ FINETUNED: dict[str, tuple[str, ...]] = {
     "cnnft, no pixel cache": ("--cache", "off"),
 }
 """Flags beside those that all have."""
+START_UP = {"tutorial": "benchmarks.peers", "cnnft": "cnnft.cli.finetune, cnnft.finetuning"}
+"""What each imports, which takes seconds and teaches nothing."""
 FEW = ("--mode", "feature-extractor", "--epochs", "1")
 
 Facts = dict[str, Any]
@@ -120,8 +122,8 @@ def training(setting: Setting, network: str, frozen: bool, peers: list[str]) -> 
         if frozen and name == "cnnft":
             again = finetuning(setting, job, "cnnft, again", own, keeps_cache=True)
             rows.append(again)
-    start_up = (PYTHON, "-c", "import cnnft.cli.finetune, cnnft.finetuning")
-    rows.append(Row("start-up of cnnft", start_up, lambda out: {}))
+    for name, modules in START_UP.items():
+        rows.append(Row(f"start-up of {name}", (PYTHON, "-c", f"import {modules}"), lambda out: {}))
     if not frozen:
         command = (PYTHON, "-m", "benchmarks.limit", json.dumps(asdict(job)))
         rows.append(Row("limit", command, lambda out: {"throughput": json.loads(out)}))

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torchvision.ops import StochasticDepth
 
 from cnnft.freezing import train_mode
-from cnnft.substitution import Substituted
+from cnnft.substitution import Substituted, example
 
 _TOLERANCE = 1e-4
 
@@ -57,12 +57,13 @@ class _Reached(Exception):  # noqa: N818  # nothing is wrong
         self.activations = activations
 
 
-def find_cut(network: nn.Module, pixels: Tensor, *, evaluating: bool = False) -> Cut | None:
+def find_cut(network: nn.Module, size: int, *, evaluating: bool = False) -> Cut | None:
     """The last place before everything that trains; None where the network has no such place.
 
-    `pixels` (B, 3, H, W) are an example, B at least 2. `evaluating`: what changes activations in
-    training alone, such as dropout, may come before it. The network is left in eval mode.
+    Images have size × size pixels. `evaluating`: what changes activations in training alone, such
+    as dropout, may come before it. The network is left in eval mode.
     """
+    pixels = example(network, size)
     train_mode(network)
     changing = {module for module in network.modules() if module.training and _varies(module)}
     changing = set() if evaluating else changing

@@ -31,6 +31,7 @@ from cnnft.freezing import changing
 from cnnft.images import decoder_versions
 from cnnft.inference import require_numbers
 from cnnft.memory import available
+from cnnft.substitution import example
 from cnnft.transforms import EvaluationViews, InputSpec
 from cnnft.zoo import Identity
 
@@ -194,9 +195,9 @@ class Activations:
             _write(self._key, names, self.values[rows], self.frozen.about)
 
 
-def fits(frozen: Frozen, example: Tensor, count: int) -> bool:
-    """Whether memory has room for as many activations as the one of `example` (B, 3, H, W)."""
-    needed = count * frozen(example)[0].nbytes
+def fits(frozen: Frozen, size: int, count: int) -> bool:
+    """Whether memory has room for what becomes of `count` images of size × size."""
+    needed = count * frozen(example(frozen.network, size))[0].nbytes
     return needed <= MEMORY_SHARE * available(torch.device("cpu"))
 
 

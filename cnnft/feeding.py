@@ -37,7 +37,6 @@ class Feed:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.views = EvaluationViews(plan.classifier.input_spec)
         spec, of = plan.classifier.input_spec, Path(plan.config.data).name
         files = ImageFiles(plan.train.paths, training_pixels(plan.config, spec))
         crops = ImageFiles(plan.val.paths, crop=spec)
@@ -48,7 +47,7 @@ class Feed:
         self.dataset = TrainingImages(plan.train, transform, plan.config.seed, self.images)
         self.validation: Iterable[Views] = view_batches(
             plan.val.paths,
-            self.views.of_crop,
+            EvaluationViews(spec).of_crop,
             plan.config.images_at_once,
             plan.workers,
             self.val_images,
@@ -114,22 +113,21 @@ class Feed:
             return None
         if plan.teachers and augmentation(config).random:  # they look at pixels in every step
             return None
-        few = [self.views(self.val_images.files[i])[0] for i in range(min(len(plan.val), 2))]
-        example = torch.stack((few * 2)[:2]).to(plan.device)
-        cut = find_cut(classifier.network, example)
-        if distributed.anywhere(cut is None)[0] or cut is None:
+        size = classifier.input_spec.size
+        cut = distributed.by_main(lambda: find_cut(classifier.network, size))
+        if cut is None:
             _log.info("this backbone cannot be cut where its frozen layers end: nothing is kept")
             return None
         frozen = Frozen.before(
             cut,
             classifier.network,
-            classifier.input_spec.size,
+            size,
             identity=classifier.identity,
             weights=classifier.pretrained_hash,
             about=f"{classifier.identity.name}, {self.images.about}",
         )
         count = views * len(plan.train) + len(plan.val)
-        if distributed.anywhere(not fits(frozen, example, count))[0]:
+        if distributed.anywhere(not fits(frozen, size, count))[0]:
             _log.warning("the activations of the frozen layers do not fit: they are not kept")
             return None
         return frozen

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from cnnft.substitution import substituted
+from cnnft.substitution import example, substituted
 
 _TOLERANCE = 1e-4
 """Of the largest logit."""
@@ -40,8 +40,7 @@ def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict
     trained = {name.rpartition(".")[0] for name in changing}
     if not any(_is_norm(m) for path, m in network.named_modules() if path not in trained):
         return {}
-    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    pixels = pixels.to(next(network.parameters()).device)
+    pixels = example(network, size)
     pairs, expected = _watch(network, pixels)
     modules: dict[str, nn.Module] = {}
     for layer, norm in pairs:

@@ -3,7 +3,17 @@
 import copy
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
+
+
+def example(network: nn.Module, size: int) -> Tensor:
+    """(2, 3, size, size), always the same: on it a network with other modules shows whether it
+    still computes the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, size, size, generator=generator)
+    return pixels.to(next(network.parameters()).device)
 
 
 def substituted(network: nn.Module, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -61,7 +61,7 @@ def test_what_follows_a_cut_computes_the_logits(name, mode, stages, shape):
     network = backbone.network
     freeze(network, backbone.head, backbone.stages, mode, stages)
     pixels = torch.randn(4, 3, 64, 64)
-    cut = find_cut(network, pixels[:2])
+    cut = find_cut(network, 64)
     values = cut.activations(network, pixels)
     assert tuple(values.shape[1:]) == shape
     tail = cut.tail(network)
@@ -73,7 +73,7 @@ def test_what_follows_a_cut_computes_the_logits(name, mode, stages, shape):
 def test_what_trains_everywhere_cannot_be_cut():
     backbone = open_backbone("builtin", 3, image_size=64)
     freeze(backbone.network, backbone.head, backbone.stages, "finetune")
-    assert find_cut(backbone.network, torch.randn(2, 3, 64, 64)) is None
+    assert find_cut(backbone.network, 64) is None
 
 
 def test_a_head_of_zeros_behind_which_every_cut_looks_right_is_no_test():
@@ -81,7 +81,7 @@ def test_a_head_of_zeros_behind_which_every_cut_looks_right_is_no_test():
     nn.init.zeros_(backbone.network.fc.weight)
     nn.init.zeros_(backbone.network.fc.bias)
     freeze(backbone.network, backbone.head, backbone.stages, "feature-extractor")
-    assert find_cut(backbone.network, torch.randn(2, 3, 64, 64)) is None
+    assert find_cut(backbone.network, 64) is None
 
 
 class Awkward(nn.Module):
@@ -101,7 +101,7 @@ class Awkward(nn.Module):
 
 def test_layers_that_draw_at_random_stay_behind_the_cut_and_follow_the_networks_mode():
     network, pixels = Awkward(leaps=False), torch.randn(4, 3, 8, 8)
-    cut = find_cut(network, pixels)
+    cut = find_cut(network, 8)
     assert cut.first == "drop"
     tail, values = cut.tail(network), cut.activations(network, pixels)
     train_mode(network)
@@ -112,7 +112,7 @@ def test_layers_that_draw_at_random_stay_behind_the_cut_and_follow_the_networks_
 
 
 def test_a_network_that_uses_its_input_again_is_not_cut():
-    assert find_cut(Awkward(leaps=True), torch.randn(4, 3, 8, 8)) is None
+    assert find_cut(Awkward(leaps=True), 8) is None
 
 
 # ---------------------------------------------------------------- features that are kept
