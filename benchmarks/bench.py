@@ -75,7 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS, help="of measurements")
     parser.add_argument("--peers", nargs="+", default=PEERS, choices=PEERS)
-    parser.add_argument("--copies", type=int, default=3, help="of each image, for predict")
+    parser.add_argument("--copies", type=int, default=10, help="of each image, for predict")
     parser.add_argument("--growth", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--work", type=Path, help="where to write, instead of a temporary folder")
     parser.add_argument("--results", type=Path, help="JSON lines, to go on after an interruption")

@@ -8,8 +8,9 @@ networks: milliseconds of CPU time of one thread for an image, forward and in a 
 ways to compute take turns. --give-back: without `keep_freed_memory`, which is for a whole process.
 predict: `Classifier.stream` and timm's own loader and loop take turns on the same class folders,
 each in a process of its own, with the same batch size and number of workers: CPU time with that of
-the workers, and elapsed time, without what comes before the first image.
-start: what `cnnft finetune FOLDER` does before its first step is taken, in seconds of CPU time.
+the workers, and elapsed time, both with starting workers and without imports.
+start: what `cnnft finetune FOLDER --cache off --workers 0` does up to its first step, in seconds of
+CPU time.
 """
 
 import argparse

@@ -11,6 +11,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 INTERVAL = 0.2
 """Seconds between two looks at the memory: a shorter peak may be missed."""
+PATIENCE = 50
+"""At least so many times as long as a look takes: it holds up what it looks at."""
 
 
 class Measured(NamedTuple):
@@ -37,9 +39,12 @@ def measure(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=error)
-        while _runs(process):
+        wait = INTERVAL
+        while _runs(process, wait):
+            begin = time.perf_counter()
             memory = max(memory, memory_of(process.pid))
             gpu = max(gpu, gpu_memory() or 0)
+            wait = max(INTERVAL, PATIENCE * (time.perf_counter() - begin))
         seconds = time.perf_counter() - start
         for file in (out, error):
             file.seek(0)
@@ -50,10 +55,10 @@ def measure(command: Sequence[str], environment: Mapping[str, str]) -> Measured:
         return Measured(seconds, memory or None, used, out.read())
 
 
-def _runs(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it still runs after `INTERVAL`."""
+def _runs(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether it still runs after so long."""
     try:
-        process.wait(INTERVAL)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         return True
     return False

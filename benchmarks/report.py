@@ -114,7 +114,7 @@ def limit_lines(results: Results) -> list[str]:
     found = [record["throughput"] for record in results.of(LIMIT)]
     if not found:
         return []
-    plain = max(("plain", "plain, channels last"), key=lambda kind: _middle(found, kind))
+    plain = max(_plain(found[0]), key=lambda kind: _middle(found, kind))
     lines = [
         "Images in memory as tensors, of forward, backward and SGD: "
         + "; ".join(f"{kind} {_middle(found, kind):.1f} images/s" for kind in found[0])
@@ -127,9 +127,8 @@ def limit_lines(results: Results) -> list[str]:
     for row in results.group.rows:
         if not results.values(row.name, "images_per_second"):
             continue
-        ratio, compute, loading = _split(results, row.name)
-        shown = [spread(values) for values in (shares(results, row.name), ratio, compute, loading)]
-        lines.append(_line([row.name, *shown]))
+        figures = [shares(results, row.name), *_split(results, row.name)]
+        lines.append(_line([row.name, *map(spread, figures)]))
     return lines
 
 
@@ -138,19 +137,25 @@ def shares(results: Results, row: str) -> list[float]:
 
     def share(run: Record, limit: Record) -> float:
         reached = limit["throughput"]
-        return run["images_per_second"] / max(reached["plain"], reached["plain, channels last"])
+        return run["images_per_second"] / max(reached[kind] for kind in _plain(reached))
 
     return results.paired(row, LIMIT, share)
 
 
+def _plain(reached: dict[str, float]) -> list[str]:
+    return [kind for kind in reached if kind.startswith("plain")]
+
+
 def _split(results: Results, row: str) -> tuple[list[float], list[float], list[float]]:
     """How many times as fast as the tutorial loop training is, and two factors of it: the steps on
-    tensors in memory, and the rest, which is loading."""
-    kind = "cnnft" if row.startswith("cnnft") else "tutorial"
+    tensors in memory, and the rest, which is loading. Of others' loops they are not known."""
     ratios = results.paired(
         results.group.baseline, row, lambda a, b: b["images_per_second"] / a["images_per_second"]
     )
+    kind = "cnnft" if row.startswith("cnnft") else row
     limits = [record["throughput"] for record in results.of(LIMIT)]
+    if any(kind not in limit for limit in limits):
+        return ratios, [], []
     compute = [limit[kind] / limit["tutorial"] for limit in limits]
     return ratios, compute, [r / c for r, c in zip(ratios, compute, strict=False)]
 
@@ -229,7 +234,7 @@ def _as_accurate(found: Results) -> Target:
 
 
 def _flat_memory(found: Results) -> Target:
-    first, *_, last = found.group.rows
+    first, last = found.group.rows[0], found.group.rows[-1]
     least, most = found.median(first.name, "memory"), found.median(last.name, "memory")
     more = most / least if least and most else None
     return (

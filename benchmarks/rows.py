@@ -7,7 +7,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -16,6 +15,8 @@ from typing import Any
 
 from benchmarks.measure import ROOT, measure
 from benchmarks.peers import Job
+from cnnft.augmentation import view_count
+from cnnft.run import Run
 
 PYTHON = sys.executable
 VIEWS = "--feature-views"
@@ -84,7 +85,7 @@ class Setting:
     device: str = "cpu"
     bf16: bool = False
     threads: int = 1
-    copies: int = 3
+    copies: int = 10
     """How often `predict` meets each image, so that starting up does not hide the rest."""
 
     @property
@@ -227,7 +228,7 @@ def _of_run(out: str) -> Facts:
     return {
         "accuracy": result["val"]["accuracy"],
         "images_per_second": result["train"]["n"] / statistics.median(seconds),
-        "views": tomllib.loads((run / "config.toml").read_text()).get("feature_views"),
+        "views": view_count(Run(run).config()),
     }
 
 

@@ -107,19 +107,22 @@ def refusal(needed: int) -> str | None:
 
 
 @contextmanager
-def writing(needed: int) -> Iterator[None]:
+def writing(needed: int, *, wait: bool = True) -> Iterator[bool]:
     """This process alone writes to the cache, which has room for `needed` bytes more.
+
+    Gives whether that is so: unless it is to `wait`, another process may be writing.
 
     Raises:
         CnnftError: the folder cannot be written to.
     """
     with _locked() as lock:
-        if not lock.is_locked:
+        if not lock.is_locked and wait:
             _log.info("waiting for another process that writes to %s", root())
             lock.acquire()
-        _remove_unfinished()
-        _evict(limit() - needed)
-        yield
+        if lock.is_locked:
+            _remove_unfinished()
+            _evict(limit() - needed)
+        yield lock.is_locked
 
 
 def clear() -> list[Entry]:

@@ -40,8 +40,9 @@ MEMORY_SHARE = 0.3
 KEEP_EVERY = 60.0
 """Seconds after which what was computed meanwhile is written to the disk."""
 
-_FORMAT = 1
+_FORMAT = 2
 _NAME = 16  # bytes that name an image
+_FILE = 10**8  # bytes, about
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class Frozen:
 
     network: nn.Module
     cut: Cut
-    weights: str
-    """What tells it from others: a hash, and what is not in it."""
+    named: str
+    """What tells it from others: the hash of its weights, and what is not in them."""
     about: str
     """For those who look into the cache."""
     pooled: bool = False
@@ -133,7 +134,7 @@ class Activations:
 
     def __init__(self, frozen: Frozen, looks: Looks, on_disk: bool) -> None:
         self.frozen, self.looks, self.on_disk = frozen, looks, on_disk
-        what = (_FORMAT, frozen.weights, frozen.cut.first, frozen.pooled, looks.how)
+        what = (_FORMAT, frozen.named, frozen.cut.first, frozen.pooled, looks.how)
         self._key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
         self._names = [_name(row) for row in looks.rows]
         self._values, self.missing = distributed.by_main(self._read)
@@ -148,14 +149,15 @@ class Activations:
             self._fill(rows, self.frozen(pixels))
             done += len(rows)
             if time.monotonic() - written > KEEP_EVERY:  # so that an interruption loses little
-                self._write(mine[kept:done])
-                kept, written = done, time.monotonic()
+                left = len(self.missing) - kept * distributed.world
+                kept = kept if self._keep(mine[kept:done], left) else done
+                written = time.monotonic()
             yield min(done * distributed.world, len(self.missing))
         if distributed.world > 1:
             parts = [] if self._values is None else [(mine, self._values[mine])]
             for rows, values in distributed.gather(parts):
                 self._fill(rows, values)
-        distributed.by_main(self._write_rest)
+        distributed.by_main(self._keep_rest)
 
     @property
     def values(self) -> Tensor:
@@ -182,17 +184,35 @@ class Activations:
                     values[row] = value
         return values, sorted(row for some in rows.values() for row in some)
 
-    def _write_rest(self) -> None:
+    def _keep_rest(self) -> None:
         """Those of the missing that this machine's disk does not have by now."""
         missing = {self._names[row] for row in self.missing}
-        for names, _ in _stored(self._key, missing) if self.on_disk else ():
+        for names, _ in _stored(self._key, missing) if missing and self.on_disk else ():
             missing -= set(names)
-        self._write([row for row in self.missing if self._names[row] in missing])
+        rows = [row for row in self.missing if self._names[row] in missing]
+        reason = self._keep(rows, len(rows))
+        if reason is not None:
+            _log.info("features are not kept for later runs: %s", reason)
 
-    def _write(self, rows: list[int]) -> None:
-        if self.on_disk and rows:
-            names = [self._names[row] for row in rows]
-            _write(self._key, names, self.values[rows], self.frozen.about)
+    def _keep(self, rows: Sequence[int], left: int) -> str | None:
+        """Write them to the disk; or why not, such as that it has no room for all that are left."""
+        if not self.on_disk or not rows:
+            return None
+        each = self.values[0].nbytes
+        if reason := cachefolder.refusal(left * each):
+            return reason
+        try:
+            with cachefolder.writing(len(rows) * each, wait=False) as alone:
+                if not alone:
+                    return "another process is writing to the cache"
+                size = max(_FILE // each, 1)
+                for start in range(0, len(rows), size):  # of each part there are copies
+                    part = rows[start : start + size]
+                    names = [self._names[row] for row in part]
+                    _write(self._key, names, self.values[part], self.frozen.about)
+        except CnnftError as error:
+            return str(error)
+        return None
 
 
 def fits(frozen: Frozen, size: int, count: int) -> bool:
@@ -228,15 +248,7 @@ def _write(key: str, names: Sequence[bytes], values: Tensor, about: str) -> None
     joined = b"".join(names)
     tensors = {"names": torch.frombuffer(bytearray(joined), dtype=torch.uint8).reshape(-1, _NAME)}
     path = _folder() / f"{key}-{hashlib.sha256(joined).hexdigest()[:16]}.safetensors"
-    reason = cachefolder.refusal(values.nbytes)
-    if reason is not None:
-        _log.info("features are not kept for later runs: %s", reason)
-        return
-    try:
-        with cachefolder.writing(values.nbytes):
-            write_whole(path, to_safetensors(tensors | {"values": values}, {"about": about}))
-    except CnnftError as error:
-        _log.warning("features are not kept for later runs: %s", error)
+    write_whole(path, to_safetensors(tensors | {"values": values}, {"about": about}))
 
 
 def kept_batches(

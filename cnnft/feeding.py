@@ -85,31 +85,32 @@ class Feed:
         return any(distributed.anywhere(stop()))
 
     def _keep(self) -> Generator[Kept]:
-        config = self.plan.config
-        frozen = self._frozen()
-        if frozen is None:
+        config, views = self.plan.config, self.plan.batches.views
+        frozen = None if views is None else self._frozen(views)
+        if frozen is None or views is None:
             yield from keep([self.images, self.val_images], config.cache, config.epochs)
             return
         on_disk = config.cache != "ram"
-        train = Activations(frozen, self._training_looks(), on_disk)
+        train = Activations(frozen, self._training_looks(views), on_disk)
         val = Activations(frozen, self._validation_looks(), on_disk)
         if len(train.missing) > len(self.plan.train):  # of several views
-            yield from keep([self.images], config.cache, len(train.looks.rows))
+            yield from keep([self.images], config.cache, views)
         total = len(train.missing) + len(val.missing)
         for part, before in ((train, 0), (val, len(train.missing))):
             for done in part.compute():
                 yield Kept(before + done, total, "computing features of")
         if not total:
             _log.info("the frozen layers have seen all images before (%s)", cachefolder.root())
+        self.images.store = None  # seen for the last time
         self._cut = frozen.cut
         self._activations = train.values.unflatten(0, (-1, len(self.plan.train)))
         self.validation = ViewBatches(val.values, config.images_at_once)
 
-    def _frozen(self) -> Frozen | None:
+    def _frozen(self, views: int) -> Frozen | None:
         """The part of the network whose activations are worth keeping; None: there is none."""
         plan, classifier = self.plan, self.plan.classifier
-        config, views = plan.config, plan.batches.views
-        if views is None or config.cache == "off" or config.mixup or config.cutmix:
+        config = plan.config
+        if config.cache == "off" or config.mixup or config.cutmix:
             return None
         if plan.teachers and augmentation(config).random:  # they look at pixels in every step
             return None
@@ -132,13 +133,11 @@ class Feed:
             return None
         return frozen
 
-    def _training_looks(self) -> Looks:
+    def _training_looks(self, views: int) -> Looks:
         config, names = self.plan.config, self.plan.train.names
-        count = self.plan.batches.views
-        assert count is not None
         spec, parts = self.plan.classifier.input_spec, augmentation(config)
         how = ("training", spec, parts, config.seed, self.images.files.pixels, decoder_versions())
-        keys: list[Key] = [(view, index) for view in range(count) for index in range(len(names))]
+        keys: list[Key] = [(view, index) for view in range(views) for index in range(len(names))]
         rows = [(view, names[index]) for view, index in keys]
 
         def pixels(some: Sequence[int]) -> Iterator[Tensor]:

@@ -29,6 +29,7 @@ def folded(network: nn.Module, size: int, changing: Collection[str] = ()) -> nn.
     return substituted(network, folds(network, size, changing)).eval()
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU's would hide what is compared
 @torch.no_grad()
 def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict[str, nn.Module]:
     """Path of a module -> what takes its place; empty where nothing can be folded.

@@ -35,7 +35,7 @@ RESOLUTION = 2.0
 MEMORY_SHARE = 0.5
 """Of the free memory may be filled with pixels."""
 
-_FORMAT = 1
+_FORMAT = 2
 _SAMPLED = 1000  # images whose sizes tell how much all of them take
 _MARGIN = 1.05  # for the others
 _UNDER_WAY = 32  # decoded images that wait to be kept: a few large ones fill the memory

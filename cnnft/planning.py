@@ -36,7 +36,7 @@ from cnnft.optim import (
     state_per_weight,
 )
 from cnnft.pretrained import LoadedWeights, backbone_hash
-from cnnft.probing import ends_linearly, install, probe, wants_probe
+from cnnft.probing import install, probe, takes_probe, wants_probe
 from cnnft.run import Run
 from cnnft.teaching import open_teachers
 from cnnft.tensorboard import require_tensorboard
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is settled before the first step; nothing has been written yet."""
+    """Everything that is settled before the first step; of a run nothing has been written yet."""
 
     config: Config
     """Settled: no mode auto any more."""
@@ -110,22 +110,21 @@ def prepare(
     _warn_of_known(config, found.val)
     backbone = _open(config, len(found.train.classes), device)
     spec = _input_spec(config, backbone.input_spec, found.train, workers)
-    probed = None
-    if (wants_probe(config) and not restored) or config.mode == "auto":
+    probed, starts_from_probe = None, False
+    if config.mode == "auto" or (wants_probe(config) and not restored):
         probed = probe(config, backbone, spec, found.train, workers)
+    elif wants_probe(config):  # the rates depend on whether there was one
+        starts_from_probe = takes_probe(backbone, spec)
     if asked == "auto":
         assert probed is not None and probed.advice is not None
         config = replace(config, **probed.advice.cell.settings)
         if _auxiliary(config):
             backbone = _open(config, len(found.train.classes), device)
     network, head = backbone.network, _new_head(config, backbone)
-    starts_from_probe = probed is not None and probed.fitted is not None and wants_probe(config)
-    if restored and wants_probe(config):  # the rates depend on whether there was one
-        starts_from_probe = ends_linearly(backbone, spec)
-    elif starts_from_probe:
-        assert probed is not None and probed.fitted is not None
+    if probed is not None and probed.fitted is not None and wants_probe(config):
         install(network, head, probed.fitted)
-    elif config.probe_first:
+        starts_from_probe = True
+    if config.probe_first and not starts_from_probe:
         raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
     freeze(network, head, backbone.stages, config.mode, config.train_stages)
     if config.dropout:

@@ -1,7 +1,7 @@
 """The linear probe: what a linear classifier makes of frozen features."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -62,14 +62,18 @@ def wants_probe(config: Config) -> bool:
 def probe(
     config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
 ) -> Probed:
-    """Fit a linear classifier on frozen features of the training images, each content once."""
-    linear = ends_linearly(backbone, spec)
+    """Fit a linear classifier on frozen features of the training images, each content once.
+
+    Afterwards all but the head is frozen, and the head is drawn anew.
+    """
+    cut = _cut_before_head(backbone, spec)
+    linear = _is_linear(backbone, cut)
     if not linear and config.mode != "auto":
         return Probed(None, None)
     first = {digest: i for i, digest in reversed(list(enumerate(samples.hashes)))}
     samples = samples.take(sorted(first.values()))
     _log.info("probing the frozen features of %d training images", len(samples))
-    values = _features(config, backbone, spec, samples, workers)
+    values = _features(cut or _inside_head(backbone), config, backbone, spec, samples, workers)
     labels, counts = torch.tensor(samples.labels), samples.counts()
     classes = len(samples.classes)
     fitted = distributed.by_main(lambda: fit_probe(values, labels, classes, config.seed))
@@ -77,34 +81,50 @@ def probe(
     return Probed(advice, fitted if linear else None)
 
 
-def ends_linearly(backbone: Backbone, spec: InputSpec) -> bool:
-    """Whether the head is one linear layer, and nothing follows it."""
+def takes_probe(backbone: Backbone, spec: InputSpec) -> bool:
+    """Whether the head is one linear layer, and nothing follows it, so that `probe` fits one.
+
+    Does to the network what `probe` does.
+    """
+    return _is_linear(backbone, _cut_before_head(backbone, spec))
+
+
+def _cut_before_head(backbone: Backbone, spec: InputSpec) -> Cut | None:
     network, head = backbone.network, backbone.head
     initialise(network, head, "default")  # behind heads of zeros, which some have, nothing is seen
     freeze(network, head, backbone.stages, "feature-extractor")
-    cut = distributed.by_main(lambda: find_cut(network, spec.size, evaluating=True))
-    tail = None if cut is None else cut.tail(network)
+    return distributed.by_main(lambda: find_cut(network, spec.size, evaluating=True))
+
+
+def _is_linear(backbone: Backbone, cut: Cut | None) -> bool:
+    tail = None if cut is None else cut.tail(backbone.network)
     return isinstance(tail, nn.Linear) and tail.bias is not None
 
 
+def _inside_head(backbone: Backbone) -> Cut:
+    """One of several heads on different features, which distilled networks have."""
+    layers = {name.rpartition(".")[0] for name in backbone.head}
+    return Cut(min(path for path in layers if "aux" not in path.lower()), frozenset())
+
+
 def _features(
-    config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
+    cut: Cut, config: Config, backbone: Backbone, spec: InputSpec, samples: Samples, workers: int
 ) -> Tensor:
     """(N, D): what enters the head, of each image as evaluation sees it."""
-    layers = {name.rpartition(".")[0] for name in backbone.head}
-    about = f"{backbone.identity.name}, {len(samples)} images of {Path(config.data).name} (probe)"
     frozen = Frozen.before(
-        Cut(min(layers), frozenset()),  # of several heads, which distilled networks have, one
+        cut,
         backbone.network,
         spec.size,
         identity=backbone.identity,
         weights=backbone_hash(backbone.network, backbone.head),
-        about=about,
+        about=f"{backbone.identity.name}, {len(samples)} of {Path(config.data).name} (probe)",
         pooled=True,
     )
     pinned = next(backbone.network.parameters()).device.type == "cuda"
-    crops = ImageFiles(samples.paths, crop=spec)
-    looks = evaluation_looks(samples, spec, crops, config.images_at_once, workers, pinned)
+    crops, size = ImageFiles(samples.paths, crop=spec), config.images_at_once
+    looks = evaluation_looks(samples, spec, crops, size, workers, pinned)
+    # A probe magnifies the last digits, which depend on how they are computed.
+    looks = replace(looks, how=(looks.how, size, torch.get_num_threads()))
     activations = Activations(frozen, looks, config.cache in ("auto", "disk"))
     for _ in activations.compute():
         pass

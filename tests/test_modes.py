@@ -193,8 +193,10 @@ def test_auxiliary_classifiers_are_head_and_belong_to_finetuning_alone(tmp_path:
             Config(
                 data, backbone="torchvision/inception_v3", pretrained=False, mode=mode, epochs=1,
                 workers=0, batch_size=4, runs_dir=tmp_path / "runs", device="cpu",
+                probe_first=used or None,
             )
         )  # fmt: skip
+        assert plan.probed is used
         network = plan.classifier.network
         assert hasattr(network, "AuxLogits") and (network.AuxLogits is not None) is used
         auxiliary = {name for name, _ in network.named_parameters() if "AuxLogits.fc" in name}

@@ -435,4 +435,4 @@ def test_processes_share_what_the_disk_has(photos: Path, tmp_path: Path, cache_f
     _, err = started.communicate(timeout=300)
     assert started.returncode == 0, err
     assert err.count("decoding 12 images once") == 1
-    assert len(list(cache_folder.rglob("*.safetensors"))) == 2
+    assert len(list(cache_folder.glob("pixels/*.safetensors"))) == 2
