@@ -218,7 +218,8 @@ class Activations:
 def fits(frozen: Frozen, size: int, count: int) -> bool:
     """Whether memory has room for what becomes of `count` images of size × size."""
     needed = count * frozen(example(frozen.network, size))[0].nbytes
-    return needed <= MEMORY_SHARE * available(torch.device("cpu"))
+    copies = 1 if distributed.world == 1 else 3  # which processes that exchange them make
+    return copies * needed <= MEMORY_SHARE * available(torch.device("cpu"))
 
 
 def _name(image: object) -> bytes:
