@@ -46,7 +46,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("pair")
     data = draw_folder(folder / "data" / "train", ("ants", "bees"), 4).parent
     draw_folder(data / "val", ("ants", "bees"), 20, first_seed=100)
-    better = noisy(data, folder, seed=1, backbone="builtin", pretrained=True, head_lr=0.02)
+    better = noisy(data, folder, seed=1, backbone="builtin", pretrained=True, head_lr=0.01)
     return noisy(data, folder, seed=2), better
 
 

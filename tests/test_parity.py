@@ -143,7 +143,8 @@ def test_timm_opens_a_run_and_gives_the_same_logits(trained, finetuned, tmp_path
     photo = draw(tmp_path / "photo.jpg", 1, 0, size=(301, 200))
     for run in (trained, finetuned):
         ours = load(run).logits(read_image(photo))
-        torch.testing.assert_close(timm_logits(run, photo), ours, rtol=0, atol=1e-6)
+        # a few units in the last place: kernels add in another order where weights lie otherwise
+        torch.testing.assert_close(timm_logits(run, photo), ours, rtol=5e-7, atol=1e-6)
 
 
 def test_timm_opens_a_run_with_constructor_arguments(flat, tmp_path):
