@@ -200,6 +200,8 @@ def _report(
     parts = [_conditions(setting, options, train, val)]
     for group in groups:
         found = records.of(group)
+        if not found.records:
+            continue
         parts.append(f"### {group.kind}: {group.network}")
         parts.append(
             growth_table(found)

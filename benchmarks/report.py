@@ -196,10 +196,10 @@ def _targets(found: Results, bound: Bound, epochs: int) -> Iterable[Target]:
 
 def _faster_than_the_tutorial(found: Results, bound: float, epochs: int) -> Target:
     faster = found.ratios("cnnft, K = 1")
-    beyond = [
-        _beyond_start_up(found, *row) for row in (("tutorial",) * 2, ("cnnft, K = 1", "cnnft"))
-    ]
-    without = f"; without start-up of both {beyond[0] / beyond[1]:.1f}" if all(beyond) else ""
+    baseline = _beyond_start_up(found, "tutorial", "tutorial")
+    own = _beyond_start_up(found, "cnnft, K = 1", "cnnft")
+    beyond = [a / b for a, b in zip(baseline, own, strict=False)]
+    without = f"; without start-up of both {spread(beyond)}" if beyond else ""
     return (
         f"with K = 1 at least {TIMES_FASTER} times as fast as the tutorial loop",
         f"{spread(faster)}{without}; the bound is {bound:.1f}",
@@ -207,16 +207,13 @@ def _faster_than_the_tutorial(found: Results, bound: float, epochs: int) -> Targ
     )
 
 
-def _beyond_start_up(found: Results, row: str, of: str) -> float:
-    """Seconds of the row without those of imports; 0 where not both are known."""
-    whole, start_up = (found.median(r, "seconds") for r in (row, f"start-up of {of}"))
-    return whole - start_up if whole and start_up else 0.0
+def _beyond_start_up(found: Results, row: str, of: str) -> list[float]:
+    """Seconds of the row without those of imports, by rounds."""
+    return found.paired(row, f"start-up of {of}", lambda a, b: a["seconds"] - b["seconds"])
 
 
 def _a_second_run(found: Results) -> Target:
-    beyond = found.paired(
-        "cnnft, again", "start-up of cnnft", lambda a, b: a["seconds"] - b["seconds"]
-    )
+    beyond = _beyond_start_up(found, "cnnft, again", "cnnft")
     return (
         f"a second run under {SECOND_RUN:g} s plus start-up",
         f"{spread(beyond, '.1f')} s",

@@ -1,11 +1,12 @@
 """cnnft export: three formats that predict as the run does, or a refusal that writes nothing."""
 
 import errno
+import gc
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ from cnnft.transforms import EvaluationViews
 Cli = Callable[..., Outcome]
 
 BUILTIN = Path(package.__file__).parent / "weights" / "builtin" / "model.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_sessions_are_left() -> Iterator[None]:
+    """ONNX sessions have threads: processes that are forked later would wait for them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ random instant between the start of the command and the time that the whole trai
 """
 
 import argparse
+import gc
 import mmap
 import os
 import random
@@ -139,6 +140,7 @@ def start(
     pid = os.fork()
     if pid:
         return Training(pid, phase, said)
+    gc.freeze()  # what this process inherits may wait, when it dies, for threads that are not here
     try:
         os.setsid()
         with said.open("wb") as file:
