@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.bench import result_of
+from benchmarks.bench import KINDS, result_of
 from benchmarks.limit import throughput
 from benchmarks.measure import ROOT, FailedError, measure, memory_of
 from benchmarks.peers import PEERS, Job
@@ -138,11 +138,11 @@ def test_growth_is_told_of_the_first():
     assert growth_table(found).splitlines()[-1] == "| 1,000 images | 5.0 | 2.50 | 100 | 1.00 |"
 
 
-@pytest.mark.slow
-def test_the_whole_command(tmp_path):
+@pytest.mark.parametrize("kinds", [("inference",), pytest.param(KINDS, marks=pytest.mark.slow)])
+def test_the_whole_command(tmp_path, kinds):
     def bench() -> subprocess.CompletedProcess[str]:
         results = f"--results={tmp_path / 'results.jsonl'}"
-        command = [sys.executable, "-m", "benchmarks.bench", *QUICK, results]
+        command = [sys.executable, "-m", "benchmarks.bench", *QUICK, results, "--kinds", *kinds]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done
