@@ -65,12 +65,11 @@ def find_cut(network: nn.Module, size: int, *, evaluating: bool = False) -> Cut 
     """
     pixels = example(network, size)
     train_mode(network)
-    changing = {module for module in network.modules() if module.training and _varies(module)}
-    changing = set() if evaluating else changing
+    varying = [] if evaluating else [m for m in network.modules() if m.training and _varies(m)]
     network.eval()
     with torch.inference_mode():
         for opened in (True, False):
-            cut = _find(network, pixels, dict(_units(network, opened)), changing)
+            cut = _find(network, pixels, dict(_units(network, opened)), set(varying))
             if cut is not None:
                 return cut
     return None

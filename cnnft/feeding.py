@@ -86,8 +86,7 @@ class Feed:
 
     def _keep(self) -> Generator[Kept]:
         config, views = self.plan.config, self.plan.batches.views
-        frozen = None if views is None else self._frozen(views)
-        if frozen is None or views is None:
+        if views is None or (frozen := self._frozen(views)) is None:
             yield from keep([self.images, self.val_images], config.cache, config.epochs)
             return
         on_disk = config.cache != "ram"

@@ -28,7 +28,6 @@ _MOST = 5000  # images that cross-validation looks at
 _MOST_FITTED = 50_000
 _LEAST_SPREAD = 0.01  # of the median feature's
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +44,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Probed:
+    """What a probe of the training images found."""
+
     advice: Advice | None
     fitted: Probe | None
     """None where the classifier is no single linear layer, which it could be."""
