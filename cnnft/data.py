@@ -290,11 +290,20 @@ def check(samples: Samples, *, on_file: Callable[[], object] = lambda: None) -> 
         on_file()
     found = distributed.gather(found)
     skipped = [*samples.skipped, *(file for file in found if isinstance(file, Skipped))]
-    return replace(
+    readable = replace(
         samples.take(i for i, file in enumerate(found) if isinstance(file, str)),
         hashes=tuple(digest for digest in found if isinstance(digest, str)),
         skipped=tuple(sorted(skipped, key=lambda file: file.path)),
     )
+    return replace(by_content(readable), skipped=readable.skipped)
+
+
+def by_content(samples: Samples) -> Samples:
+    """Ordered by (class, SHA-256, occurrence): the same images in the same order, whatever held
+    them, so that everything that is drawn from positions is drawn alike.
+    """
+    keys = list(zip(samples.labels, samples.hashes, strict=True))
+    return samples.take(sorted(range(len(samples)), key=keys.__getitem__))
 
 
 def in_threads(

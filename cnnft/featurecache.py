@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cnnft import __version__, cachefolder, distributed
+from cnnft.acceleration import float32_at_least
 from cnnft.batches import (
     IGNORED,
     Images,
@@ -80,7 +81,7 @@ class Frozen:
         return cls(folded(network, size, changing(network)), cut, named, about, pooled)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> activations (B, ...), float32, on the CPU.
+        """(B, 3, H, W) -> activations (B, ...), float32 or more, on the CPU.
 
         Raises:
             NotANumberError: they are NaN.
@@ -88,7 +89,7 @@ class Frozen:
         device = next(self.network.parameters()).device
         with torch.inference_mode():
             pixels = pixels.to(device, non_blocking=True)
-            values = self.cut.activations(self.network.eval(), pixels).float()
+            values = float32_at_least(self.cut.activations(self.network.eval(), pixels))
             if self.pooled and values.ndim > 2:
                 values = values.mean(dim=(2, 3) if values.ndim == 4 else 1)
         return require_numbers(values.cpu())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cnnft import distributed
-from cnnft.acceleration import autocast, keep_freed_memory
+from cnnft.acceleration import autocast, float32_at_least, keep_freed_memory
 from cnnft.batches import Views
 from cnnft.config import Precision
 from cnnft.errors import CnnftError, UsageError, first_line
@@ -26,7 +26,7 @@ class Ensemble(nn.Module):
         self.networks = nn.ModuleList(networks)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        log_probs = [network(pixels).float().log_softmax(dim=1) for network in self.networks]
+        log_probs = [float32_at_least(n(pixels)).log_softmax(dim=1) for n in self.networks]
         return torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))
 
 
@@ -58,7 +58,7 @@ def _log_probs(network: nn.Module, pixels: Tensor | None, precision: Precision) 
     images, views = pixels.shape[:2]
     with autocast(precision, device):
         logits = network(pixels.flatten(0, 1).to(device, non_blocking=True))
-    log_probs = logits.float().log_softmax(dim=1).unflatten(0, (images, views))
+    log_probs = float32_at_least(logits).log_softmax(dim=1).unflatten(0, (images, views))
     return log_probs.logsumexp(dim=1) - math.log(views)
 
 
