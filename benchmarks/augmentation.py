@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
-from cnnft.augmentation import PRESETS, training_transform
-from cnnft.batches import TrainingImages
-from cnnft.data import Samples, image_files
-from cnnft.transforms import InputSpec
+from cnnft.data.augmentation import PRESETS, training_transform
+from cnnft.data.dataset import Samples
+from cnnft.data.loading import TrainingImages
+from cnnft.data.sources import image_files
+from cnnft.data.transforms import InputSpec
 
 
 def seconds(dataset: TrainingImages, epoch: int) -> float:

@@ -33,7 +33,7 @@ from benchmarks.report import (
 )
 from benchmarks.rows import Group, Row, Setting, inference, training
 from benchmarks.synthetic import draw_images, random_weights
-from cnnft.environment import environment
+from cnnft.machine.environment import environment
 from tools.document import fill
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"

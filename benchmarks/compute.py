@@ -31,9 +31,9 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 from torch import Tensor, nn
 
 from cnnft import load
-from cnnft.acceleration import autocast, keep_freed_memory, place
-from cnnft.data import image_files
-from cnnft.folding import folded
+from cnnft.data.sources import image_files
+from cnnft.machine.devices import autocast, keep_freed_memory, place
+from cnnft.models.surgery.fold import folded
 
 CPU = torch.device("cpu")
 ROUNDS = 5
@@ -126,12 +126,12 @@ spent["timm"] = time.process_time()
 import cnnft.cli.finetune, cnnft.finetuning
 spent["cnnft"] = time.process_time()
 from cnnft import Config
-from cnnft.finetuning import carry_out
-from cnnft.planning import prepare
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
 with tempfile.TemporaryDirectory() as runs:
-    plan = prepare(Config(sys.argv[1], backbone=sys.argv[2], runs_dir=runs, workers=0, cache="off"))
+    plan = prepare(Config.of(sys.argv[1], backbone=sys.argv[2], runs_dir=runs, workers=0, cache="off"))
     spent["data, backbone and probe"] = time.process_time()
-    events = carry_out(plan)
+    events = run_plan(plan)
     assert any(type(event).__name__ == "StepDone" for event in events)
     spent["first step"] = time.process_time()
     events.close()

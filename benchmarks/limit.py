@@ -23,9 +23,10 @@ from torch.optim.lr_scheduler import ConstantLR
 
 from benchmarks import tutorial
 from benchmarks.peers import Job
-from cnnft.acceleration import keep_freed_memory, place
-from cnnft.batches import KeyedBatches
-from cnnft.training import TrainState, train
+from cnnft.data.sampler import KeyedBatches
+from cnnft.machine.devices import keep_freed_memory, place
+from cnnft.training.state import TrainState
+from cnnft.training.step import train
 
 Batch = tuple[Tensor, Tensor]
 Kinds = dict[str, tuple[Callable[[Batch], object], Batch]]

@@ -193,7 +193,7 @@ def _timm_accuracy(job: Job, network: nn.Module, loader: Iterable[tuple[Tensor, 
 
 def fastai(job: Job) -> Outcome:
     """vision_learner with its own head, Adam and one-cycle schedule, and as many workers as there
-    are processors. Frozen, it trains the BatchNorm layers too, as is its default.
+    are processors. FeatureExtractor, it trains the BatchNorm layers too, as is its default.
     """
     from fastai.vision.all import (
         FlipItem,

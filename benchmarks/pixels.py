@@ -29,16 +29,18 @@ import torch
 from PIL import Image
 
 from cnnft import Config, load
-from cnnft.augmentation import training_transform
-from cnnft.batches import ImageFiles, TrainingImages, view_batches
-from cnnft.data import Samples, check, find_split, image_files, scan
-from cnnft.finetuning import carry_out
-from cnnft.images import FULL, PixelSpec, read_image
-from cnnft.inference import infer_all
-from cnnft.pixelcache import KeptImages, keep
-from cnnft.planning import prepare
-from cnnft.run import Epoch
-from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.cache.pixels import CachedImages, keep
+from cnnft.data.augmentation import training_transform
+from cnnft.data.dataset import Samples
+from cnnft.data.images import FULL, PixelSpec, read_image
+from cnnft.data.loading import ImageFiles, TrainingImages, view_batches
+from cnnft.data.reading import check
+from cnnft.data.sources import find_split, image_files, scan
+from cnnft.data.transforms import EvaluationViews, InputSpec
+from cnnft.inference.predict import infer_all
+from cnnft.runs.run import Epoch
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
 
 FACTORS = 8 / 7, 1.5, 2.0
 """Resolutions of the copy, in sides of the network's input; 8/7 is evaluation's own."""
@@ -52,7 +54,7 @@ def loading(options: argparse.Namespace) -> None:
     for factor in (*FACTORS, None):
         pixels = FULL if factor is None else PixelSpec(round(factor * options.size))
         kept = [
-            KeptImages(ImageFiles(samples.paths, pixels), samples.hashes, "benchmark")
+            CachedImages(ImageFiles(samples.paths, pixels), samples.hashes, "benchmark")
             for _ in range(3)
         ]
         for images, cache in zip(kept, ("off", "ram", "disk"), strict=True):
@@ -78,14 +80,14 @@ def training(options: argparse.Namespace) -> None:
     print("| --cache | first epoch | each later one |\n|---|---|---|")
     for cache in ("off", "ram", "disk", "disk"):
         with tempfile.TemporaryDirectory() as runs:
-            config = Config(
+            config = Config.of(
                 options.folder, backbone=options.backbone, mode=options.mode, cache=cache,
                 epochs=options.epochs, workers=0, runs_dir=runs, probe_first=False,
                 image_size=options.size,
             )  # fmt: skip
             plan = prepare(config)
             ends = [time.process_time()]
-            for event in carry_out(plan):
+            for event in run_plan(plan):
                 if isinstance(event, Epoch):
                     ends.append(time.process_time())
         first, *later = (end - start for start, end in pairwise(ends))
@@ -94,7 +96,7 @@ def training(options: argparse.Namespace) -> None:
 
 def finish(plan) -> list[dict[str, str]]:
     """The rows of the history."""
-    for event in carry_out(plan):
+    for event in run_plan(plan):
         last = event
     with (last.run.path / "history.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -155,7 +157,7 @@ def accuracy(options: argparse.Namespace) -> None:
         for factor in (None, *FACTORS):
             side = "full" if factor is None else round(factor * options.size)
             with tempfile.TemporaryDirectory() as runs:
-                config = Config(
+                config = Config.of(
                     options.folder, backbone=options.backbone, epochs=options.epochs, seed=seed,
                     image_size=options.size, train_resolution=side, workers=0, runs_dir=runs,
                 )  # fmt: skip

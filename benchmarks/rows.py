@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.measure import ROOT, measure
 from benchmarks.peers import Job
-from cnnft.augmentation import view_count
-from cnnft.run import Run
+from cnnft.data.augmentation import view_count
+from cnnft.runs.run import Run
 
 PYTHON = sys.executable
 VIEWS = "--feature-views"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from cnnft.data import check, scan
+from cnnft.data.reading import check
+from cnnft.data.sources import scan
 
 FOLDERS = 30
 

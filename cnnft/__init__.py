@@ -12,18 +12,18 @@ __version__ = "0.1.0"
 __all__ = ["CnnftError", "Config", "finetune", "load"]
 
 if TYPE_CHECKING:
-    from cnnft.classifier import load
-    from cnnft.config import Config
+    from cnnft.config.schema import Config
     from cnnft.errors import CnnftError
-    from cnnft.finetuning import finetune
+    from cnnft.inference.storage import load
+    from cnnft.training.finetune import finetune
 
 
 def __getattr__(name: str) -> Any:
     # Lazy, because `cnnft --help` imports this package and must not wait for torch.
     homes = {
-        "finetune": "finetuning",
-        "load": "classifier",
-        "Config": "config",
+        "finetune": "training.finetune",
+        "load": "inference.storage",
+        "Config": "config.schema",
         "CnnftError": "errors",
     }
     if name not in homes:

@@ -17,10 +17,10 @@ from conftest import draw_folder
 from safetensors.torch import save_file
 
 from cnnft import Config
-from cnnft.finetuning import carry_out
-from cnnft.planning import prepare
-from cnnft.run import Epoch
-from cnnft.training import StepDone
+from cnnft.runs.run import Epoch
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.step import StepDone
 
 LOSSES = Path(__file__).parent / "losses"
 MODES = ("finetune", "feature-extractor")
@@ -83,14 +83,14 @@ def run_losses(folder: Path, settings: dict[str, Any], mode: str) -> dict[str, l
     """Train three epochs; the objective of every step, and the losses of every epoch."""
     if settings.get("teacher"):
         settings = settings | {"teacher": (str(folder / "runs" / "teacher"),)}
-    config = Config(**{
+    config = Config.of(**{
         "data": folder / "data", "backbone": f"local-dir:{folder / 'backbone'}", "mode": mode,
         "runs_dir": folder / "runs", "epochs": 3, "workers": 0, "device": "cpu", "cache": "ram",
         "batchnorm": "train", "probe_first": False, **settings,
     })  # fmt: skip
     losses: dict[str, list[float]] = {"step": [], "train": [], "val": []}
     with in_float64():
-        for event in carry_out(prepare(config)):
+        for event in run_plan(prepare(config)):
             if isinstance(event, StepDone):
                 losses["step"].append(event.loss.item())
             elif isinstance(event, Epoch):

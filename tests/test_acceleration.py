@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
-from cnnft.acceleration import choose_precision, place
 from cnnft.errors import UsageError
+from cnnft.machine.devices import choose_precision, place
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ def test_weights_channels_last_are_the_same_weights_and_the_same_function() -> N
 
 PAGES = """
 import resource, sys, torch
-from cnnft.acceleration import keep_freed_memory
+from cnnft.machine.devices import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def faults():

@@ -37,8 +37,12 @@ def test_settings_win_over_the_recipe(flat, tmp_path):
         runs_dir=tmp_path, workers=0, batch_size=10,
     )  # fmt: skip
     config = run.config()
-    assert (config.head_lr, config.lr, config.schedule) == (0.001, None, "step")
-    assert (config.epochs, config.batch_size) == (1, 10)
+    assert (config.optim.head_lr, config.optim.lr, config.schedule.schedule) == (
+        0.001,
+        None,
+        "step",
+    )
+    assert (config.training.epochs, config.training.batch_size) == (1, 10)
 
 
 def test_unknown_settings_and_recipes_are_told(flat):
@@ -56,7 +60,7 @@ def test_mistakes_raise_the_public_error(tmp_path):
 
 
 def test_a_config_survives_its_dictionary(tmp_path):
-    config = Config(tmp_path, epochs=3, lr=0.1, name="x", force=True)
+    config = Config.of(tmp_path, epochs=3, lr=0.1, name="x", force=True)
     values = config.to_dict()
     assert "force" not in values and "head_lr" not in values
     again = Config.from_dict(values, "test")

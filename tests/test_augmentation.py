@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
 from cnnft import Config
-from cnnft.augmentation import (
+from cnnft.data.augmentation import (
     PRESETS,
     Augmentation,
     Lighting,
@@ -25,11 +25,12 @@ from cnnft.augmentation import (
     mixing,
     training_transform,
 )
-from cnnft.batches import IGNORED, KeyedBatches, TrainingImages, training_batches
-from cnnft.data import scan
-from cnnft.images import read_image
-from cnnft.training import EpochDone, train
-from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.data.images import read_image
+from cnnft.data.loading import TrainingImages, training_batches
+from cnnft.data.sampler import IGNORED, KeyedBatches
+from cnnft.data.sources import scan
+from cnnft.data.transforms import EvaluationViews, InputSpec
+from cnnft.training.step import EpochDone, train
 
 Cli = Callable[..., Outcome]
 SPEC = InputSpec(32, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -133,7 +134,7 @@ def test_lighting_follows_the_principal_axes() -> None:
 
 
 def config(**more: object) -> Config:
-    return Config("data", **more)
+    return Config.of("data", **more)
 
 
 MIXES = {"mixup": {"mixup": 0.4}, "cutmix": {"cutmix": 1}, "both": {"mixup": 0.4, "cutmix": 1}}

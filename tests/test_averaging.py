@@ -8,15 +8,15 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from cnnft import finetune, load
-from cnnft.averaging import equal_average, recalibrate, running_average
-from cnnft.batches import Views
-from cnnft.config import Config
-from cnnft.constraints import gradient_rules, weight_rules
-from cnnft.finetuning import carry_out
-from cnnft.inference import Ensemble
-from cnnft.planning import prepare
-from cnnft.run import Epoch, Run
-from cnnft.schedules import make_schedule
+from cnnft.config.schema import Config
+from cnnft.data.loading import Views
+from cnnft.inference.predict import Ensemble
+from cnnft.runs.run import Epoch, Run
+from cnnft.training.averaging import equal_average, recalibrate, running_average
+from cnnft.training.constraints import gradient_rules, weight_rules
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.schedules import make_schedule
 
 
 class Weight(nn.Module):
@@ -91,9 +91,9 @@ def test_l1_adds_its_gradient_to_what_decays_before_clipping():
     with torch.no_grad():
         network.weight.copy_(torch.tensor([[2.0, -3.0]]))
     network.weight.grad, network.bias.grad = torch.tensor([[1.0, 1.0]]), torch.tensor([2.0])
-    gradient_rules(network, Config("x", l1=0.5))()
+    gradient_rules(network, Config.of("x", l1=0.5))()
     assert network.weight.grad.tolist() == [[1.5, 0.5]] and network.bias.grad.tolist() == [2.0]
-    gradient_rules(network, Config("x", clip_grad=0.5))()
+    gradient_rules(network, Config.of("x", clip_grad=0.5))()
     total = torch.cat([network.weight.grad.flatten(), network.bias.grad]).norm()
     assert float(total) == pytest.approx(0.5)
 
@@ -101,7 +101,7 @@ def test_l1_adds_its_gradient_to_what_decays_before_clipping():
 def test_l1_alone_brings_a_weight_to_zero_and_max_norm_shortens_long_rows_only():
     network = Weight(0.3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    rule = gradient_rules(network, Config("x", l1=0.5))
+    rule = gradient_rules(network, Config.of("x", l1=0.5))
     for _ in range(6):  # 0.3 / (0.1 · 0.5) = 6 steps
         network.weight.grad = torch.zeros(1, 1)
         rule()
@@ -110,13 +110,13 @@ def test_l1_alone_brings_a_weight_to_zero_and_max_norm_shortens_long_rows_only()
     head = nn.Linear(2, 2)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
-    weight_rules(head, frozenset({"weight", "bias"}), Config("x", max_norm=2.0))()
+    weight_rules(head, frozenset({"weight", "bias"}), Config.of("x", max_norm=2.0))()
     torch.testing.assert_close(head.weight, torch.tensor([[1.2, 1.6], [0.3, 0.4]]))
 
 
 def test_the_rate_stays_where_it_is_when_averaging_begins():
-    plain = make_schedule(Config("x", epochs=10), 4)
-    held = make_schedule(Config("x", epochs=10, swa=3), 4)
+    plain = make_schedule(Config.of("x", epochs=10), 4)
+    held = make_schedule(Config.of("x", epochs=10, swa=3), 4)
     assert [held(step) for step in range(28)] == [plain(step) for step in range(28)]
     assert {held(step) for step in range(28, 40)} == {plain(28)}
 
@@ -155,12 +155,12 @@ def test_snapshots_are_taken_where_the_cosines_end_also_after_a_warm_up(
     taken = []
     monkeypatch.setattr(Run, "save_snapshot", lambda run, number, _: taken.append(number))
     monkeypatch.setattr(Run, "save_vote", lambda run, classifier, _: classifier)
-    config = Config(
+    config = Config.of(
         separated, epochs=5, warmup_epochs=1, schedule="cosine-restarts", snapshots=2,
         runs_dir=tmp_path, name="s", **SMALL,
     )  # fmt: skip
     epochs = []
-    for event in carry_out(prepare(config)):
+    for event in run_plan(prepare(config)):
         if isinstance(event, Epoch):
             epochs.append((event.epoch, list(taken)))
     assert epochs == [(1, []), (2, []), (3, [1]), (4, [1]), (5, [1, 2])]

@@ -12,15 +12,16 @@ from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
 from cnnft import Config, finetune, load
-from cnnft.backbones import open_backbone
+from cnnft.analysis.export import export_run
+from cnnft.data.images import read_image
+from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import CnnftError, UsageError
-from cnnft.exporting import export_run
-from cnnft.freezing import freeze, train_mode
-from cnnft.images import read_image
-from cnnft.pretrained import backbone_hash, read_weights
-from cnnft.run import Run
-from cnnft.transforms import EvaluationViews, InputSpec
-from cnnft.zoo import build, resolve
+from cnnft.models.backbones import open_backbone
+from cnnft.models.build import build
+from cnnft.models.freezing import freeze, train_mode
+from cnnft.models.registry import resolve
+from cnnft.models.weights import backbone_hash, read_weights
+from cnnft.runs.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.sweep import examine
@@ -38,7 +39,7 @@ from tools.sweep import examine
     ],
 )
 def test_names_resolve_without_building_anything(name, full, size, mean):
-    from cnnft.zoo import input_spec
+    from cnnft.models.identity import input_spec
 
     identity = resolve(name)
     assert identity.name == full
@@ -278,7 +279,7 @@ def test_dataset_statistics_are_those_of_the_training_images(cnnft, flat, tmp_pa
 @pytest.mark.parametrize("text", ["mean", "1,2,3", "1,2/3,4", "1,2,3/0,1,1", "1,2,nan/1,1,1", "/"])
 def test_statistics_of_another_form(text):
     with pytest.raises(UsageError, match="--normalize"):
-        Config("-", normalize=text)
+        Config.of("-", normalize=text)
 
 
 def test_nothing_in_a_weights_file_is_run(tmp_path):

@@ -18,12 +18,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cnnft as package
-from cnnft.downloads import DownloadError
-from cnnft.hub import Remote
+from cnnft.inference.description import describe
+from cnnft.models.downloads import DownloadError
+from cnnft.models.hub import Remote
 
 Cli = Callable[..., Outcome]
 
-BUILTIN = Path(package.__file__).parent / "weights" / "builtin" / "model.safetensors"
+BUILTIN = Path(package.__file__).parent / "models" / "builtin" / "model.safetensors"
 
 
 @pytest.fixture
@@ -689,7 +690,7 @@ def test_what_the_machine_refuses(
     def fail(*arguments: object, **options: object) -> None:
         raise failure
 
-    monkeypatch.setattr("cnnft.planning.prepare", fail)
+    monkeypatch.setattr("cnnft.training.plan.prepare", fail)
     cnnft("finetune", flat).fails_with(1, *parts)
 
 
@@ -752,8 +753,8 @@ def test_a_head_is_not_fetched_from_where_its_file_says(
     def fetch(remote: Remote) -> None:
         raise DownloadError(f"not from {remote.place}")
 
-    monkeypatch.setattr("cnnft.hub.Remote.fetch", fetch)
-    description = package.load(trained).describe() | {"architecture": "test_resnet"}
+    monkeypatch.setattr("cnnft.models.hub.Remote.fetch", fetch)
+    description = describe(package.load(trained)) | {"architecture": "test_resnet"}
     description |= {"pretrained_cfg": {"url": "https://example.com/x.pth"}, "model_args": {}}
     name = "test_resnet.r160_in1k"
     description["cnnft"]["backbone"] |= {"name": name, "weights_source": name}
@@ -781,7 +782,7 @@ def test_an_interrupted_command_says_so(
     def interrupt(*arguments: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cnnft.planning.prepare", interrupt)
+    monkeypatch.setattr("cnnft.training.plan.prepare", interrupt)
     cnnft("finetune", flat).fails_with(130, "interrupted")
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import Outcome, draw
 from PIL import Image
 
-from cnnft.datacheck import NEAR, fingerprint
+from cnnft.data.checks import NEAR, fingerprint
 
 Cli = Callable[..., Outcome]
 

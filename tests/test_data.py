@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
-from cnnft import data
-from cnnft.batches import IGNORED, BalancedDraw, KeyedBatches, TrainingImages
-from cnnft.data import Samples, Skipped
+from cnnft.data import reading, sources
+from cnnft.data.dataset import Samples, Skipped
+from cnnft.data.loading import TrainingImages
+from cnnft.data.sampler import IGNORED, BalancedDraw, KeyedBatches
+from cnnft.data.split import split
 from cnnft.errors import CnnftError
 
 Cli = Callable[..., Outcome]
@@ -34,7 +36,7 @@ def test_classes_and_files_come_in_imagefolders_order(tmp_path: Path) -> None:
         draw(tmp_path / name / "more" / "1.png", 0, 0)
         draw(tmp_path / name / "more" / "deep" / "1.png", 0, 0)
     reference = ImageFolder(str(tmp_path))
-    samples = data.scan(tmp_path)
+    samples = sources.scan(tmp_path)
     assert list(samples.classes) == reference.classes
     assert list(zip(samples.paths, samples.labels, strict=True)) == reference.samples
 
@@ -48,7 +50,7 @@ def test_hidden_files_and_what_systems_leave_behind_are_ignored(tmp_path: Path, 
     hidden = tmp_path / name
     hidden.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(seen, hidden)
-    assert data.image_files(tmp_path) == ([str(seen)], [])
+    assert sources.image_files(tmp_path) == ([str(seen)], [])
 
 
 def test_files_of_other_suffixes_are_listed_and_those_without_one_are_tried(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_files_of_other_suffixes_are_listed_and_those_without_one_are_tried(tmp_
     for name in ("notes.txt", "sub/x.svg", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert data.image_files(tmp_path) == (
+    assert sources.image_files(tmp_path) == (
         [str(tmp_path / "README"), str(seen)],
         [
             Skipped(str(tmp_path / "notes.txt"), "has no image suffix (.txt)"),
@@ -68,7 +70,7 @@ def test_files_of_other_suffixes_are_listed_and_those_without_one_are_tried(tmp_
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     draw_folder(tmp_path, ("ants", "bees", ".thumbnails", "__MACOSX"), 1)
     (tmp_path / "README.md").touch()
-    assert data.class_folders(tmp_path) == ("ants", "bees")
+    assert sources.class_folders(tmp_path) == ("ants", "bees")
 
 
 def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -81,13 +83,13 @@ def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (target.parent / "back").symlink_to(folder, target_is_directory=True)
     (folder / "up").symlink_to(tmp_path, target_is_directory=True)
     expected = [folder / "one.png", own, folder / "linked" / "x.png"]
-    assert data.image_files(folder) == ([str(path) for path in expected], [])
+    assert sources.image_files(folder) == ([str(path) for path in expected], [])
 
 
 def test_a_dangling_link_is_skipped_with_its_reason(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path, ("ants", "bees"), 2)
     (folder / "ants" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    good = data.check(data.scan(folder))
+    good = reading.check(sources.scan(folder))
     assert len(good) == 4 and [Path(s.path).name for s in good.skipped] == ["gone.png"]
     assert "No such file" in good.skipped[0].reason
 
@@ -96,7 +98,7 @@ def test_check_hashes_the_content_and_counts_every_file(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path, ("ants", "bees"), 3)
     (folder / "ants" / "1.png").write_bytes(b"no image")
     calls: list[None] = []
-    good = data.check(data.scan(folder), on_file=lambda: calls.append(None))
+    good = reading.check(sources.scan(folder), on_file=lambda: calls.append(None))
     assert len(calls) == 6
     assert [s.path for s in good.skipped] == [str(folder / "ants" / "1.png")]
     assert good.labels == (0, 0, 1, 1, 1)
@@ -113,7 +115,7 @@ def test_few_files_are_under_way_at_a_time() -> None:
         for taken in range(1, 5001):
             yield str(taken)
 
-    results = data.in_threads(int, paths())
+    results = reading.in_threads(int, paths())
     for expected in range(1, 5001):
         assert next(results) == expected and taken - expected < 1000
     assert list(results) == []
@@ -122,7 +124,7 @@ def test_few_files_are_under_way_at_a_time() -> None:
 def test_finding_and_checking_are_counted(flat: Path) -> None:
     (flat / "ants" / "notes.txt").touch()
     counts: list[tuple[int, int | None]] = []
-    train, _ = data.scan_training_data(flat, lambda *count: counts.append(count))
+    train, _ = sources.scan_training_data(flat, lambda *count: counts.append(count))
     assert counts == [(10, None), (10, None)] and len(train) == 20
 
 
@@ -150,7 +152,7 @@ def test_split_is_stratified_and_loses_nothing(
     counts: list[int], fraction: float, seed: int
 ) -> None:
     samples = made_up(tuple(counts))
-    train, val = data.split(samples, fraction, seed)
+    train, val = split(samples, fraction, seed)
     assert sorted(train.paths + val.paths) == sorted(samples.paths)
     assert not set(train.hashes) & set(val.hashes)
     for count, in_train, in_val in zip(counts, train.counts(), val.counts(), strict=True):
@@ -160,20 +162,20 @@ def test_split_is_stratified_and_loses_nothing(
 
 def test_split_ignores_names_and_order() -> None:
     samples = made_up((20, 15))
-    _, val = data.split(samples, 0.3, 0)
+    _, val = split(samples, 0.3, 0)
     order = list(range(len(samples)))
     random.Random(0).shuffle(order)
     shuffled = samples.take(order)
     renamed = replace(shuffled, paths=tuple(f"{i}.jpg" for i in range(len(samples))))
-    _, again = data.split(renamed, 0.3, 0)
+    _, again = split(renamed, 0.3, 0)
     assert set(again.hashes) == set(val.hashes)
 
 
 def test_split_depends_on_the_split_seed_and_grows_by_adding() -> None:
     samples = made_up((30, 30))
-    chosen = {seed: set(data.split(samples, 0.2, seed)[1].hashes) for seed in range(4)}
+    chosen = {seed: set(split(samples, 0.2, seed)[1].hashes) for seed in range(4)}
     assert len(set(map(frozenset, chosen.values()))) == 4
-    assert chosen[0] < set(data.split(samples, 0.5, 0)[1].hashes)
+    assert chosen[0] < set(split(samples, 0.5, 0)[1].hashes)
 
 
 def test_split_of_a_class_does_not_depend_on_other_classes() -> None:
@@ -181,7 +183,7 @@ def test_split_of_a_class_does_not_depend_on_other_classes() -> None:
     alone = both.take(i for i in range(40) if both.labels[i] == 0 or i < 25)
     of_both, of_alone = (
         {h for h, label in zip(val.hashes, val.labels, strict=True) if label == 0}
-        for _, val in (data.split(both, 0.3, 0), data.split(alone, 0.3, 0))
+        for _, val in (split(both, 0.3, 0), split(alone, 0.3, 0))
     )
     assert of_both == of_alone
 
@@ -193,7 +195,7 @@ def test_exact_duplicates_stay_on_one_side_also_across_classes(seed: int) -> Non
     hashes[1] = hashes[2] = hashes[0]  # within a class
     hashes[6] = hashes[7] = hashes[3]  # across classes
     samples = replace(samples, hashes=tuple(hashes))
-    train, val = data.split(samples, 0.4, seed)
+    train, val = split(samples, 0.4, seed)
     assert len(train) + len(val) == 12
     assert not set(train.hashes) & set(val.hashes)
     assert min(train.counts()) >= 1 and min(val.counts()) >= 1
@@ -203,7 +205,7 @@ def test_split_needs_two_different_images_per_class() -> None:
     samples = made_up((3, 2))
     same = replace(samples, hashes=(*samples.hashes[:4], samples.hashes[3]))
     with pytest.raises(CnnftError, match="class1 has 1 different image"):
-        data.split(same, 0.2, 0)
+        split(same, 0.2, 0)
 
 
 def split_of(run: Path) -> dict[str, Counter[str]]:
@@ -322,7 +324,7 @@ def test_balanced_batches_are_a_function_of_the_step() -> None:
 
 
 def test_an_image_that_is_drawn_twice_gets_another_view(tmp_path: Path) -> None:
-    samples = data.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
+    samples = sources.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
     images = TrainingImages(samples, lambda image: torch.rand(4), seed=0)
     views = [images[key][0] for key in [(0, 1), (0, 1, 5), (0, 1, 6), (1, 1, 5)]]
     assert len({tuple(view.tolist()) for view in views}) == 4
@@ -330,7 +332,7 @@ def test_an_image_that_is_drawn_twice_gets_another_view(tmp_path: Path) -> None:
 
 
 def test_an_images_random_view_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
-    samples = data.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
+    samples = sources.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
 
     def transform(image: object) -> torch.Tensor:
         return torch.rand(4)

@@ -16,10 +16,10 @@ from scipy.stats import binomtest
 
 import cnnft as package
 from cnnft import finetune, load
-from cnnft.run import Run
+from cnnft.runs.run import Run
 
 Cli = Callable[..., Outcome]
-WEIGHTS = Path(package.__file__).parent / "weights" / "builtin" / "model.safetensors"
+WEIGHTS = Path(package.__file__).parent / "models" / "builtin" / "model.safetensors"
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ import torch
 from conftest import Outcome, draw_folder
 from safetensors.torch import load_file
 
-from cnnft import distributed, load
-from cnnft.batches import BalancedDraw, KeyedBatches
-from cnnft.evaluation import evaluate_folder
-from cnnft.run import Run
+from cnnft import load
+from cnnft.analysis.evaluate import evaluate_folder
+from cnnft.data.sampler import BalancedDraw, KeyedBatches
+from cnnft.machine import distributed
+from cnnft.runs.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.each_step import children, follow, start_torchrun
@@ -164,7 +165,7 @@ def test_shares_cover_everything_once_and_in_order(monkeypatch: pytest.MonkeyPat
             parts = []
             for rank in range(world):
                 monkeypatch.setattr(distributed, "rank", rank)
-                parts += distributed.share(count)
+                parts += distributed.shard(count)
             assert parts == list(range(count))
 
 

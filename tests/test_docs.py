@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from cnnft import config
-from cnnft.augmentation import PRESETS
 from cnnft.cli.app import app
-from cnnft.data import IGNORED
-from cnnft.images import SUFFIXES
+from cnnft.config import schema as config
+from cnnft.data.augmentation import PRESETS
+from cnnft.data.images import SUFFIXES
+from cnnft.data.sources import IGNORED
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])

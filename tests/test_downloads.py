@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
-from cnnft.backbones import open_backbone
-from cnnft.downloads import PATIENCE, DownloadError, patiently
 from cnnft.errors import UsageError
-from cnnft.hub import Pin
+from cnnft.models.backbones import open_backbone
+from cnnft.models.downloads import PATIENCE, DownloadError, patiently
+from cnnft.models.hub import Pin
 
 BODY = b"x" * 40
 
@@ -113,7 +113,7 @@ def test_sockets_are_as_before_afterwards(server):
 def no_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    monkeypatch.setattr("cnnft.hub.patiently", lambda f: patiently(f, patience=2))
+    monkeypatch.setattr("cnnft.models.hub.patiently", lambda f: patiently(f, patience=2))
 
 
 def assert_one_sentence(outcome, name: str) -> None:

@@ -20,13 +20,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cnnft as package
-from cnnft import exporting, finetune, load
-from cnnft.images import read_image
-from cnnft.transforms import EvaluationViews
+from cnnft import finetune, load
+from cnnft.analysis import export as exporting
+from cnnft.data.images import read_image
+from cnnft.data.transforms import EvaluationViews
 
 Cli = Callable[..., Outcome]
 
-BUILTIN = Path(package.__file__).parent / "weights" / "builtin" / "model.safetensors"
+BUILTIN = Path(package.__file__).parent / "models" / "builtin" / "model.safetensors"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -294,7 +295,7 @@ def test_a_head_finds_its_weights_file_from_another_directory(
 @pytest.fixture(scope="module")
 def onnx_file(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxruntime")
-    from cnnft.run import Run
+    from cnnft.runs.run import Run
 
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     assert exporting.export_run(Run.open(trained), "onnx", path) == path

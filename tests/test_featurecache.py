@@ -2,7 +2,6 @@
 
 import shutil
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,16 +9,18 @@ from conftest import draw
 from safetensors.torch import load_file
 from torch import nn
 
-from cnnft import Config, cachefolder, featurecache, load
-from cnnft.backbones import open_backbone
-from cnnft.cutting import find_cut
-from cnnft.finetuning import carry_out
-from cnnft.freezing import freeze, train_mode
-from cnnft.pixelcache import Kept
-from cnnft.planning import prepare
-from cnnft.run import Run
-from cnnft.session import Stopped
-from cnnft.training import StepDone
+from cnnft import Config, load
+from cnnft.cache import features as featurecache
+from cnnft.cache import store
+from cnnft.cache.pixels import CacheProgress
+from cnnft.models.backbones import open_backbone
+from cnnft.models.freezing import freeze, train_mode
+from cnnft.models.surgery.cut import find_cut
+from cnnft.runs.run import Run
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.session import Stopped
+from cnnft.training.step import StepDone
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +31,14 @@ def cache(tmp_path, monkeypatch):
 
 def settings(flat, tmp_path, name, **more):
     more = {"mode": "feature-extractor", "epochs": 5, "head_lr": 0.1, "feature_views": 2} | more
-    return Config(
+    return Config.of(
         flat, backbone="builtin", image_size=64, workers=0, batch_size=6, name=name,
         runs_dir=tmp_path / "runs", device="cpu", **more,
     )  # fmt: skip
 
 
 def finish(config, run=None):
-    for event in carry_out(prepare(config), run):
+    for event in run_plan(prepare(config, run and run.load_checkpoint()), run):
         last = event
     return last.run
 
@@ -85,7 +86,7 @@ def test_a_head_of_zeros_behind_which_every_cut_looks_right_is_no_test():
 
 
 class Awkward(nn.Module):
-    """Frozen layers, a random layer, and a sum that reaches over the cut where `leaps`."""
+    """FeatureExtractor layers, a random layer, and a sum that reaches over the cut where `leaps`."""
 
     def __init__(self, leaps: bool) -> None:
         super().__init__()
@@ -154,13 +155,13 @@ def test_features_themselves_agree(flat, tmp_path, cache):
 
 def computed(monkeypatch):
     """How many images go through frozen layers from now on, one number for each batch."""
-    seen, plain = [], featurecache.Frozen.__call__
+    seen, plain = [], featurecache.FeatureExtractor.__call__
 
     def counted(frozen, pixels):
         seen.append(len(pixels))
         return plain(frozen, pixels)
 
-    monkeypatch.setattr(featurecache.Frozen, "__call__", counted)
+    monkeypatch.setattr(featurecache.FeatureExtractor, "__call__", counted)
     return seen
 
 
@@ -206,8 +207,8 @@ def test_an_image_that_is_added_costs_its_own_time(separated, tmp_path, monkeypa
 def test_what_was_computed_before_an_interruption_is_kept(separated, tmp_path, monkeypatch, cache):
     monkeypatch.setattr(featurecache, "KEEP_EVERY", 0.0)
     plan = prepare(settings(separated, tmp_path, "stopped"))
-    with closing(carry_out(plan)) as events:
-        kept = (event for event in events if isinstance(event, Kept))
+    with closing(run_plan(plan)) as events:
+        kept = (event for event in events if isinstance(event, CacheProgress))
         done = next(event.images for event in kept if "features" in event.doing)
     seen = computed(monkeypatch)
     finish(settings(separated, tmp_path, "again"))
@@ -224,7 +225,7 @@ def test_the_features_of_a_probe_are_kept(flat, tmp_path, monkeypatch, cache):
     assert first.probed and not seen
     for one, two in zip(*(p.classifier.network.parameters() for p in (first, second)), strict=True):
         assert torch.equal(one, two)
-    prepare(replace(config, cache="off"))
+    prepare(config.replace(cache="off"))
     assert sum(seen) == 16
 
 
@@ -246,14 +247,14 @@ def test_where_features_are_not_kept_training_goes_on(flat, tmp_path, monkeypatc
 def test_a_bounded_cache_does_not_keep_them(flat, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("CNNFT_CACHE_LIMIT", "0")
     finish(settings(flat, tmp_path, "run", epochs=2))
-    assert cachefolder.entries() == []
+    assert store.entries() == []
 
 
 def test_a_stopped_run_goes_on_with_kept_features(flat, tmp_path):
     expected = finish(settings(flat, tmp_path, "whole"))
     steps = []
     plan = prepare(settings(flat, tmp_path, "stopped"))
-    for event in carry_out(plan, stop=lambda: len(steps) >= 4):
+    for event in run_plan(plan, stop=lambda: len(steps) >= 4):
         if isinstance(event, StepDone):
             steps.append(event)
     assert isinstance(event, Stopped)

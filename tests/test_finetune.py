@@ -20,7 +20,7 @@ from torchvision.datasets import ImageFolder
 import cnnft as package
 from cnnft import Config, finetune, load
 from cnnft.metrics import Score
-from cnnft.planning import prepare
+from cnnft.training.plan import prepare
 
 Cli = Callable[..., Outcome]
 Finetune = Callable[..., Outcome]
@@ -80,7 +80,7 @@ def test_summary_says_what_will_be_trained_on_what_and_how_fast(
     for name in ("ants", "bees", "wasps"):
         assert [name, "6", "3"] in rows
     assert ["3", "classes", "18", "9"] in rows
-    builtin = load_file(Path(package.__file__).parent / "weights" / "builtin" / "model.safetensors")
+    builtin = load_file(Path(package.__file__).parent / "models" / "builtin" / "model.safetensors")
     matched = sum(not name.endswith("num_batches_tracked") for name in builtin)
     assert f"builtin, {matched} pretrained tensors" in err
     assert "0.1 (original, per 256 images) × 16 / 256 = 0.00625" in err
@@ -95,7 +95,7 @@ def test_summary_says_what_will_be_trained_on_what_and_how_fast(
 def test_trained_and_frozen_numbers_add_up(train: Finetune, flat: Path, mode: str) -> None:
     outcome = train(flat, "--mode", mode, "--dry-run", "--json")
     plan = json.loads(outcome.out)
-    network = prepare(Config(flat, backbone="builtin", workers=0)).classifier.network
+    network = prepare(Config.of(flat, backbone="builtin", workers=0)).classifier.network
     total = sum(p.numel() for p in network.parameters())
     head = 2 * 256 + 2
     expected = (total, 0) if mode == "finetune" else (head, total - head)
@@ -261,7 +261,7 @@ def test_where_training_is_balanced_the_best_epoch_is_that_of_the_highest_macro_
     train: Finetune, flat: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], best: int
 ) -> None:
     scores = iter([Score(4, 4, 0.5, 0.1), Score(4, 2, 0.7, 0.3), Score(4, 2, 0.7, 0.2)])
-    monkeypatch.setattr("cnnft.session.score", lambda log_probs, labels: next(scores))
+    monkeypatch.setattr("cnnft.training.session.score", lambda log_probs, labels: next(scores))
     outcome = train(flat, "--epochs=3", "--json", *more)
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)
@@ -349,7 +349,7 @@ def test_data_on_the_command_line_overrides_the_config_file(
 
 
 def pretrained(flat: Path, **settings: Any) -> dict[str, torch.Tensor]:
-    plan = prepare(Config(flat, backbone="builtin", workers=0, **settings))
+    plan = prepare(Config.of(flat, backbone="builtin", workers=0, **settings))
     return plan.classifier.network.state_dict()
 
 

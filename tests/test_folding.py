@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cnnft.folding import folded, folds
-from cnnft.freezing import changing, train_mode
-from cnnft.substitution import Substituted
+from cnnft.models.freezing import changing, train_mode
+from cnnft.models.surgery.fold import folded, folds
+from cnnft.models.surgery.substitute import Substituted
 
 
 def with_statistics(network: nn.Module) -> nn.Module:

@@ -9,11 +9,11 @@ import pytest
 from oddities import BAD, GOOD, GREY, HEIC, WHOLE, picture
 from PIL import Image
 
-from cnnft import images
-from cnnft.augmentation import training_transform
+from cnnft.data import images
+from cnnft.data.augmentation import training_transform
+from cnnft.data.images import SUFFIXES, ImageError, find_problem, read_image, suffix_problem
+from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import CnnftError
-from cnnft.images import SUFFIXES, ImageError, find_problem, read_image, suffix_problem
-from cnnft.transforms import EvaluationViews, InputSpec
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 

@@ -10,7 +10,7 @@ import torch
 from conftest import Outcome
 
 from cnnft.cli import console
-from cnnft.run import Run
+from cnnft.runs.run import Run
 
 Cli = Callable[..., Outcome]
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d  (.*)")

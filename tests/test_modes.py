@@ -16,17 +16,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from cnnft import Config, load
-from cnnft.advice import SIMILAR, SMALL, TABLE, advise
-from cnnft.backbones import open_backbone
-from cnnft.config import BatchNorm
+from cnnft.config.choices import BatchNorm
 from cnnft.errors import UsageError
-from cnnft.finetuning import carry_out
-from cnnft.freezing import batchnorms, freeze, train_mode
-from cnnft.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
-from cnnft.optim import freezes_statistics, learning_rates, make_optimizer
-from cnnft.planning import prepare
-from cnnft.probing import fit, fit_probe
-from cnnft.stages import stages
+from cnnft.models.backbones import open_backbone
+from cnnft.models.freezing import batchnorms, freeze, train_mode
+from cnnft.models.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
+from cnnft.models.stages import stages
+from cnnft.probe.solve import fit, fit_probe
+from cnnft.training.advice import SIMILAR, SMALL, TABLE, advise
+from cnnft.training.finetune import run_plan
+from cnnft.training.optim import freezes_statistics, learning_rates, make_optimizer
+from cnnft.training.plan import prepare
 
 Cli = Callable[..., Outcome]
 
@@ -57,8 +57,9 @@ def trained_names(network: torch.nn.Module) -> set[str]:
     ],
 )
 def test_stages_run_from_the_input_to_the_head(name, count, first, last):
-    from cnnft.heads import head_tensors
-    from cnnft.zoo import build, resolve
+    from cnnft.models.build import build
+    from cnnft.models.heads import head_tensors
+    from cnnft.models.registry import resolve
 
     identity = resolve(name)
     with torch.device("meta"):
@@ -113,7 +114,7 @@ def test_bn_only_without_normalisation(cnnft: Cli, flat: Path, tmp_path: Path):
 def test_batchnorm_statistics_of_trained_layers(
     backbone, batchnorm: BatchNorm, batch_size: int, frozen: bool
 ):
-    config = Config("-", batchnorm=batchnorm, batch_size=batch_size)
+    config = Config.of("-", batchnorm=batchnorm, batch_size=batch_size)
     assert freezes_statistics(config) is frozen
     freeze(backbone.network, backbone.head, backbone.stages, "finetune")
     train_mode(backbone.network, batchnorms(backbone.network, backbone.head) if frozen else ())
@@ -122,7 +123,7 @@ def test_batchnorm_statistics_of_trained_layers(
 
 
 def test_layer_decay_slows_each_stage_towards_the_input(backbone):
-    config = Config("-", layer_decay=0.5)
+    config = Config.of("-", layer_decay=0.5)
     freeze(backbone.network, backbone.head, backbone.stages, "finetune")
     rates = learning_rates(config, "resnet10t")
     optimizer = make_optimizer(backbone.network, backbone.head, backbone.stages, rates, config)
@@ -190,7 +191,7 @@ def test_auxiliary_classifiers_are_head_and_belong_to_finetuning_alone(tmp_path:
     data = draw_folder(tmp_path / "data", ("ants", "bees"), 3)
     for mode, used in (("finetune", True), ("feature-extractor", False)):
         plan = prepare(
-            Config(
+            Config.of(
                 data, backbone="torchvision/inception_v3", pretrained=False, mode=mode, epochs=1,
                 workers=0, batch_size=4, runs_dir=tmp_path / "runs", device="cpu",
                 probe_first=used or None,
@@ -202,7 +203,7 @@ def test_auxiliary_classifiers_are_head_and_belong_to_finetuning_alone(tmp_path:
         auxiliary = {name for name, _ in network.named_parameters() if "AuxLogits.fc" in name}
         assert plan.classifier.head == {"fc.weight", "fc.bias"} | auxiliary
         assert len(auxiliary) == 2 * used
-    small = Config(data, backbone="torchvision/inception_v3", pretrained=False, image_size=128)
+    small = Config.of(data, backbone="torchvision/inception_v3", pretrained=False, image_size=128)
     assert prepare(small).classifier.network.AuxLogits is None
 
 
@@ -248,8 +249,8 @@ def test_cross_validation_is_honest():
 
 
 def test_the_probe_is_the_head_before_the_first_step(flat: Path, tmp_path: Path):
-    plan = prepare(Config(flat, backbone="builtin", workers=0, device="cpu", seed=3))
-    assert plan.probed and plan.config.probe_first is None and plan.advice is not None
+    plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu", seed=3))
+    assert plan.probed and plan.config.freezing.probe_first is None and plan.advice is not None
     assert "0.0125 / 10 = 0.00125 (probed)" in plan.rates.derivation
     correct = [
         prediction.label == plan.train.classes[label]
@@ -269,7 +270,7 @@ def test_no_probe_where_it_makes_no_sense(flat: Path):
         {"head_init": "zeros"},
         {"train_stages": 0},
     ):
-        plan = prepare(Config(flat, backbone="builtin", workers=0, device="cpu", **settings_))
+        plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu", **settings_))
         assert not plan.probed and plan.advice is None, settings_
 
 
@@ -303,9 +304,9 @@ def test_auto_is_the_mode_that_it_chose_to_the_bit(flat: Path, tmp_path: Path):
     }  # fmt: skip
     runs = []
     for settings_ in ({"mode": "auto", "name": "auto"}, {"mode": "feature-extractor"}):
-        plan = prepare(Config(flat, **common, **settings_))
-        assert plan.config.mode == "feature-extractor"
-        for event in carry_out(plan):
+        plan = prepare(Config.of(flat, **common, **settings_))
+        assert plan.config.freezing.mode == "feature-extractor"
+        for event in run_plan(plan):
             runs.append(event)
     states = [load_file(tmp_path / name / "model.safetensors") for name in ("auto", "flat-builtin")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -313,15 +314,15 @@ def test_auto_is_the_mode_that_it_chose_to_the_bit(flat: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "deit_tiny_distilled_patch16_224"])
 def test_auto_with_a_head_that_cannot_be_probed_in(name, flat: Path, monkeypatch):
-    monkeypatch.setattr("cnnft.advice.SMALL", 1)  # the cell that wants a probe first
+    monkeypatch.setattr("cnnft.training.advice.SMALL", 1)  # the cell that wants a probe first
     size = 64 if "squeezenet" in name else None
     plan = prepare(
-        Config(
+        Config.of(
             flat, backbone=name, pretrained=False, mode="auto", image_size=size, workers=0,
             device="cpu",
         )
     )  # fmt: skip
-    assert plan.config.mode == "finetune" and not plan.probed and plan.advice is not None
+    assert plan.config.freezing.mode == "finetune" and not plan.probed and plan.advice is not None
 
 
 def test_a_normalisation_in_the_head_is_not_kept():
@@ -333,7 +334,9 @@ def test_a_normalisation_in_the_head_is_not_kept():
 def test_seeds_reach_random_backbones(flat: Path):
     hashes = [
         prepare(
-            Config(flat, backbone="builtin", pretrained=False, seed=seed, workers=0, device="cpu")
+            Config.of(
+                flat, backbone="builtin", pretrained=False, seed=seed, workers=0, device="cpu"
+            )
         ).classifier.pretrained_hash
         for seed in (0, 0, 1)
     ]
@@ -343,7 +346,7 @@ def test_seeds_reach_random_backbones(flat: Path):
 def test_a_probe_counts_each_content_once(flat: Path, tmp_path: Path):
     for path in sorted(flat.glob("*/*.png")):
         shutil.copy(path, path.with_name(f"again {path.name}"))
-    plan = prepare(Config(flat, backbone="builtin", workers=0, device="cpu"))
+    plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu"))
     assert len(plan.train) == 32 and plan.advice.images_per_class == 8
 
 
@@ -360,7 +363,7 @@ def test_a_probe_counts_each_content_once(flat: Path, tmp_path: Path):
 )
 def test_settings_that_contradict_each_other(flags):
     with pytest.raises(UsageError, match="--"):
-        Config("-", **flags)
+        Config.of("-", **flags)
 
 
 def test_layer_decay_is_told_and_the_last_stage_is_in_the_history(cnnft: Cli, flat, tmp_path):
@@ -413,7 +416,7 @@ def test_backbones_train_on_images(name, mode, tmp_path: Path):
     size = {"torchvision/inception_v3": 299, "torchvision/googlenet": 96}.get(name, 96)
     fixed = name in {"vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"}
     plan = prepare(
-        Config(
+        Config.of(
             data, backbone=name, pretrained=False, mode=mode, epochs=1, batch_size=3, workers=0,
             image_size=224 if fixed else size, runs_dir=tmp_path / "runs", device="cpu",
         )
@@ -428,7 +431,7 @@ def test_backbones_train_on_images(name, mode, tmp_path: Path):
         )
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
     statistics = {n: b.clone() for n, b in network.named_buffers() if n.endswith("running_mean")}
-    for _ in carry_out(plan):
+    for _ in run_plan(plan):
         pass
     moved = {n for n, p in network.named_parameters() if not torch.equal(p, before[n])}
     assert head & before.keys() <= moved

@@ -12,7 +12,8 @@ from conftest import Outcome, draw_folder
 from oddities import BAD, GOOD, IGNORED, encoded, picture
 from PIL import Image
 
-from cnnft import images, load
+from cnnft import load
+from cnnft.data import images
 
 Cli = Callable[..., Outcome]
 

@@ -8,17 +8,19 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cnnft.batches import KeyedBatches
-from cnnft.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from cnnft.config import Config, Schedule
-from cnnft.freezing import freeze, train_mode
-from cnnft.optim import learning_rates, make_optimizer, optimizers
-from cnnft.schedules import make_schedule
-from cnnft.training import TrainState, train
+from cnnft.config.choices import Schedule
+from cnnft.config.schema import Config
+from cnnft.data.sampler import KeyedBatches
+from cnnft.models.freezing import freeze, train_mode
+from cnnft.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from cnnft.training.optim import learning_rates, make_optimizer, optimizers
+from cnnft.training.schedules import make_schedule
+from cnnft.training.state import TrainState
+from cnnft.training.step import train
 
 
 def rates(architecture: str = "resnet18", **settings: object) -> tuple[float, float, str]:
-    found = learning_rates(Config("-", **settings), architecture)
+    found = learning_rates(Config.of("-", **settings), architecture)
     return found.backbone, found.head, found.derivation
 
 
@@ -64,7 +66,7 @@ STAGES = (("0.weight", "0.bias"), ("1.weight", "1.bias"))
 @pytest.mark.parametrize(("mode", "groups"), [("finetune", [4, 2]), ("feature-extractor", [2])])
 def test_every_parameter_is_frozen_or_in_exactly_one_group(network, mode, groups):
     freeze(network, HEAD, STAGES, mode)
-    config = Config("-")
+    config = Config.of("-")
     optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
     assert [len(group["params"]) for group in optimizer.param_groups] == groups
     in_groups = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -104,7 +106,7 @@ def test_dropout_is_off_among_frozen_layers_and_on_before_the_head():
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_norms_and_biases_decay_only_when_asked(network, decay_all):
     freeze(network, HEAD, STAGES, "finetune")
-    config = Config("-", weight_decay=0.1, decay_all=decay_all)
+    config = Config.of("-", weight_decay=0.1, decay_all=decay_all)
     optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
     names = {id(p): name for name, p in network.named_parameters()}
     decaying = {
@@ -148,7 +150,7 @@ def steps(network: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_name_means_torchs_optimizer_of_that_name(network, name):
-    config = Config("-", optimizer=name, lr=0.01, head_lr=0.01, weight_decay=0.1, decay_all=True)
+    config = Config.of("-", optimizer=name, lr=0.01, head_lr=0.01, weight_decay=0.1, decay_all=True)
     other = copy.deepcopy(network)
     ours = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
     theirs = ORACLES[name](other.parameters(), lr=0.01, weight_decay=0.1)
@@ -179,7 +181,7 @@ def test_only_what_is_made_from_sgd_scales_with_the_batch_and_knows_plain_networ
 def trained(config: Config, network: torch.nn.Module) -> TrainState:
     optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
     return TrainState(
-        network, optimizer, make_schedule(config, 2), KeyedBatches(12, 6, 0, config.epochs)
+        network, optimizer, make_schedule(config, 2), KeyedBatches(12, 6, 0, config.training.epochs)
     )
 
 
@@ -204,7 +206,7 @@ def pooled() -> torch.nn.Sequential:
 @pytest.mark.parametrize("name", optimizers())
 def test_the_state_of_every_optimizer_survives_a_checkpoint(pooled, tmp_path, name):
     """Through the file, into a new optimizer; the resumed steps are those of an unbroken run."""
-    config = Config("-", optimizer=name, weight_decay=0.01, epochs=3)
+    config = Config.of("-", optimizer=name, weight_decay=0.01, epochs=3)
     other = copy.deepcopy(pooled)
     state = trained(config, pooled)
     take(state, 0, 3)
@@ -225,7 +227,7 @@ def test_every_optimizer_takes_steps_under_every_schedule(pooled, schedule):
     start = copy.deepcopy(pooled.state_dict())
     for name in NAMED:
         pooled.load_state_dict(start)
-        config = Config("-", optimizer=name, schedule=schedule, epochs=4, weight_decay=0.01)
+        config = Config.of("-", optimizer=name, schedule=schedule, epochs=4, weight_decay=0.01)
         before = pooled[4].weight.clone()
         weights = take(trained(config, pooled), 0, 2)
         assert weights.isfinite().all(), name

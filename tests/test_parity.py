@@ -18,17 +18,19 @@ from torch.optim.lr_scheduler import StepLR
 from torchvision.models import get_model_weights, resnet18
 
 from cnnft import load
-from cnnft.batches import KeyedBatches
-from cnnft.config import Config
-from cnnft.freezing import freeze
-from cnnft.heads import head_tensors
-from cnnft.images import read_image
-from cnnft.optim import LearningRates, make_optimizer
-from cnnft.schedules import make_schedule
-from cnnft.stages import stages
-from cnnft.training import StepDone, TrainState, train
-from cnnft.transforms import EvaluationViews, Normalizing
-from cnnft.zoo import input_spec, resolve
+from cnnft.config.schema import Config
+from cnnft.data.images import read_image
+from cnnft.data.sampler import KeyedBatches
+from cnnft.data.transforms import EvaluationViews, Normalizing
+from cnnft.models.freezing import freeze
+from cnnft.models.heads import head_tensors
+from cnnft.models.identity import input_spec
+from cnnft.models.registry import resolve
+from cnnft.models.stages import stages
+from cnnft.training.optim import LearningRates, make_optimizer
+from cnnft.training.schedules import make_schedule
+from cnnft.training.state import TrainState
+from cnnft.training.step import StepDone, train
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import tutorial
@@ -74,11 +76,11 @@ def test_train_takes_the_steps_of_the_tutorial_loop(network, mode):
 
     network.load_state_dict(start)
     freeze(network, HEAD, stages(network, HEAD), mode)
-    config = Config("-", mode=mode, epochs=EPOCHS, schedule="step", step_epochs=STEP_EPOCHS)
+    config = Config.of("-", mode=mode, epochs=EPOCHS, schedule="step", step_epochs=STEP_EPOCHS)
     state = TrainState(
         network=network,
         optimizer=make_optimizer(
-            network, HEAD, stages(network, HEAD), LearningRates(0.001, 0.001, ""), Config("-")
+            network, HEAD, stages(network, HEAD), LearningRates(0.001, 0.001, ""), Config.of("-")
         ),
         schedule=make_schedule(config, steps_per_epoch=5),
         keys=KeyedBatches(IMAGES, BATCH, 7, EPOCHS),
@@ -186,7 +188,7 @@ def test_real_weights_keep_their_padding_and_normalisation(tmp_path):
     folder = SHARED / "weights" / "mobilenetv2_100.tf_in1k"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent: needs the real ImageNet weights")
-    from cnnft.backbones import open_backbone
+    from cnnft.models.backbones import open_backbone
 
     as_folder = open_backbone(f"local-dir:{folder}", 2)
     as_file = open_backbone("mobilenetv2_100", 2, weights=folder / "model.safetensors")
@@ -203,7 +205,7 @@ def test_the_head_is_what_changes_with_the_number_of_classes():
 
 def test_an_image_of_the_real_folder_counts_once(tmp_path, trained):
     """Evaluation's n is the number of files, whatever the batch size."""
-    from cnnft.evaluation import evaluate_folder
+    from cnnft.analysis.evaluate import evaluate_folder
 
     data = draw_folder(tmp_path / "unseen", ("ants", "bees"), 7, first_seed=500)
     for batch_size in (1, 4, 13, 14, 100):

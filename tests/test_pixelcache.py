@@ -16,16 +16,20 @@ from conftest import Outcome, draw
 from PIL import Image
 from safetensors.torch import load_file
 
-from cnnft import CnnftError, Config, cachefolder, finetune, memory
-from cnnft.batches import ImageFiles, view_batches
-from cnnft.data import check, scan
+from cnnft import CnnftError, Config, finetune
+from cnnft.cache import store
+from cnnft.cache.pixels import CachedImages, CacheProgress, keep, training_pixels
+from cnnft.data.images import FULL, PixelSpec, read_image
+from cnnft.data.loading import ImageFiles, view_batches
+from cnnft.data.reading import check
+from cnnft.data.sources import scan
+from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import UsageError
-from cnnft.finetuning import Kept, Stopped, carry_out
-from cnnft.images import FULL, PixelSpec, read_image
-from cnnft.pixelcache import KeptImages, keep, training_pixels
-from cnnft.planning import prepare
-from cnnft.run import Run
-from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.runs.run import Run
+from cnnft.training import batchsize as memory
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.session import Stopped
 
 Cli = Callable[..., Outcome]
 SPEC = InputSpec(24, 0.75, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
@@ -49,19 +53,19 @@ def photos(tmp_path: Path) -> Path:
 
 def kept_images(folder: Path, pixels: PixelSpec = FULL, crop: InputSpec | None = None):
     samples = check(scan(folder))
-    return KeptImages(ImageFiles(samples.paths, pixels, crop), samples.hashes, "images")
+    return CachedImages(ImageFiles(samples.paths, pixels, crop), samples.hashes, "images")
 
 
-def fill(images: KeptImages, cache: str) -> list[Kept]:
+def fill(images: CachedImages, cache: str) -> list[CacheProgress]:
     return list(keep([images], cache, epochs=2))
 
 
-def same(images: KeptImages) -> bool:
+def same(images: CachedImages) -> bool:
     pairs = [(images[i], images.files[i]) for i in range(len(images.files.paths))]
     return all(one.size == two.size and one.tobytes() == two.tobytes() for one, two in pairs)
 
 
-def forget_files(images: KeptImages) -> list[Image.Image]:
+def forget_files(images: CachedImages) -> list[Image.Image]:
     """What the files hold; from here on they cannot be read."""
     before = [images.files[i] for i in range(len(images.files.paths))]
     for path in images.files.paths:
@@ -100,10 +104,10 @@ def test_draft_mode_leaves_alone_what_it_cannot_halve(photos: Path) -> None:
 
 
 def test_the_resolution_of_training_follows_the_input() -> None:
-    assert training_pixels(Config("x"), SPEC) == PixelSpec(48)
-    assert training_pixels(Config("x", decoder="draft"), SPEC) == PixelSpec(48, "draft")
-    assert training_pixels(Config("x", train_resolution=100), SPEC) == PixelSpec(100)
-    assert training_pixels(Config("x", train_resolution="full"), SPEC) == FULL
+    assert training_pixels(Config.of("x"), SPEC) == PixelSpec(48)
+    assert training_pixels(Config.of("x", decoder="draft"), SPEC) == PixelSpec(48, "draft")
+    assert training_pixels(Config.of("x", train_resolution=100), SPEC) == PixelSpec(100)
+    assert training_pixels(Config.of("x", train_resolution="full"), SPEC) == FULL
 
 
 # ---------------------------------------------------------------- what is kept is right
@@ -232,7 +236,7 @@ def test_one_epoch_needs_nothing_kept(photos: Path) -> None:
 def test_memory_is_bounded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where images are larger than those that were looked at, the rest is decoded each time."""
     images = kept_images(photos)
-    monkeypatch.setattr(KeptImages, "bytes", lambda self: 500_000)
+    monkeypatch.setattr(CachedImages, "bytes", lambda self: 500_000)
     fill(images, "ram")
     assert images.store.pixels.nbytes == 500_000
     assert 0 < int((images.store.sizes[:, 0] > 0).sum()) < 12
@@ -258,7 +262,7 @@ def test_what_was_used_longest_ago_goes_first(photos: Path, monkeypatch) -> None
     newest = kept_images(photos, PixelSpec(23))
     fill(newest, "disk")
     assert [images.path.exists() for images in (*many, newest)] == [False, True, False, True]
-    assert sum(entry.bytes for entry in cachefolder.entries()) <= cachefolder.limit()
+    assert sum(entry.bytes for entry in store.entries()) <= store.limit()
 
 
 @pytest.mark.parametrize(
@@ -347,11 +351,13 @@ def test_stopped_while_images_are_decoded_and_resumed(photos: Path, tmp_path, ca
         "batchnorm": "train", "cache": cache, "name": "stopped",
     }  # fmt: skip
     seen = []
-    for event in carry_out(prepare(Config(photos, **settings)), stop=lambda: len(seen) > 3):
+    for event in run_plan(prepare(Config.of(photos, **settings)), stop=lambda: len(seen) > 3):
         seen.append(event)
-    assert isinstance(seen[-2], Kept) and isinstance(seen[-1], Stopped) and seen[-1].step == 0
+    assert (
+        isinstance(seen[-2], CacheProgress) and isinstance(seen[-1], Stopped) and seen[-1].step == 0
+    )
     run = seen[-1].run
-    for event in carry_out(prepare(run.config()), run):
+    for event in run_plan(prepare(run.config()), run):
         last = event
     expected = weights(train(photos, "off", cache="off"))
     assert all(torch.equal(expected[name], weights(last.run)[name]) for name in expected)
@@ -389,7 +395,7 @@ def test_flags(cnnft: Cli, photos: Path, arguments: list[str], words: str) -> No
 )
 def test_settings(settings: dict, words: str) -> None:
     with pytest.raises(UsageError) as raised:
-        Config("x", **settings)
+        Config.of("x", **settings)
     assert words in str(raised.value)
 
 
@@ -411,16 +417,16 @@ def test_the_cache_is_shown_and_cleared(cnnft: Cli, photos: Path, cache_folder: 
 
 
 def test_a_cache_that_is_written_to_is_not_cleared(cnnft: Cli, cache_folder: Path) -> None:
-    with cachefolder.writing(0):
+    with store.writing(0):
         cnnft("cache", "--clear").fails_with(1, f"{cache_folder} is being written to")
 
 
 def test_an_existing_folder_is_chosen_by_the_environment(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CNNFT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cachefolder.root() == tmp_path / "cnnft"
+    assert store.root() == tmp_path / "cnnft"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cachefolder.root() == Path.home() / ".cache" / "cnnft"
+    assert store.root() == Path.home() / ".cache" / "cnnft"
 
 
 def test_processes_share_what_the_disk_has(photos: Path, tmp_path: Path, cache_folder) -> None:

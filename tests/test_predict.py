@@ -13,11 +13,13 @@ import torch
 from conftest import Outcome, draw, draw_folder
 from PIL import Image
 
-from cnnft import batches, load, memory
+from cnnft import load
 from cnnft.cli import rows
-from cnnft.config import TestTimeViews
-from cnnft.images import read_image
-from cnnft.transforms import EvaluationViews
+from cnnft.config.choices import TestTimeViews
+from cnnft.data import loading as batches
+from cnnft.data.images import read_image
+from cnnft.data.transforms import EvaluationViews
+from cnnft.training import batchsize as memory
 
 Cli = Callable[..., Outcome]
 Row = dict[str, Any]

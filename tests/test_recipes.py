@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from cnnft.config import Config
-from cnnft.recipes import RECIPES, expand
+from cnnft.config.recipes import RECIPES, expand
+from cnnft.config.schema import Config
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_valid_config_and_names_only_what_differs(name):
     settings = RECIPES[name].settings
-    config, plain = Config("x", **settings), Config("x")
+    config, plain = Config.of("x", **settings), Config.of("x")
     assert all(getattr(config, key) != getattr(plain, key) for key in settings)
 
 
@@ -32,13 +32,13 @@ def test_what_is_given_wins():
 def test_what_a_setting_makes_meaningless_is_left_out(name, given, gone):
     values = expand({"data": "x", "recipe": name, **given})
     assert not gone & values.keys()
-    Config(**values)
+    Config.of(**values)
 
 
 def test_what_fits_a_recipe_leaves_it_whole():
     values = expand({"data": "x", "recipe": "fast", "optimizer": "adamw"})
     assert values == RECIPES["fast"].settings | {"data": "x"}
-    averaged = Config(**expand({"data": "x", "recipe": "thorough", "ema": 0.9}))
+    averaged = Config.of(**expand({"data": "x", "recipe": "thorough", "ema": 0.9}))
     assert averaged.snapshots is None and averaged.schedule == "cosine"
 
 

@@ -11,27 +11,28 @@ import torch
 from conftest import Outcome, draw
 from safetensors.torch import load_file
 
-from cnnft import CnnftError, Config, schedules
-from cnnft.checkpoints import Checkpoint, save_checkpoint
-from cnnft.finetuning import carry_out
-from cnnft.planning import prepare
-from cnnft.run import Epoch, Run
-from cnnft.session import Stopped
-from cnnft.training import StepDone
+from cnnft import CnnftError, Config
+from cnnft.runs.checkpoints import Checkpoint, save_checkpoint
+from cnnft.runs.run import Epoch, Run
+from cnnft.training import schedules
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.session import Stopped
+from cnnft.training.step import StepDone
 
 Cli = Callable[..., Outcome]
 EPOCHS, STEPS = 3, 4  # 16 training images in batches of 4
 
 
 def settings(flat: Path, tmp_path: Path, name: str, **more: object) -> Config:
-    return Config(
+    return Config.of(
         flat, backbone="builtin", epochs=EPOCHS, batch_size=4, workers=0, device="cpu", name=name,
         runs_dir=tmp_path / "runs", probe_first=False, batchnorm="train", **more,
     )  # fmt: skip
 
 
 def finish(config: Config, run: Run | None = None) -> Run:
-    for event in carry_out(prepare(config), run):
+    for event in run_plan(prepare(config, run and run.load_checkpoint()), run):
         last = event
     return last.run
 
@@ -87,7 +88,7 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, wo
     def stop() -> bool:
         return taken >= step
 
-    for event in carry_out(prepare(config), stop=stop):
+    for event in run_plan(prepare(config), stop=stop):
         taken += isinstance(event, StepDone)
     assert isinstance(event, Stopped) and event.step == step
     run = Run.open(event.run.path)
@@ -112,7 +113,7 @@ def test_other_ways_to_train_resume_too(whole, tmp_path: Path, more: dict, monke
     expected = finish(settings(whole[0], tmp_path, "expected", plateau_patience=0, **more))
     plan = prepare(settings(whole[0], tmp_path, "stopped", plateau_patience=0, **more))
     taken: list[StepDone] = []
-    for event in carry_out(plan, stop=lambda: len(taken) > 2 * STEPS):
+    for event in run_plan(plan, stop=lambda: len(taken) > 2 * STEPS):
         if isinstance(event, StepDone):
             taken.append(event)
     run = Run.open(event.run.path)
@@ -130,7 +131,7 @@ def test_augmented_and_mixed_batches_are_the_same_after_a_stop(whole, tmp_path: 
     expected = finish(settings(flat, tmp_path, "expected", **more))
     first = settings(flat, tmp_path, "stopped", **more)
     taken: list[StepDone] = []
-    for stopped in carry_out(prepare(first), stop=lambda: len(taken) > STEPS):
+    for stopped in run_plan(prepare(first), stop=lambda: len(taken) > STEPS):
         if isinstance(stopped, StepDone):
             taken.append(stopped)
     assert isinstance(stopped, Stopped) and stopped.step == STEPS + 1
@@ -156,7 +157,7 @@ def test_killed_anywhere_and_resumed(whole, tmp_path: Path, place: str, monkeypa
 
         monkeypatch.setattr(Run, place, dying)
     with pytest.raises(Killed):
-        for event in carry_out(prepare(config)):
+        for event in run_plan(prepare(config)):
             if place == "step" and isinstance(event, StepDone) and event.step == STEPS + 2:
                 raise Killed
             if place == "epoch" and isinstance(event, Epoch) and event.epoch == 2:
@@ -178,7 +179,7 @@ def test_killed_before_the_first_checkpoint(whole, tmp_path: Path):
 @pytest.mark.parametrize("damage", ["cut", "bit"])
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path: Path, damage: str, caplog):
     flat, expected = whole
-    events = carry_out(prepare(settings(flat, tmp_path, "damaged")))
+    events = run_plan(prepare(settings(flat, tmp_path, "damaged")))
     epochs = 0
     while epochs < 2:
         epochs += isinstance(next(events), Epoch)

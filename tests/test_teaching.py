@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from cnnft import finetune, load
-from cnnft.batches import view_batches
-from cnnft.config import Config
-from cnnft.data import scan
-from cnnft.inference import infer_all
-from cnnft.teaching import make_teach
-from cnnft.transforms import EvaluationViews
+from cnnft.config.schema import Config
+from cnnft.data.loading import view_batches
+from cnnft.data.sources import scan
+from cnnft.data.transforms import EvaluationViews
+from cnnft.inference.predict import infer_all
+from cnnft.training.distillation import make_soft_targets
 
 SMALL = {"backbone": "builtin", "workers": 0, "batch_size": 6}
 
@@ -24,8 +24,8 @@ def test_teachers_judge_as_they_predict(trained, augment):
     """Cached or asked at every step, where the student sees what they see."""
     samples = scan(trained.parents[1] / "data")
     teacher = load(trained, device="cpu")
-    config = Config("x", augment=augment, teacher=("t",))
-    teach = make_teach([teacher], config, teacher.input_spec, samples, 0)
+    config = Config.of("x", augment=augment, teacher=("t",))
+    teach = make_soft_targets([teacher], config, teacher.input_spec, samples, 0)
     found = teach(seen(teacher, samples), range(len(samples)))
     views = EvaluationViews(teacher.input_spec)
     expected = infer_all(teacher.network, view_batches(samples.paths, views, 8, 0), samples.paths)
@@ -36,10 +36,10 @@ def test_several_teachers_are_averaged_and_their_classes_put_in_order(trained, f
     samples = scan(trained.parents[1] / "data")
     one, other = load(trained, device="cpu"), load(finetuned, device="cpu")
     pixels, images = seen(one, samples), range(len(samples))
-    config = Config("x", teacher=("t",))
+    config = Config.of("x", teacher=("t",))
 
     def say(*teachers):
-        return make_teach(teachers, config, one.input_spec, samples, 0)(pixels, images)
+        return make_soft_targets(teachers, config, one.input_spec, samples, 0)(pixels, images)
 
     torch.testing.assert_close(say(one, other), (say(one) + say(other)) / 2)
     before = say(one)

@@ -9,9 +9,9 @@ import pytest
 from conftest import Outcome
 
 from cnnft import CnnftError, Config
-from cnnft.finetuning import carry_out
-from cnnft.planning import prepare
-from cnnft.run import Epoch, Run
+from cnnft.runs.run import Epoch, Run
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
 
 Cli = Callable[..., Outcome]
 
@@ -56,7 +56,7 @@ def test_an_epoch_that_is_done_again_is_told_once(
     flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, torn: bool
 ) -> None:
     """Killed between the second epoch's events and its checkpoint; the last event may be torn."""
-    config = Config(
+    config = Config.of(
         flat, backbone="builtin", mode="feature-extractor", epochs=3, batch_size=4, workers=0,
         device="cpu", tensorboard=True, runs_dir=tmp_path / "runs", name="run",
     )  # fmt: skip
@@ -70,14 +70,14 @@ def test_an_epoch_that_is_done_again_is_told_once(
 
     monkeypatch.setattr(Run, "save_checkpoint", dying)
     with pytest.raises(KeyboardInterrupt):
-        list(carry_out(prepare(config)))
+        list(run_plan(prepare(config)))
     monkeypatch.undo()
     run = Run.open(tmp_path / "runs" / "run")
     [events] = run.tensorboard.iterdir()
     assert [step for step, _ in scalars(run.path)["loss/val"]] == [1, 2]
     if torn:
         events.write_bytes(events.read_bytes()[:-5])
-    resumed = carry_out(prepare(run.config()), run)
+    resumed = run_plan(prepare(run.config()), run)
     assert [event.epoch for event in resumed if isinstance(event, Epoch)] == [2, 3]
     assert len(list(run.tensorboard.iterdir())) == 2
     assert scalars(run.path) == history(run.path) and len(history(run.path)["loss/val"]) == 3
@@ -93,9 +93,9 @@ def test_without_the_package_the_extra_is_named_before_any_data_is_read(
 
 def test_a_folder_that_cannot_be_written_is_named(cnnft: Cli, flat: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    config = Config(flat, backbone="builtin", mode="feature-extractor", epochs=1, workers=0,
+    config = Config.of(flat, backbone="builtin", mode="feature-extractor", epochs=1, workers=0,
                     tensorboard=True, runs_dir=tmp_path, name="run")  # fmt: skip
-    training = carry_out(prepare(config))
+    training = run_plan(prepare(config))
     next(training)
     (tmp_path / "run" / "tensorboard").write_text("in the way")
     with pytest.raises(CnnftError, match="tensorboard cannot be written"):

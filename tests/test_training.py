@@ -12,15 +12,17 @@ from conftest import draw_folder
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cnnft import Config, memory
-from cnnft.batches import KeyedBatches
-from cnnft.config import Precision
+from cnnft import Config
+from cnnft.config.choices import Precision
+from cnnft.config.texts import parse_interval
+from cnnft.data.sampler import KeyedBatches
 from cnnft.errors import UsageError
-from cnnft.finetuning import carry_out
-from cnnft.planning import prepare
-from cnnft.run import Run
-from cnnft.training import EpochDone, NonFiniteLossError, StepDone, TrainState, train
-from cnnft.values import parse_interval
+from cnnft.runs.run import Run
+from cnnft.training import batchsize as memory
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.state import TrainState
+from cnnft.training.step import EpochDone, NonFiniteLossError, StepDone, train
 
 IMAGES, BATCH = 12, 6
 NEVER = float("inf")
@@ -103,7 +105,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_is_taken():
 
 def test_tolerated_steps_are_left_out_as_if_they_were_not_there():
     one, other = Small(), Small()
-    of_one = state(one, tolerated=1)
+    of_one = state(one, max_skipped_steps=1)
     events = list(train(of_one, batches(bad=1), SUM))
     with_gap = [batch for i, batch in enumerate(batches()) if i != 1]
     list(train(state(other), with_gap, SUM))
@@ -113,7 +115,7 @@ def test_tolerated_steps_are_left_out_as_if_they_were_not_there():
     with pytest.raises(NonFiniteLossError):
         bad = batches(bad=1)
         bad[3] = bad[1]
-        list(train(state(Small(), tolerated=1), bad, SUM))
+        list(train(state(Small(), max_skipped_steps=1), bad, SUM))
 
 
 def test_a_state_that_is_not_finite_is_not_saved():
@@ -132,7 +134,7 @@ def test_a_state_that_is_not_finite_is_not_saved():
 
 def settings(flat: Path, tmp_path: Path, **more: object) -> Config:
     values = {"epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu", "name": "run"} | more
-    return Config(flat, backbone="builtin", runs_dir=tmp_path / "runs", image_size=32, **values)
+    return Config.of(flat, backbone="builtin", runs_dir=tmp_path / "runs", image_size=32, **values)
 
 
 def test_divergence_names_the_step_the_files_and_the_way_out(cnnft, flat: Path, tmp_path: Path):
@@ -154,12 +156,12 @@ def test_batch_size_auto_is_settled_in_the_plan_and_fits(flat: Path, tmp_path: P
     config = settings(flat, tmp_path, batch_size="auto")
     plan = prepare(config)
     each = memory.bytes_per_image(plan.classifier.network, 32)
-    assert plan.config.batch_size == 8 == plan.batches.batch_size  # ten steps of 96 images
+    assert plan.config.training.batch_size == 8 == plan.batches.batch_size  # ten steps of 96 images
     trained = sum(p.nbytes for p in plan.classifier.network.parameters())
     monkeypatch.setattr(memory, "available", lambda device: 2 * trained + 2 * each * 5)
-    assert prepare(config).config.batch_size == 4
+    assert prepare(config).config.training.batch_size == 4
     monkeypatch.setattr(memory, "available", lambda device: 0)
-    assert prepare(config).config.batch_size == 1
+    assert prepare(config).config.training.batch_size == 1
 
 
 def test_bytes_per_image_are_what_autograd_keeps():
@@ -208,12 +210,12 @@ def test_checkpoints_come_every_so_many_steps(flat: Path, tmp_path: Path, monkey
     monkeypatch.setattr(
         Run, "save_checkpoint", lambda run, checkpoint: saved.append(checkpoint.step)
     )
-    list(carry_out(prepare(settings(flat, tmp_path, checkpoint_every="3", epochs=3))))
+    list(run_plan(prepare(settings(flat, tmp_path, checkpoint_every="3", epochs=3))))
     assert saved == [3, 4, 7, 8, 11, 12]
 
 
 def test_a_run_has_one_trainer(cnnft, flat: Path, tmp_path: Path):
-    events = carry_out(prepare(settings(flat, tmp_path)))
+    events = run_plan(prepare(settings(flat, tmp_path)))
     list(itertools.islice(events, 3))
     run = tmp_path / "runs" / "run"
     cnnft("finetune", "--resume", run).fails_with(1, "is being trained by another process")
@@ -224,15 +226,15 @@ def test_a_run_has_one_trainer(cnnft, flat: Path, tmp_path: Path):
 
 
 def test_force_keeps_the_old_run_until_the_new_one_has_weights(flat: Path, tmp_path: Path):
-    list(carry_out(prepare(settings(flat, tmp_path))))
+    list(run_plan(prepare(settings(flat, tmp_path))))
     runs = tmp_path / "runs"
     old = (runs / "run" / "model.safetensors").read_bytes()
     for _ in range(2):  # dies twice before its first epoch is over
-        events = carry_out(prepare(settings(flat, tmp_path, force=True, seed=1)))
+        events = run_plan(prepare(settings(flat, tmp_path, force=True, seed=1)))
         list(itertools.islice(events, 2))
         events.close()
         assert (runs / ".run.replaced" / "model.safetensors").read_bytes() == old
-    list(carry_out(prepare(settings(flat, tmp_path, force=True, seed=1))))
+    list(run_plan(prepare(settings(flat, tmp_path, force=True, seed=1))))
     assert [path.name for path in runs.iterdir()] == ["run"]
     assert (runs / "run" / "model.safetensors").read_bytes() != old
 
@@ -274,7 +276,7 @@ def test_sixteen_bits_are_for_computing_alone(precision: Precision):
 
 def test_a_gradient_too_large_for_float16_leaves_out_the_step_and_halves_the_scale():
     network = Small()
-    of = state(network, precision="float16", tolerated=1)
+    of = state(network, precision="float16", max_skipped_steps=1)
     of.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     events = train(of, batches(), SUM)
     before = network.fc.weight.clone()
@@ -284,7 +286,7 @@ def test_a_gradient_too_large_for_float16_leaves_out_the_step_and_halves_the_sca
 
 
 def test_a_loss_that_is_not_finite_is_noticed_in_float16_too():
-    of = state(Small(), precision="float16", tolerated=1)
+    of = state(Small(), precision="float16", max_skipped_steps=1)
     list(train(of, batches(bad=1), SUM))
     assert of.left_out == 1
     with pytest.raises(NonFiniteLossError):

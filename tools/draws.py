@@ -35,14 +35,14 @@ from torchvision.datasets import ImageFolder
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import tutorial
 from cnnft import Config, load
-from cnnft.augmentation import training_transform
-from cnnft.batches import view_batches
-from cnnft.finetuning import carry_out
-from cnnft.images import read_image
-from cnnft.inference import infer_all
-from cnnft.planning import Plan, prepare
-from cnnft.recipes import RECIPES
-from cnnft.transforms import EvaluationViews, InputSpec
+from cnnft.config.recipes import RECIPES
+from cnnft.data.augmentation import training_transform
+from cnnft.data.images import read_image
+from cnnft.data.loading import view_batches
+from cnnft.data.transforms import EvaluationViews, InputSpec
+from cnnft.inference.predict import infer_all
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import Plan, prepare
 from tools.document import fill
 
 SETS = ("hymenoptera", "textures", "flowers")
@@ -162,7 +162,7 @@ def _reduce(files: list[Path], folder: Path) -> None:
 
 def settle(drawn: Draw, options: argparse.Namespace, settings: Settings) -> Plan:
     return prepare(
-        Config(
+        Config.of(
             drawn.folder,
             backbone=f"local-dir:{options.weights}",
             image_size=options.size,
@@ -176,7 +176,7 @@ def settle(drawn: Draw, options: argparse.Namespace, settings: Settings) -> Plan
 
 
 def train_cnnft(plan: Plan) -> torch.nn.Module:
-    for event in carry_out(plan):
+    for event in run_plan(plan):
         finished = event
     return load(finished.run.path, device="cpu").network
 
@@ -206,7 +206,7 @@ def train_by_hand(
     optimizer = tutorial.make_optimizer(network)
     scheduler = StepLR(optimizer, step_size=7, gamma=0.1)
     best, kept = -1.0, None
-    for _ in range(plan.config.epochs):
+    for _ in range(plan.config.training.epochs):
         tutorial.train_epoch(network, loaders["train"], optimizer, scheduler)
         current = tutorial.accuracy(network, loaders["val"])
         if current > best:

@@ -12,11 +12,11 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cnnft import distributed
-from cnnft.config import Config
-from cnnft.finetuning import carry_out
-from cnnft.planning import prepare
-from cnnft.training import StepDone
+from cnnft.config.schema import Config
+from cnnft.machine import distributed
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.step import StepDone
 
 
 def start_torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
@@ -37,8 +37,8 @@ def children(pid: int) -> list[int]:
 
 
 def follow(settings: dict[str, object], folder: Path) -> None:
-    plan = prepare(Config(**settings, runs_dir=folder))
-    for event in carry_out(plan):
+    plan = prepare(Config.of(**settings, runs_dir=folder))
+    for event in run_plan(plan):
         if isinstance(event, StepDone) and distributed.is_main:
             state = plan.classifier.network.state_dict()
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}

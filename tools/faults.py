@@ -27,9 +27,10 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cnnft import checkpoints, run, session
 from cnnft.cli import main as cnnft
-from cnnft.run import Run
+from cnnft.runs import checkpoints, run
+from cnnft.runs.run import Run
+from cnnft.training import session
 from tools.document import fill
 from tools.each_step import children, start_torchrun
 

@@ -44,16 +44,21 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft import CnnftError, finetune
-from cnnft.backbones import Backbone, open_backbone
-from cnnft.checkpoints import load_checkpoint
-from cnnft.classifier import load
-from cnnft.data import check, scan, split
-from cnnft.exporting import export_run
-from cnnft.files import to_safetensors
-from cnnft.images import find_problem, ignoring_oddities, read_image
-from cnnft.pretrained import load_weights
-from cnnft.run import Run
-from cnnft.zoo import Identity, build, described_beside
+from cnnft.analysis.export import export_run
+from cnnft.data.images import find_problem, ignoring_oddities, read_image
+from cnnft.data.reading import check
+from cnnft.data.sources import scan
+from cnnft.data.split import split
+from cnnft.inference.description import describe
+from cnnft.inference.storage import load
+from cnnft.machine.files import to_safetensors
+from cnnft.models.backbones import Backbone, open_backbone
+from cnnft.models.build import build
+from cnnft.models.identity import Identity
+from cnnft.models.registry import described_beside
+from cnnft.models.weights import load_weights
+from cnnft.runs.checkpoints import load_checkpoint
+from cnnft.runs.run import Run
 from tools.document import fill
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
@@ -481,7 +486,7 @@ def _use(model: Path, image: Path) -> None:
     classifier = load(model, device="cpu")
     for prediction in classifier.predict([image], workers=0):
         str(prediction.label).encode()
-    to_safetensors({}, {"cnnft": json.dumps(classifier.describe(), ensure_ascii=False)})
+    to_safetensors({}, {"cnnft": json.dumps(describe(classifier), ensure_ascii=False)})
 
 
 def _fill(backbone: Backbone, weights: Path) -> None:

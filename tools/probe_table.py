@@ -213,7 +213,7 @@ def main() -> None:
     add("--data", type=Path, required=True, help="folder of hymenoptera, textures and flowers")
     add("--imagenet", type=Path, required=True, help="timm folder with ImageNet weights")
     add("--sample", type=Path, default=Path("sample_data"), help="default: %(default)s")
-    add("--builtin", type=Path, default=Path("cnnft/weights/builtin"), help="default: %(default)s")
+    add("--builtin", type=Path, default=Path("cnnft/models/builtin"), help="default: %(default)s")
     add(
         "--output", type=Path, default=Path("docs/builtin-backbone.md"), help="default: %(default)s"
     )

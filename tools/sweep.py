@@ -1,4 +1,4 @@
-"""Try every backbone of timm and torchvision and write cnnft/backbones.csv: supported, or why not.
+"""Try every backbone of timm and torchvision and write cnnft/models/catalogue.csv.
 
     python tools/sweep.py [--only PATTERN] [--jobs 2] [--train 30]
 
@@ -25,19 +25,22 @@ import torchvision
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from cnnft.batches import KeyedBatches
-from cnnft.config import Config
+from cnnft.config.schema import Config
+from cnnft.data.sampler import KeyedBatches
 from cnnft.errors import CnnftError
-from cnnft.freezing import freeze
-from cnnft.heads import head_tensors
-from cnnft.optim import learning_rates, make_optimizer
-from cnnft.schedules import make_schedule
-from cnnft.stages import stages
-from cnnft.training import StepDone, TrainState, train
-from cnnft.zoo import build, input_spec, names, resolve, with_auxiliary
+from cnnft.models.build import build, with_auxiliary
+from cnnft.models.freezing import freeze
+from cnnft.models.heads import head_tensors
+from cnnft.models.identity import input_spec
+from cnnft.models.registry import names, resolve
+from cnnft.models.stages import stages
+from cnnft.training.optim import learning_rates, make_optimizer
+from cnnft.training.schedules import make_schedule
+from cnnft.training.state import TrainState
+from cnnft.training.step import StepDone, train
 from tools.document import fill
 
-TABLE = Path(__file__).parents[1] / "cnnft" / "backbones.csv"
+TABLE = Path(__file__).parents[1] / "cnnft" / "models" / "catalogue.csv"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "backbones.md"
 CLASSES = 7
 SMALL = 30_000_000  # parameters of a network that takes a training step
@@ -102,7 +105,7 @@ def _broken_promise(identity, network, head, groups, size: int, device: str) -> 
         return "feature-extractor mode trains something else than the head"
     for train_stages in (None, 1):
         freeze(network, head, groups, "finetune", train_stages)
-        config = Config("-", layer_decay=0.5)
+        config = Config.of("-", layer_decay=0.5)
         make_optimizer(network, head, groups, learning_rates(config, identity.architecture), config)
     try:
         logits = _forward(network, size, device)
@@ -130,7 +133,7 @@ def take_step(name: str) -> str:
         head = head_tensors(network, lambda classes: build(identity, classes))
         groups = stages(network, head)
         freeze(network, head, groups, "finetune")
-        config = Config("-", epochs=1)
+        config = Config.of("-", epochs=1)
         rates = learning_rates(config, identity.architecture)
         state = TrainState(
             network=network,

@@ -9,7 +9,7 @@ from cnnft.cli import console, options
 from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
-    from cnnft.catalogue import Entry
+    from cnnft.models.catalogue import Entry
 
 _MOST_TAGS = 4  # on a terminal; --json has all
 
@@ -22,7 +22,7 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """List backbones: their size, input, stages, and pretrained weights."""
-    from cnnft.catalogue import find
+    from cnnft.models.catalogue import find
 
     found = find(pattern)
     if not found:

@@ -8,7 +8,7 @@ import typer
 from cnnft.cli import console, options
 
 if TYPE_CHECKING:
-    from cnnft.cachefolder import Entry
+    from cnnft.cache.store import Entry
 
 
 def command(
@@ -19,8 +19,8 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Show what is kept on the disk for later runs: decoded images, features."""
-    from cnnft.cachefolder import clear as remove_all
-    from cnnft.cachefolder import entries, gigabytes, limit, root
+    from cnnft.cache.store import clear as remove_all
+    from cnnft.cache.store import entries, gigabytes, limit, root
 
     found = remove_all() if clear else entries()
     total = sum(entry.bytes for entry in found)
@@ -41,7 +41,7 @@ def command(
 def _table(found: "list[Entry]") -> Any:
     from rich.table import Table
 
-    from cnnft.cachefolder import gigabytes
+    from cnnft.cache.store import gigabytes
 
     table = Table(box=None, pad_edge=False)
     for column in ("kind", "what", "file"):

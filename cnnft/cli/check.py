@@ -8,12 +8,13 @@ import typer
 
 from cnnft.cli import console, options
 from cnnft.cli.plan import advice_json, class_table, show_advice
-from cnnft.config import Augment, Config, Fit
+from cnnft.config.choices import Augment, Fit
+from cnnft.config.schema import Config
+from cnnft.config.texts import Channels
 from cnnft.errors import CnnftError, UsageError
-from cnnft.values import Channels
 
 if TYPE_CHECKING:
-    from cnnft.datacheck import DataCheck
+    from cnnft.data.checks import DataCheck
 
 _MOST = 5  # groups and files shown of each finding; --json has all
 
@@ -29,6 +30,7 @@ def command(
     weights: Annotated[
         str | None, typer.Option(metavar="FILE", help="The backbone's weights.")
     ] = None,
+    layout: options.Layout = "auto",
     fit: Annotated[Fit | None, typer.Option(help="As for finetune.")] = None,
     show_augment: Annotated[
         Path | None,
@@ -38,7 +40,7 @@ def command(
     ] = None,
     augment: Annotated[
         Augment | None,
-        typer.Option(show_default=Config.augment, help="As for finetune: what is drawn."),
+        typer.Option(show_default="basic", help="As for finetune: what is drawn."),
     ] = None,
     config: Annotated[
         str | None,
@@ -50,13 +52,15 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Check a folder of images, and advise how much to train on it."""
-    from cnnft.augmentation import augmentation
-    from cnnft.batches import default_workers
-    from cnnft.contactsheet import contact_sheet
-    from cnnft.datacheck import PLAIN, check_folder
-    from cnnft.files import write_whole
-    from cnnft.planning import prepare
-    from cnnft.zoo import input_spec, resolve
+    from cnnft.data.augmentation import augmentation
+    from cnnft.data.checks import PLAIN, check_dataset
+    from cnnft.data.contactsheet import contact_sheet
+    from cnnft.data.loading import default_workers
+    from cnnft.data.reading import read_dataset
+    from cnnft.machine.files import write_whole
+    from cnnft.models.identity import input_spec
+    from cnnft.models.registry import resolve
+    from cnnft.training.plan import prepare
 
     if backbone is None and (weights is not None or fit is not None):
         raise UsageError("--weights and --fit are about a network: give --backbone too")
@@ -70,22 +74,21 @@ def command(
     spec = PLAIN if backbone is None else input_spec(resolve(backbone))
     spec = spec if fit is None else dataclasses.replace(spec, fit=fit)
     with console.progress() as bar:
-        found = check_folder(
-            data,
-            spec,
-            workers=default_workers() if workers is None else workers,
-            on_files=console.reading_images(bar),
-        )
+        dataset = read_dataset(data, layout=layout, on_files=console.reading_images(bar))
+        workers = default_workers() if workers is None else workers
+        found = check_dataset(dataset, spec, workers=workers)
     if sheet is not None and show_augment is not None:
         if backbone is None:
             spec = dataclasses.replace(spec, mean=found.mean, std=found.std)
-        write_whole(show_augment, contact_sheet(data, spec, augmentation(sheet)))
+        write_whole(
+            show_augment, contact_sheet(dataset.train, spec, augmentation(sheet.augmentation))
+        )
         console.say(f"wrote {show_augment}")
     advice = None
     if backbone is not None:
-        settings = Config(
-            data=data, backbone=backbone, weights=weights, mode="auto", fit=fit, workers=workers,
-            device=device,
+        settings = Config.of(
+            data=data, backbone=backbone, weights=weights, mode="auto", fit=fit, layout=layout,
+            workers=workers, device=device,
         )  # fmt: skip
         try:
             advice = prepare(settings).advice
@@ -102,7 +105,7 @@ def command(
 
 
 def _sheet_settings(data: str, augment: Augment | None, config_file: str | None) -> Config:
-    from cnnft.run import read_config_file
+    from cnnft.runs.run import read_config_file
 
     values = {} if config_file is None else read_config_file(config_file)
     given: dict[str, Any] = {"data": data} | ({} if augment is None else {"augment": augment})

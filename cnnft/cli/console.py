@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cnnft import distributed
+from cnnft.machine import distributed
 
 if TYPE_CHECKING:
-    from cnnft.data import Skipped
+    from cnnft.data.dataset import Skipped
 
 quiet = False
 """Set by --quiet: nothing but results, warnings and errors. Of several processes the main one

@@ -9,7 +9,7 @@ import typer
 from cnnft.cli import console, options
 
 if TYPE_CHECKING:
-    from cnnft.comparison import Comparison, DataDifference, Paired, Rows
+    from cnnft.analysis.compare import Comparison, DataDifference, Paired, Rows
 
 _MOST = 5  # changed files shown; --json has all
 _LONGEST = 100  # characters of a value; --json has all
@@ -24,8 +24,8 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Tell what differs between two runs: settings, images, versions, and scores."""
-    from cnnft.comparison import compare
-    from cnnft.run import Run
+    from cnnft.analysis.compare import compare
+    from cnnft.runs.run import Run
 
     found = compare(Run.open(run_a), Run.open(run_b))
     if json:

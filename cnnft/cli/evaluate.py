@@ -1,16 +1,15 @@
 """cnnft evaluate DATA -m RUN: how good the classifier is on images that it has not seen."""
 
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cnnft.cli import console, options
-from cnnft.config import Split
+from cnnft.config.choices import Split
 
 if TYPE_CHECKING:
-    from cnnft.evaluation import Evaluation
+    from cnnft.analysis.evaluate import Evaluation
 
 _UNKNOWN = {"left_out": None, "selected_on_val": None}
 """An exported file does not know what it was trained on."""
@@ -22,6 +21,7 @@ def command(
     data: Annotated[str, typer.Argument(help="Image folder, as for finetune.")],
     model: options.Model,
     split: Annotated[Split, typer.Option(help="Which part of the folder.")] = "val",
+    layout: options.Layout = "auto",
     tta: options.Tta = "none",
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
@@ -32,29 +32,29 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Evaluate a model on labelled images; those that it was trained on are left out."""
-    from cnnft.classifier import load
-    from cnnft.evaluation import evaluate_folder
-    from cnnft.run import Run
+    from cnnft.analysis.evaluate import Seen, evaluate, splits_to_evaluate
+    from cnnft.data.reading import read_dataset
+    from cnnft.data.sources import open_source
+    from cnnft.inference.predict import Inference
+    from cnnft.inference.storage import load
+    from cnnft.runs.run import Run
 
     classifier = load(model, weights=weights, device=device)
-    run = Run.open(model) if Path(model).is_dir() else None
+    run = Run.open(model) if Run.is_run(model) else None
     if run is None:
         console.warn(f"{model} does not say what it was trained on: no image is left out")
     with console.progress() as bar:
         reading = console.reading_images(bar)
         evaluating = bar.add_task("evaluating", total=None, visible=False)
-        evaluation = evaluate_folder(
+        source = open_source(data, layout)
+        parts = splits_to_evaluate(source, split)
+        dataset = read_dataset(source, parts, classes=classifier.classes, on_files=reading)
+        evaluation = evaluate(
             classifier,
-            data,
-            split,
-            trained_on=run.hashes("train") if run else (),
-            selected_on=run.hashes("val") if run else (),
-            tta=tta,
-            batch_size=batch_size,
-            workers=workers,
-            precision=precision,
-            on_files=reading,
-            on_image=lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
+            dataset,
+            Inference(tta, batch_size, workers, precision),
+            Seen(run.hashes("train"), run.hashes("val")) if run else Seen(),
+            lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )
     console.warn_of_skipped(evaluation.skipped, "--json lists all")
     if json:

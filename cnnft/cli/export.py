@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cnnft.cli import console, options
-from cnnft.config import ExportFormat
+from cnnft.config.choices import ExportFormat
 
 
 def command(
@@ -25,8 +25,8 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Export a trained run as one file."""
-    from cnnft.exporting import export_run
-    from cnnft.run import Run
+    from cnnft.analysis.export import export_run
+    from cnnft.runs.run import Run
 
     with console.progress() as bar:
         bar.add_task(f"exporting {format}", total=None)

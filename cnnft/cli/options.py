@@ -4,9 +4,13 @@ from typing import Annotated, Any
 
 import typer
 
-from cnnft import config
 from cnnft.cli import console
-from cnnft.config import TestTimeViews
+from cnnft.config.choices import Layout as Layout_
+from cnnft.config.choices import Precision as Precision_
+from cnnft.config.choices import TestTimeViews
+from cnnft.config.options import option_of
+from cnnft.config.panels import MAIN
+from cnnft.config.schema import FIELDS
 from cnnft.errors import UsageError
 
 
@@ -19,6 +23,10 @@ Model = Annotated[
     typer.Option(
         "--model", "-m", metavar="RUN|FILE", help="A run directory, or a file made by export."
     ),
+]
+Layout = Annotated[
+    Layout_,
+    typer.Option(help=option_of(FIELDS["layout"]).help),
 ]
 Weights = Annotated[
     str | None,
@@ -55,7 +63,7 @@ BatchSize = Annotated[
     ),
 ]
 Precision = Annotated[
-    config.Precision,
+    Precision_,
     typer.Option(help="Of what the network computes; 16 bits are less exact."),
 ]
 Workers = Annotated[
@@ -71,4 +79,17 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Quiet = Annotated[
     bool,
     typer.Option("--quiet", "-q", callback=_set_quiet, help="No progress, only results."),
+]
+MainJson = Annotated[
+    bool, typer.Option("--json", rich_help_panel=MAIN, help="Print one JSON document.")
+]
+MainQuiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        rich_help_panel=MAIN,
+        callback=_set_quiet,
+        help="No progress, only results.",
+    ),
 ]

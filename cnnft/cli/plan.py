@@ -1,6 +1,6 @@
 """The summary that finetune shows before training."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -8,9 +8,9 @@ from rich.table import Table
 from cnnft.cli import console
 
 if TYPE_CHECKING:
-    from cnnft.advice import Advice
-    from cnnft.config import Config
-    from cnnft.planning import Plan
+    from cnnft.config.schema import Config
+    from cnnft.training.advice import Advice
+    from cnnft.training.plan import Plan
 
 _MOST_CLASSES = 20
 
@@ -27,7 +27,7 @@ def show_plan(plan: "Plan") -> None:
     console.say()
     _show_skipped(plan)
 
-    if plan.advice is not None and plan.asked == "auto":
+    if plan.advice is not None and plan.requested_mode == "auto":
         show_advice(plan.advice, console.say)
         console.say()
     trained, frozen = plan.parameters
@@ -39,7 +39,7 @@ def show_plan(plan: "Plan") -> None:
     console.say(
         f"mode            {_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"
     )
-    if plan.advice is not None and plan.probed:
+    if plan.advice is not None and plan.head_from == "probe":
         console.say(
             "probe           the head starts from a linear probe, right in "
             f"{plan.advice.probe_accuracy:.1%} of the training images in cross-validation"
@@ -49,18 +49,18 @@ def show_plan(plan: "Plan") -> None:
     for i, words in enumerate(_extras(plan)):
         console.say(f"{'' if i else 'besides':<16}{words}")
     console.say(
-        f"training        {plan.config.epochs} epochs of {plan.batches.steps_per_epoch} steps, "
-        f"{optimizer_words(plan.config)}, on {plan.device}, {plan.config.precision}\n"
+        f"training        {plan.length.epochs} epochs of {plan.length.steps_per_epoch} steps, "
+        f"{optimizer_words(plan.config)}, on {plan.device}, {plan.config.machine.precision}\n"
     )
 
 
 def optimizer_words(config: "Config") -> str:
-    words = [f"{config.schedule} schedule", config.optimizer]
-    if config.warmup_epochs:
-        words[0] += f" after a warm-up (epochs: {config.warmup_epochs:g})"
-    if config.weight_decay:
-        spared = "" if config.decay_all else " (not of norms and biases)"
-        words.append(f"weight decay {config.weight_decay:g}{spared}")
+    words = [f"{config.schedule.schedule} schedule", config.optim.optimizer]
+    if config.schedule.warmup_epochs:
+        words[0] += f" after a warm-up (epochs: {config.schedule.warmup_epochs:g})"
+    if config.optim.weight_decay:
+        spared = "" if config.optim.decay_all else " (not of norms and biases)"
+        words.append(f"weight decay {config.optim.weight_decay:g}{spared}")
     return ", ".join(words)
 
 
@@ -69,29 +69,29 @@ def _extras(plan: "Plan") -> list[str]:
     config = plan.config
     said = {
         "views of each image:": plan.batches.views,
-        "label smoothing": config.label_smoothing or None,
-        "focal loss, gamma": config.focal or None,
-        "dropout": config.dropout or None,
-        "drop path": config.drop_path or None,
-        "L1": config.l1 or None,
-        "max-norm of the head": config.max_norm,
-        "gradients clipped at norm": config.clip_grad,
-        "average of the weights, decay": config.ema,
-        "stop after epochs without a better one:": config.patience,
-        "weights averaged over the last epochs:": config.swa,
-        "snapshots that vote:": config.snapshots,
+        "label smoothing": config.loss.label_smoothing or None,
+        "focal loss, gamma": config.loss.focal or None,
+        "dropout": config.network.dropout or None,
+        "drop path": config.network.drop_path or None,
+        "L1": config.optim.l1 or None,
+        "max-norm of the head": config.optim.max_norm,
+        "gradients clipped at norm": config.optim.clip_grad,
+        "average of the weights, decay": config.averaging.ema,
+        "stop after epochs without a better one:": config.training.patience,
+        "weights averaged over the last epochs:": config.averaging.swa,
+        "snapshots that vote:": config.averaging.snapshots,
     }
     lines = [f"{words} {value:g}" for words, value in said.items() if value is not None]
-    if config.class_weights == "balanced":
+    if config.loss.class_weights == "balanced":
         lines.append("classes count alike in the loss")
-    if config.sampling == "balanced":
+    if config.training.sampling == "balanced":
         lines.append("classes are drawn alike")
-    if config.recalibrate_bn:
+    if config.averaging.recalibrate_bn:
         lines.append("BatchNorm statistics anew at the end")
-    return lines + [f"taught by {teacher}" for teacher in config.teacher]
+    return lines + [f"taught by {teacher}" for teacher in config.loss.teacher]
 
 
-def class_table(counts: dict[str, dict[str, int]]) -> Table:
+def class_table(counts: Mapping[Any, dict[str, int]]) -> Table:
     """`counts`: split -> class -> images."""
     table = Table(box=None, pad_edge=False)
     table.add_column("class")
@@ -108,7 +108,7 @@ def class_table(counts: dict[str, dict[str, int]]) -> Table:
 
 def show_advice(advice: "Advice", say: Callable[[Any], None]) -> None:
     """The size × similarity table, with this dataset's cell marked, and the evidence."""
-    from cnnft.advice import SIMILAR, SMALL, TABLE
+    from cnnft.training.advice import SIMILAR, SMALL, TABLE
 
     table = Table(pad_edge=False)
     table.add_column("data")
@@ -155,9 +155,9 @@ def _show_skipped(plan: "Plan") -> None:
 
 
 def _pixels_line(plan: "Plan") -> str:
-    from cnnft.pixelcache import training_pixels
+    from cnnft.cache.pixels import training_pixels
 
-    pixels = training_pixels(plan.config, plan.classifier.input_spec)
+    pixels = training_pixels(plan.config.input, plan.classifier.input_spec)
     if pixels.short_side is None:
         return "training reads them as they are"
     decoder = ", decoded by JPEG draft mode" if pixels.decoder == "draft" else ""
@@ -165,21 +165,24 @@ def _pixels_line(plan: "Plan") -> str:
 
 
 def _mode_line(plan: "Plan") -> str:
-    stages = plan.config.train_stages
+    stages = plan.config.freezing.train_stages
     last = "" if stages is None else f", last {stages} of {len(plan.stages)} stages"
-    return plan.config.mode + last
+    return plan.config.freezing.mode + last
 
 
 def _augmentation_line(plan: "Plan") -> str:
-    from cnnft.augmentation import changes
+    from cnnft.data.augmentation import changes
 
-    mixes = {"mixup": plan.config.mixup or None, "cutmix": plan.config.cutmix or None}
+    mixes = {
+        "mixup": plan.config.augmentation.mixup or None,
+        "cutmix": plan.config.augmentation.cutmix or None,
+    }
     parts = [
         f"{name} {value:g}" if not isinstance(value, bool) else name if value else f"no {name}"
-        for name, value in (changes(plan.config) | mixes).items()
+        for name, value in (changes(plan.config.augmentation) | mixes).items()
         if value is not None
     ]
-    return ", ".join([plan.config.augment, *parts])
+    return ", ".join([plan.config.augmentation.augment, *parts])
 
 
 def _backbone_line(plan: "Plan") -> str:
@@ -205,9 +208,9 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
                 plan.train.classes, plan.train.counts(), plan.val.counts(), strict=True
             )
         },
-        "mode": plan.config.mode,
-        "train_stages": plan.config.train_stages,
-        "probe_first": plan.probed,
+        "mode": plan.config.freezing.mode,
+        "train_stages": plan.config.freezing.train_stages,
+        "head": plan.head_from,
         "advice": None if plan.advice is None else advice_json(plan.advice),
         "backbone": plan.classifier.identity.name,
         "parameters": {"trained": trained, "frozen": frozen},

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.progress import Progress
 
-from cnnft import distributed
 from cnnft.cli import console, options, rows
 from cnnft.errors import CnnftError, UsageError
+from cnnft.machine import distributed
 
 if TYPE_CHECKING:
-    from cnnft.classifier import Prediction
-    from cnnft.data import Skipped
+    from cnnft.data.dataset import Skipped
+    from cnnft.inference.classifier import Prediction
 
 Format = Literal["table", "json", "jsonl", "csv"]
 
@@ -54,7 +54,7 @@ def command(
         raise UsageError(f"--output {output} is a folder: give the file to write")
     files, skipped = _expand(images)
 
-    from cnnft.classifier import load
+    from cnnft.inference.storage import load
 
     classifier = load(model, weights=weights, device=device)
     stream = classifier.stream(
@@ -95,7 +95,7 @@ def _choose_format(format: Format | None, output: Path | None) -> Format:
 
 def _expand(arguments: list[str]) -> tuple[list[str], list["Skipped"]]:
     """The files to predict, and those of folders whose names are not an image's."""
-    from cnnft.data import image_files
+    from cnnft.data.sources import image_files
 
     files: list[str] = []
     skipped: list[Skipped] = []
@@ -128,9 +128,9 @@ def _as_they_come(
         task = bar.add_task("predicting", total=total)
         for prediction in predictions:
             yield prediction
-            bar.advance(task, distributed.world)
+            bar.advance(task, distributed.world_size)
 
-    return mine() if distributed.world == 1 else iter(distributed.gather(list(mine())))
+    return mine() if distributed.world_size == 1 else iter(distributed.gather(list(mine())))
 
 
 def _count(predictions: Iterator["Prediction"], failures: Counter[bool]) -> Iterator["Prediction"]:
@@ -148,7 +148,7 @@ def _write(
     bar: Progress,
 ) -> None:
     if output is not None:
-        from cnnft.files import writing_whole
+        from cnnft.machine.files import writing_whole
 
         assert format != "table"
         with writing_whole(output) as file:

@@ -1,8 +1,8 @@
 """cnnft recipes: settings that go together."""
 
 from cnnft.cli import console, options
-from cnnft.config import flag
-from cnnft.recipes import RECIPES
+from cnnft.config.recipes import RECIPES
+from cnnft.config.schema import flag
 
 
 def command(json: options.Json = False) -> None:

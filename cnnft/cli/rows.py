@@ -14,7 +14,7 @@ from rich.text import Text
 from cnnft.cli import console
 
 if TYPE_CHECKING:
-    from cnnft.classifier import Prediction
+    from cnnft.inference.classifier import Prediction
 
 Form = Literal["json", "jsonl", "csv"]
 

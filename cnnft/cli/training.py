@@ -12,11 +12,11 @@ from cnnft.cli import console
 from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
-    from cnnft.config import Config
-    from cnnft.finetuning import Event
-    from cnnft.planning import Plan
-    from cnnft.run import Epoch, Run
-    from cnnft.session import Finished
+    from cnnft.config.schema import Config
+    from cnnft.runs.run import Epoch, Run
+    from cnnft.training.finetune import Event
+    from cnnft.training.plan import Plan
+    from cnnft.training.session import Finished
 
 
 class InterruptedRunError(CnnftError):
@@ -35,11 +35,11 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
-    from cnnft.finetuning import Started, carry_out
-    from cnnft.pixelcache import Kept
-    from cnnft.run import Epoch
-    from cnnft.session import Stopped
-    from cnnft.training import StepDone
+    from cnnft.cache.pixels import CacheProgress
+    from cnnft.runs.run import Epoch
+    from cnnft.training.finetune import Started, run_plan
+    from cnnft.training.session import Stopped
+    from cnnft.training.step import StepDone
 
     macro = "   macro" if plan.config.balanced else ""
     console.say(f" epoch   train loss     acc    val loss     acc{macro}      gap", style="bold")
@@ -47,7 +47,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     with _signals() as received, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
         drawn, images = time.monotonic(), 0
-        for event in _with_advice(carry_out(plan, run, stop=lambda: bool(received))):
+        for event in _with_advice(run_plan(plan, run, stop=lambda: bool(received))):
             if isinstance(event, StepDone):
                 images += event.images
                 elapsed = time.monotonic() - drawn
@@ -63,7 +63,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
                 console.say(_epoch_line(event, plan.config))
-            elif isinstance(event, Kept):
+            elif isinstance(event, CacheProgress):
                 bar.update(task, description=f"{event.doing} image {event.images} of {event.total}")
             elif isinstance(event, Started):
                 kept = event.run.environment() or {}
@@ -78,8 +78,8 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
 
 def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
     """`events`; where they end in an error, how to go on."""
-    from cnnft.finetuning import Started
-    from cnnft.session import DivergedError
+    from cnnft.training.finetune import Started
+    from cnnft.training.session import DivergedError
 
     run: Run | None = None
     try:
@@ -97,7 +97,8 @@ def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
 def _epoch_line(epoch: "Epoch", config: "Config") -> str:
     macro = f" {epoch.val_macro_recall:7.1%}" if config.balanced else ""
     return (
-        f"{epoch.epoch:>3}/{config.epochs:<3} {epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
+        f"{epoch.epoch:>3}/{config.training.epochs:<3} "
+        f"{epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
         f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%}{macro} {100 * epoch.gap:+8.1f}"
         f"{'  best so far' if epoch.best else ''}"
     )

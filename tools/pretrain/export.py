@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the --output of training")
     parser.add_argument("--bank", type=Path, required=True)
-    parser.add_argument("--to", type=Path, default=Path("cnnft/weights/builtin"))
+    parser.add_argument("--to", type=Path, default=Path("cnnft/models/builtin"))
     args = parser.parse_args()
     write(averaged(args.run / CHECKPOINT, args.bank), args.to)
 

@@ -1,0 +1,135 @@
+"""How good a classifier is on labelled images that it was not trained on."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from cnnft.config.choices import Split
+from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName, join
+from cnnft.data.sources import Source
+from cnnft.errors import CnnftError, UsageError
+from cnnft.inference.classifier import Classifier
+from cnnft.inference.predict import Inference, predict
+from cnnft.inference.predictions import Predictions
+from cnnft.metrics import (
+    ClassScore,
+    MacroScore,
+    Score,
+    calibration_error,
+    class_scores,
+    confusion_matrix,
+    macro_average,
+    top_k_accuracy,
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one classifier on one set of images."""
+
+    overall: Score
+    top5: float | None
+    """None for five classes or fewer."""
+    calibration_error: float
+    """Expected, of the probability that the predicted class is given."""
+    classes: tuple[ClassScore, ...]
+    confusion: list[list[int]]
+    """Rows are true classes, columns predicted ones."""
+    left_out: int
+    """Images that the classifier was trained on."""
+    selected_on: int
+    """Of the evaluated images, those on which training chose its best epoch."""
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always answering the commonest class."""
+        return max(row.n for row in self.classes) / self.overall.n
+
+    @property
+    def macro(self) -> MacroScore:
+        return macro_average(self.classes)
+
+
+def splits_to_evaluate(source: Source, split: Split) -> tuple[SplitName, ...]:
+    """Which splits of a source are meant; where it separates none, all of it.
+
+    Raises:
+        UsageError: it has no such split.
+    """
+    if split == "all":
+        return source.splits
+    if split in source.splits:
+        return (split,)
+    if split == "val" and "train" in source.splits:  # finetune splits val off those images
+        return ("train",)
+    found = ", ".join(source.splits) if source.separated else "class folders only"
+    raise UsageError(f"{source.name} has no {split} folder ({found}): choose another --split")
+
+
+def evaluate(
+    classifier: Classifier,
+    dataset: Dataset,
+    inference: Inference,
+    seen: "Seen",
+    on_image: Callable[[int], object] = lambda total: None,
+) -> Evaluation:
+    """Evaluate on a dataset, read with the classifier's classes.
+
+    `on_image` is called with the number of images to evaluate, once for each that was.
+
+    Raises:
+        CnnftError: no image remains.
+    """
+    samples = join(list(dataset.splits.values()))
+    kept = samples.without(seen.trained_on)
+    _require_some(kept, samples, dataset)
+    predictions = predict(classifier, kept, inference, "test", lambda: on_image(len(kept)))
+    selected_on = set(seen.selected_on)
+    return evaluation_of(
+        predictions,
+        left_out=len(samples) - len(kept),
+        selected_on=sum(digest in selected_on for digest in kept.hashes),
+        skipped=dataset.skipped,
+    )
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a model has seen before, by the SHA-256 of the images."""
+
+    trained_on: Iterable[str] = ()
+    """They are left out."""
+    selected_on: Iterable[str] = ()
+    """They are counted."""
+
+
+def evaluation_of(
+    predictions: Predictions,
+    left_out: int = 0,
+    selected_on: int = 0,
+    skipped: tuple[Skipped, ...] = (),
+) -> Evaluation:
+    log_probs, labels = predictions.log_probs, predictions.labels
+    classes = predictions.samples.classes
+    return Evaluation(
+        overall=predictions.score(),
+        top5=top_k_accuracy(log_probs, labels, 5) if len(classes) > 5 else None,
+        calibration_error=calibration_error(log_probs, labels),
+        classes=class_scores(log_probs, labels, classes),
+        confusion=confusion_matrix(log_probs, labels).tolist(),
+        left_out=left_out,
+        selected_on=selected_on,
+        skipped=skipped,
+    )
+
+
+def _require_some(kept: Samples, samples: Samples, dataset: Dataset) -> None:
+    if len(kept):
+        return
+    where = f"{dataset.source} ({', '.join(dataset.splits)})"
+    if len(samples):
+        raise CnnftError(
+            f"all {len(samples)} images of {where} were trained on: evaluate on images that the "
+            "model has not seen"
+        )
+    raise CnnftError(f"{where} holds no readable image")

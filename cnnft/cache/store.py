@@ -1,0 +1,187 @@
+"""What cnnft keeps for later runs: where, how much it may be, and what goes first.
+
+    ~/.cache/cnnft/KIND/*.safetensors     $CNNFT_CACHE is another folder
+
+Whatever lies there can be computed again. When more is to be kept than the bound, what was used
+longest ago goes. A file that a process has mapped into memory may be removed (Windows refuses).
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+
+from cnnft.errors import CnnftError, UsageError
+from cnnft.machine.files import remove_unfinished
+
+LIMIT = 50.0
+"""GB (10⁹ bytes) in all; $CNNFT_CACHE_LIMIT is another bound."""
+DISK_SHARE = 0.5
+"""Of the free disk may be filled by what is to be kept next."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache."""
+
+    path: Path
+    kind: str
+    """The folder it lies in."""
+    about: str
+    bytes: int
+    used: datetime
+    """Local time."""
+
+
+def root() -> Path:
+    """Where all of it lies."""
+    if chosen := os.environ.get("CNNFT_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnnft"
+
+
+def limit() -> int:
+    """Bytes that all of it may have.
+
+    Raises:
+        UsageError: $CNNFT_CACHE_LIMIT is no such number.
+    """
+    given = os.environ.get("CNNFT_CACHE_LIMIT") or str(LIMIT)
+    try:
+        gigabytes = float(given)
+        if not 0 <= gigabytes < float("inf"):
+            raise ValueError
+    except ValueError as error:
+        raise UsageError(
+            f"CNNFT_CACHE_LIMIT {given!r:.100}: give a number of gigabytes, such as {LIMIT:g}"
+        ) from error
+    return int(gigabytes * 1e9)
+
+
+def entries() -> list[Entry]:
+    """All files of the cache, what was used last first."""
+    found: list[Entry] = []
+    for path in root().glob("*/*.safetensors"):
+        try:
+            status = path.stat()
+        except OSError:  # it has just been removed
+            continue
+        used = datetime.fromtimestamp(status.st_mtime)
+        found.append(Entry(path, path.parent.name, _about(path), status.st_size, used))
+    return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+
+def _about(path: Path) -> str:
+    try:
+        with safe_open(path, "numpy") as file:
+            return (file.metadata() or {}).get("about", "")
+    except (OSError, SafetensorError):
+        return "damaged"
+
+
+def mark_used(path: Path) -> None:
+    """It is the last to go."""
+    with suppress(OSError):  # the folder may be somebody else's
+        os.utime(path)
+
+
+def refusal(needed: int) -> str | None:
+    """Why `needed` more bytes have no room, or None; older entries would make room for them."""
+    most = limit()
+    if needed > most:
+        return f"the cache may have {gigabytes(most)} (CNNFT_CACHE_LIMIT)"
+    place = root()
+    while not os.path.exists(place):  # noqa: PTH110  # which raises nothing
+        place = place.parent
+    room = int(DISK_SHARE * shutil.disk_usage(place).free)
+    return f"{DISK_SHARE:.0%} of the free disk is {gigabytes(room)}" if needed > room else None
+
+
+@contextmanager
+def writing(needed: int, *, wait: bool = True) -> Iterator[bool]:
+    """This process alone writes to the cache, which has room for `needed` bytes more.
+
+    Gives whether that is so: unless it is to `wait`, another process may be writing.
+
+    Raises:
+        CnnftError: the folder cannot be written to.
+    """
+    with _locked() as lock:
+        if not lock.is_locked and wait:
+            _log.info("waiting for another process that writes to %s", root())
+            lock.acquire()
+        if lock.is_locked:
+            _remove_unfinished()
+            _evict(limit() - needed)
+        yield lock.is_locked
+
+
+def clear() -> list[Entry]:
+    """Remove everything; what was there.
+
+    Raises:
+        CnnftError: another process is writing to it; a file cannot be removed.
+    """
+    if not root().exists():
+        return []
+    with _locked() as lock:
+        if not lock.is_locked:
+            raise CnnftError(f"{root()} is being written to by another process: try again later")
+        found = entries()
+        _remove_unfinished()
+        for entry in found:
+            try:
+                entry.path.unlink(missing_ok=True)
+            except OSError as error:
+                raise CnnftError(f"{entry.path} cannot be removed ({error.strerror})") from error
+    return found
+
+
+def gigabytes(count: int) -> str:
+    """In words; small amounts in MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@contextmanager
+def _locked() -> Iterator[FileLock]:
+    """The lock of the folder, acquired unless another process has it."""
+    lock = FileLock(root() / ".lock")
+    try:
+        root().mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        pass
+    except OSError as error:
+        raise CnnftError(f"{root()} cannot be written ({error.strerror})") from error
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _remove_unfinished() -> None:
+    for kind in root().iterdir():
+        if kind.is_dir():
+            remove_unfinished(kind)
+
+
+def _evict(most: int) -> None:
+    """Remove what was used longest ago until `most` bytes are left."""
+    total = 0
+    for entry in entries():
+        total += entry.bytes
+        if total > most:
+            try:
+                entry.path.unlink(missing_ok=True)
+                _log.info("removed %s from the cache, to make room", entry.about or entry.path.name)
+            except OSError:  # Windows, and in use
+                continue

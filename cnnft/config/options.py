@@ -1,0 +1,121 @@
+"""An option, declared once: the field of a section carries type, default, bounds, help and flag.
+
+The command, the config file, the error sentences and docs/options.md all come from it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from cnnft.errors import UsageError
+
+
+class Bounds(NamedTuple):
+    """From `low` to `high`, without those that `excluded` names ("low", "high")."""
+
+    low: float
+    high: float = float("inf")
+    excluded: tuple[str, ...] = ()
+
+    def hold(self, value: float) -> bool:
+        above = value > self.low if "low" in self.excluded else value >= self.low
+        below = value < self.high if "high" in self.excluded else value <= self.high
+        return above and below and value != float("inf")
+
+    def __str__(self) -> str:
+        words = f"{'above' if 'low' in self.excluded else 'at least'} {self.low:g}"
+        if self.high == float("inf"):
+            return words
+        return f"{words}, {'below' if 'high' in self.excluded else 'at most'} {self.high:g}"
+
+
+def above(low: float, high: float = float("inf")) -> Bounds:
+    return Bounds(low, high, ("low",))
+
+
+def below(low: float, high: float) -> Bounds:
+    return Bounds(low, high, ("high",))
+
+
+def between(low: float, high: float) -> Bounds:
+    return Bounds(low, high, ("low", "high"))
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field of a section says of itself, beside its name, type and default."""
+
+    help: str
+    bounds: Bounds | None = None
+    """Of a number."""
+    panel: str | None = None
+    """Where `--help` lists it; None: a rare setting, which the config file alone has."""
+    shown: str | None = None
+    """The default in words; None: the value itself."""
+    metavar: str | None = None
+    switch: bool = False
+    """On or not given: there is no --no-..."""
+    saved: bool = True
+    """False: an order for one occasion, not part of what a run saves."""
+
+
+def option(default: Any, help: str, **declared: Any) -> Any:
+    """A field of a section; `declared` are the other fields of `Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(help, **declared)})
+
+
+def option_of(field: "dataclasses.Field[Any]") -> Option:
+    found: Option = field.metadata["option"]
+    return found
+
+
+def flag_of(field: "dataclasses.Field[Any]") -> str:
+    """How the user knows the setting: by its flag, or by its name in a config file."""
+    if option_of(field).panel is None:
+        return field.name
+    return "--" + field.name.replace("_", "-")
+
+
+def validate(section: Any) -> None:
+    """Raises `UsageError` where a field of the section has another type or is out of bounds."""
+    for field in dataclasses.fields(section):
+        value, flag = getattr(section, field.name), flag_of(field)
+        _require_type(flag, value, field.type)
+        _require_utf8(flag, value)
+        bounds = option_of(field).bounds
+        if bounds is not None and isinstance(value, int | float) and not bounds.hold(value):
+            raise UsageError(f"{flag} {value!s:.100} is out of range: it must be {bounds}")
+
+
+def _require_type(flag: str, value: object, annotation: Any) -> None:
+    """A value from a config file may have any type."""
+    if get_origin(annotation) is tuple:
+        if isinstance(value, tuple) and all(
+            isinstance(part, get_args(annotation)[0]) for part in value
+        ):
+            return
+        raise UsageError(f"{flag} {value!r:.100} is not a list of texts")
+    is_literal = get_origin(annotation) is Literal
+    options = (annotation,) if is_literal else get_args(annotation) or (annotation,)
+    literals = [option for option in options if get_origin(option) is Literal]
+    choices = [choice for literal in literals for choice in get_args(literal)]
+    types = tuple(option for option in options if option not in literals)
+    if float in types:
+        types += (int,)
+    if value in choices if choices and isinstance(value, str) else _is_a(value, types):
+        return
+    if choices:
+        raise UsageError(f"{flag} {value!r:.100} is unknown: choose one of {', '.join(choices)}")
+    raise UsageError(f"{flag} {value!r:.100} is not of the right type")
+
+
+def _is_a(value: object, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and (not isinstance(value, bool) or bool in types)
+
+
+def _require_utf8(flag: str, value: object) -> None:
+    """A run's files are UTF-8; a path may be any bytes, which Python holds as surrogates."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag} {value!s:.100} is not UTF-8: rename it") from error

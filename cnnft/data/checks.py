@@ -1,0 +1,169 @@
+"""What is wrong with a dataset, found before training on it."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from cnnft.config.texts import Channels
+from cnnft.data import reading
+from cnnft.data.dataset import Dataset, Skipped, SplitName
+from cnnft.data.images import ImageError, decode, read_bytes
+from cnnft.data.loading import Loading
+from cnnft.data.statistics import channel_statistics
+from cnnft.data.transforms import InputSpec
+from cnnft.errors import CnnftError
+
+NEAR = 6
+"""Two images whose fingerprints differ in so many of 128 bits look the same."""
+_BANDS = 8  # of 16 bits: more than NEAR, so that near fingerprints agree in one of them
+
+PLAIN = InputSpec(224, 0.875, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+"""How most networks see images, for statistics without a backbone."""
+
+Group = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """Findings on the images of all splits; paths in the order of the folder."""
+
+    counts: dict[SplitName, dict[str, int]]
+    """Split -> class -> images."""
+    skipped: tuple[Skipped, ...]
+    duplicates: tuple[Group, ...]
+    """Files with the same content."""
+    near_duplicates: tuple[Group, ...]
+    """Files that look the same (resaved, resized), exact duplicates aside."""
+    leaks: tuple[Group, ...]
+    """Groups of either kind that have an image in train and one in another split."""
+    contradictions: tuple[Group, ...]
+    """Groups of either kind whose images are in different classes."""
+    sizes: dict[str, int]
+    """Smallest, median and largest of the shorter sides, in pixels."""
+    modes: dict[str, int]
+    """Colour mode of the files (RGB, L, CMYK, …) -> images."""
+    mean: Channels
+    std: Channels
+    """Of the training images as the network sees them, 255 being 1."""
+
+    @property
+    def imbalance(self) -> float:
+        """Images of the largest training class per image of the smallest."""
+        counts = next(iter(self.counts.values())).values()
+        return max(counts) / max(min(counts), 1)
+
+
+def check_dataset(dataset: Dataset, spec: InputSpec, *, workers: int = 0) -> DataCheck:
+    """Look at every image of a dataset as the user has split it.
+
+    Raises:
+        CnnftError: none of its training images can be read.
+    """
+    if not len(dataset.train):
+        raise CnnftError(f"{dataset.source}: no training image can be read")
+    splits = dataset.splits
+    everything = dataset.samples
+    split_of = {path: name for name, samples in splits.items() for path in samples.paths}
+    class_of = dict(zip(everything.paths, everything.labels, strict=True))
+    looks = _look_at(everything.paths)
+    exact = _groups(zip(everything.paths, everything.hashes, strict=True))
+    near = _near_groups({path: look.fingerprint for path, look in looks.items()}, exact)
+    alike = [*exact, *near]
+    shorter = sorted(min(look.size) for look in looks.values())
+    mean, std = channel_statistics(dataset.train.paths, spec, Loading(32, workers))
+    return DataCheck(
+        counts={name: samples.counts_by_class() for name, samples in splits.items()},
+        skipped=dataset.skipped,
+        duplicates=tuple(exact),
+        near_duplicates=tuple(near),
+        leaks=tuple(
+            group
+            for group in alike
+            if len({split_of[path] for path in group}) > 1
+            and any(split_of[path] == "train" for path in group)
+        ),
+        contradictions=tuple(
+            group for group in alike if len({class_of[path] for path in group}) > 1
+        ),
+        sizes={
+            "smallest": shorter[0],
+            "median": shorter[len(shorter) // 2],
+            "largest": shorter[-1],
+        },
+        modes=dict(Counter(look.mode for look in looks.values())),
+        mean=mean,
+        std=std,
+    )
+
+
+@dataclass(frozen=True)
+class _Look:
+    size: tuple[int, int]
+    mode: str
+    fingerprint: int
+
+
+def _look_at(paths: Iterable[str]) -> dict[str, _Look]:
+    def look(path: str) -> tuple[str, _Look] | None:
+        try:
+            image = decode(path, read_bytes(path))
+            with Image.open(path) as file:
+                return path, _Look(image.size, file.mode, fingerprint(image))
+        except (ImageError, OSError):  # it was readable a moment ago
+            return None
+
+    return dict(found for found in reading.in_threads(look, paths) if found)
+
+
+def fingerprint(image: Image.Image) -> int:
+    """128 bits: whether each of 8 × 8 cells is brighter than its right, and its lower neighbour.
+
+    Survives resizing and resaving (the difference hash of N. Krawetz, 2013, in both directions).
+    """
+    small = image.convert("L").resize((9, 9), Image.Resampling.BOX)
+    grey = np.asarray(small, dtype=np.int16)
+    bits = np.concatenate(
+        [(grey[:-1, :-1] > grey[:-1, 1:]).ravel(), (grey[:-1, :-1] > grey[1:, :-1]).ravel()]
+    )
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def _groups(keyed: Iterable[tuple[str, object]]) -> list[Group]:
+    found: dict[object, list[str]] = {}
+    for path, key in keyed:
+        found.setdefault(key, []).append(path)
+    return sorted(tuple(sorted(paths)) for paths in found.values() if len(paths) > 1)
+
+
+def _near_groups(fingerprints: dict[str, int], exact: list[Group]) -> list[Group]:
+    """Groups connected by near fingerprints; of exact duplicates only the first one counts."""
+    others = {path for group in exact for path in group[1:]}
+    # Flat pictures have hardly a bit set and all look alike.
+    kept = [
+        (path, bits)
+        for path, bits in fingerprints.items()
+        if path not in others and 16 <= bits.bit_count() <= 112
+    ]
+    parent = list(range(len(kept)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for band in range(_BANDS):
+        buckets: dict[int, list[int]] = {}
+        for i, (_, bits) in enumerate(kept):
+            part = bits >> (16 * band) & 0xFFFF
+            if part not in (0, 0xFFFF):  # a plain border, which thousands may share
+                buckets.setdefault(part, []).append(i)
+        for bucket in buckets.values():
+            for position, i in enumerate(bucket):
+                for j in bucket[position + 1 :]:
+                    if (kept[i][1] ^ kept[j][1]).bit_count() <= NEAR:
+                        parent[root(j)] = root(i)
+    return _groups((path, root(i)) for i, (path, _) in enumerate(kept))

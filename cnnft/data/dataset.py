@@ -1,0 +1,123 @@
+"""`Dataset` and its `Samples`: labelled images, and what was left out."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+SplitName = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file that is left out, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Labelled image files; of millions, strings take less memory than `Path` objects."""
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    """Indices into `classes`."""
+    classes: tuple[str, ...]
+    hashes: tuple[str, ...] = ()
+    """SHA-256 of each file's content; empty until the files have been read."""
+    groups: tuple[str, ...] = ()
+    """Of what belongs together, such as a patient's images; empty: every image stands alone."""
+    weights: tuple[float, ...] = ()
+    """Of each image; empty: all weigh the same."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def take(self, indices: Iterable[int]) -> "Samples":
+        """Some of the samples, in the order of `indices`."""
+        chosen = list(indices)
+        columns = ("paths", "labels", "hashes", "groups", "weights")
+        given = {name: values for name in columns if (values := getattr(self, name))}
+        taken = {name: tuple(values[i] for i in chosen) for name, values in given.items()}
+        return replace(self, **taken)
+
+    def in_order(self) -> "Samples":
+        """By (class, SHA-256, occurrence), so that the same images are in the same order, and give
+        the same weights, whatever held them.
+        """
+        keys = list(zip(self.labels, self.hashes, strict=True))
+        return self.take(sorted(range(len(self)), key=keys.__getitem__))
+
+    def without(self, hashes: Iterable[str]) -> "Samples":
+        """Those whose content is not among `hashes`."""
+        excluded = set(hashes)
+        return self.take(i for i, digest in enumerate(self.hashes) if digest not in excluded)
+
+    def once(self) -> "Samples":
+        """Each content once: the first of files that are the same."""
+        first = {digest: i for i, digest in reversed(list(enumerate(self.hashes)))}
+        return self.take(sorted(first.values()))
+
+    @cached_property
+    def names(self) -> tuple[object, ...]:
+        """What names each image wherever it stands: its hash, with a number where another image
+        before it has the same; its position where nobody has read the contents.
+        """
+        if not self.hashes:
+            return tuple(range(len(self)))
+        seen: Counter[str] = Counter()
+        names: list[object] = []
+        for digest in self.hashes:
+            names.append((digest, seen[digest]) if seen[digest] else digest)
+            seen[digest] += 1
+        return tuple(names)
+
+    def counts(self) -> tuple[int, ...]:
+        """Images per class, in the order of `classes`."""
+        return tuple(np.bincount(self.labels, minlength=len(self.classes)).tolist())
+
+    def counts_by_class(self) -> dict[str, int]:
+        return dict(zip(self.classes, self.counts(), strict=True))
+
+
+def join(parts: Sequence[Samples]) -> Samples:
+    """One after the other; all must have the same classes."""
+    columns = ("paths", "labels", "hashes", "groups", "weights")
+    return replace(
+        parts[0],
+        **{name: tuple(v for part in parts for v in getattr(part, name)) for name in columns},
+    )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled images of a source by split, each file read once; no caller knows a folder."""
+
+    source: str
+    """What the user named, for messages."""
+    splits: Mapping[SplitName, Samples]
+    """Those that the source separates and that were asked for; of one that separates none, train
+    is all."""
+    skipped: tuple[Skipped, ...]
+    """In the order of their paths."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return next(iter(self.splits.values())).classes
+
+    @property
+    def train(self) -> Samples:
+        return self.splits["train"]
+
+    @property
+    def val(self) -> Samples | None:
+        return self.splits.get("val")
+
+    @property
+    def samples(self) -> Samples:
+        """Of all splits, one after the other."""
+        return join(list(self.splits.values()))

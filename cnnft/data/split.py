@@ -1,0 +1,40 @@
+"""The stratified train/val split."""
+
+import hashlib
+
+from cnnft.data.dataset import Samples
+from cnnft.errors import CnnftError
+
+
+def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Samples]:
+    """Stratified (train, val), a function of file contents, `val_fraction` and `seed` alone.
+
+    Files rank by a hash of (seed, content), so names, order and the training seed do not matter.
+    Exact duplicates share that hash and stay on one side, also across classes: a content counts
+    for the class in which it is first seen.
+
+    Raises:
+        CnnftError: a class has fewer than two different images.
+    """
+    home: dict[str, int] = {}
+    for digest, label in zip(samples.hashes, samples.labels, strict=True):
+        home.setdefault(digest, label)
+    contents_of: list[list[str]] = [[] for _ in samples.classes]
+    for digest, label in home.items():
+        contents_of[label].append(digest)
+    val_hashes: set[str] = set()
+    for name, contents in zip(samples.classes, contents_of, strict=True):
+        if len(contents) < 2:
+            raise CnnftError(
+                f"class {name} has {len(contents)} different image(s) that no other class has: at "
+                "least 2 are needed to split off a validation part; add images, or give train and "
+                "val folders"
+            )
+        contents.sort(key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+        count = min(max(round(val_fraction * len(contents)), 1), len(contents) - 1)
+        val_hashes.update(contents[:count])
+    in_val = [digest in val_hashes for digest in samples.hashes]
+    return (
+        samples.take(i for i, chosen in enumerate(in_val) if not chosen),
+        samples.take(i for i, chosen in enumerate(in_val) if chosen),
+    )

@@ -1,0 +1,172 @@
+"""`InputSpec` -> the evaluation and test-time transforms: PIL image -> tensors."""
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
+
+from cnnft.config.choices import Fit, TestTimeViews
+from cnnft.config.pixels import LARGEST_IMAGE
+from cnnft.config.texts import are_statistics
+
+_CROP_FRACTIONS = 0.1, 10.0
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How pixels become the tensor that the weights expect."""
+
+    size: int
+    """Height and width of the tensor in pixels."""
+    crop_fraction: float
+    """size / (shorter side after resizing): the share of the image that a centre crop keeps."""
+    interpolation: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fit: Fit = "crop"
+    """What becomes of images that are not square: centre crop, resize to a square, or pad."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError`: a description may hold anything."""
+        for name, holds in {
+            "size": _is_number(self.size, 1, LARGEST_IMAGE) and isinstance(self.size, int),
+            "crop_fraction": _is_number(self.crop_fraction, *_CROP_FRACTIONS),
+            "interpolation": self.interpolation in {mode.value for mode in InterpolationMode},
+            "mean or std": are_statistics(self.mean, self.std),
+            "fit": self.fit in get_args(Fit),
+        }.items():
+            if not holds:
+                raise ValueError(f"{name} makes no sense")
+
+    @property
+    def resize(self) -> int:
+        """Side in pixels before the centre crop."""
+        # The epsilon undoes the rounding of size / (size / resize); no timm model is affected.
+        return math.floor(self.size / self.crop_fraction + 1e-6)
+
+    @property
+    def mode(self) -> InterpolationMode:
+        return InterpolationMode(self.interpolation)
+
+    @property
+    def mean_colour(self) -> list[int]:
+        """What fills the places where an image has no pixels: 0 to the network."""
+        return [round(255 * channel) for channel in self.mean]
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and least <= value <= most
+
+
+_LONGEST = 50
+"""Times as long as wide: of longer images the middle is seen. Enlarged until the shorter side fits,
+one of 1 × 20,000 pixels would fill gigabytes."""
+
+
+VIEWS: dict[TestTimeViews, int] = {"none": 1, "hflip": 2, "five-crop": 5, "ten-crop": 10}
+"""How many there are of an image."""
+
+
+class EvaluationViews:
+    """Test-time augmentation: an image -> its views (V, 3, size, size), evaluation's own included.
+
+    none: the evaluation view (V = 1); hflip: that and its mirror image (2); five-crop: the centre
+    and the four corners (5); ten-crop: those and their mirror images (10), as in Krizhevsky,
+    Sutskever and Hinton, 2012.
+
+    Without augmentation the tensor equals that of timm's and torchvision's own transforms.
+    """
+
+    def __init__(self, spec: InputSpec, tta: TestTimeViews = "none") -> None:
+        self.spec = spec
+        self.tta = tta
+        self.normalize = v2.Compose([to_tensor, v2.Normalize(spec.mean, spec.std)])
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.stack([self.normalize(crop) for crop in self._views(image)])
+
+    def as_bytes(self, image: Image.Image) -> Tensor:
+        """The same before its pixels become numbers, for a `Normalizing` network: uint8, in memory
+        channels last.
+        """
+        crops = [torch.from_numpy(np.array(crop)) for crop in self._views(image)]
+        return torch.stack(crops).permute(0, 3, 1, 2)
+
+    def of_crop(self, crop: Image.Image) -> Tensor:
+        """(1, 3, size, size), where `evaluation_crop` was done before."""
+        return self.normalize(crop)[None]
+
+    def _views(self, image: Image.Image) -> list[Image.Image]:
+        crops = self._crops(image)
+        if self.tta in ("hflip", "ten-crop"):
+            crops += [F.horizontal_flip(crop) for crop in crops]
+        return crops
+
+    def _crops(self, image: Image.Image) -> list[Image.Image]:
+        size = self.spec.size
+        if self.tta in ("none", "hflip"):
+            return [evaluation_crop(image, self.spec)]
+        # Corners need a margin; a spec that keeps the whole image has none, so 8/7 is the least
+        # (256 for 224, the classic choice).
+        resized = _resize(image, self.spec, max(self.spec.resize, round(size * 8 / 7)))
+        *corners, _ = F.five_crop(resized, [size, size])
+        return [evaluation_crop(image, self.spec), *corners]
+
+
+class Normalizing(nn.Module):
+    """A network of images as bytes, uint8 (B, 3, H, W), which it makes what `EvaluationViews` does.
+
+    So a quarter of the memory goes through the hands of the processes that decode.
+    """
+
+    def __init__(self, network: nn.Module, spec: InputSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.white: Tensor
+        self.mean: Tensor
+        self.std: Tensor
+        # Tensors, because a GPU multiplies by the reciprocal where it is to divide by a number.
+        self.register_buffer("white", torch.tensor(255.0))
+        self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(spec.std)[:, None, None])
+        self.to(next(network.parameters()).device)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        values = pixels.to(self.mean.dtype).div_(self.white).sub_(self.mean).div_(self.std)
+        outputs: Tensor = self.network(values)
+        return outputs
+
+
+def evaluation_crop(image: Image.Image, spec: InputSpec) -> Image.Image:
+    """What evaluation sees of an image, size × size, before its pixels become numbers."""
+    return F.center_crop(_resize(image, spec, spec.resize), [spec.size, spec.size])
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W), float, 255 being 1."""
+    # timm and torchvision's presets divide by 255; v2.to_dtype multiplies by 1 / 255, which
+    # differs in the last bit.
+    return F.pil_to_tensor(image) / 255
+
+
+def _resize(image: Image.Image, spec: InputSpec, side: int) -> Image.Image:
+    if spec.fit == "squash":
+        return F.resize(image, [side, side], interpolation=spec.mode)
+    if spec.fit == "pad":
+        scale = side / max(image.size)
+        width, height = (max(round(extent * scale), 1) for extent in image.size)
+        image = F.resize(image, [height, width], interpolation=spec.mode)
+        left, top = (side - width) // 2, (side - height) // 2
+        return F.pad(
+            image, [left, top, side - width - left, side - height - top], fill=spec.mean_colour
+        )
+    most = _LONGEST * min(image.size)
+    if max(image.size) > most:
+        image = F.center_crop(image, [min(extent, most) for extent in (image.height, image.width)])
+    return F.resize(image, [side], interpolation=spec.mode)

@@ -1,0 +1,197 @@
+"""Images -> logits, in one place.
+
+predict, evaluate, validation, teachers and export checks call it, so they cannot differ.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from cnnft.config.choices import Precision, TestTimeViews
+from cnnft.data.dataset import Samples
+from cnnft.data.loading import Loading, Views, default_workers, view_batches
+from cnnft.data.transforms import VIEWS, EvaluationViews, Normalizing
+from cnnft.errors import CnnftError, UsageError
+from cnnft.inference.predictions import Predictions, Role
+from cnnft.machine import distributed
+from cnnft.machine.devices import Compiled, autocast, choose_precision, float32_at_least
+from cnnft.models.surgery.fold import folded
+
+if TYPE_CHECKING:
+    from cnnft.inference.classifier import Classifier
+
+_AUTO = {"cuda": 256, "cpu": 32}
+"""Views that are computed at once with --batch-size auto; more are not faster (docs/speed.md)."""
+
+
+class NotANumberError(CnnftError):
+    """The network's output is NaN."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How images are predicted.
+
+    Raises:
+        UsageError: there are no such views, or the batch size is no number of images.
+    """
+
+    tta: TestTimeViews = "none"
+    batch_size: int | Literal["auto"] = 32
+    """Images that are computed at once."""
+    workers: int | None = None
+    """None: half of the processors, at most 8."""
+    precision: Precision = "float32"
+    compile: bool = False
+    """With torch.compile, which takes as long as some thousand images."""
+
+    def __post_init__(self) -> None:
+        if self.tta not in get_args(TestTimeViews):
+            choices = ", ".join(get_args(TestTimeViews))
+            raise UsageError(f"--tta {self.tta!r} is unknown: choose one of {choices}")
+        if isinstance(self.batch_size, int) and self.batch_size < 1:
+            raise UsageError(
+                f"--batch-size {self.batch_size} is out of range: it must be at least 1"
+            )
+
+    def loading(self, device: torch.device, images: int) -> Loading:
+        automatic = max(_AUTO.get(device.type, _AUTO["cpu"]) // VIEWS[self.tta], 1)
+        size = automatic if self.batch_size == "auto" else self.batch_size
+        workers = default_workers() if self.workers is None else self.workers
+        # One batch is not worth the start of a worker.
+        return Loading(size, workers if images > size else 0, pinned=device.type == "cuda")
+
+
+def predict_files(
+    classifier: "Classifier", paths: Sequence[str | Path], inference: Inference
+) -> Iterator[tuple[Views, Tensor]]:
+    """Yields batches of this process's share as they are done: see `predict_batches`."""
+    device = classifier.device
+    precision = choose_precision(inference.precision, device)
+    network = folded(classifier.network, classifier.input_spec.size)
+    if inference.compile:
+        network = Compiled(network)
+    views = EvaluationViews(classifier.input_spec, inference.tta).as_bytes
+    batches = view_batches(paths, views, inference.loading(device, len(paths)))
+    return predict_batches(Normalizing(network, classifier.input_spec), batches, precision)
+
+
+def predict(
+    classifier: "Classifier",
+    samples: Samples,
+    inference: Inference,
+    role: Role,
+    on_image: Callable[[], object] = lambda: None,
+) -> Predictions:
+    """All samples, each exactly once, in their order; `on_image` is called once for each.
+
+    Raises:
+        CnnftError: a file cannot be read.
+    """
+    batches = predict_files(classifier, samples.paths, inference)
+    return Predictions(samples, collect(batches, samples.paths, on_image), role)
+
+
+def collect(
+    batches: Iterable[tuple[Views, Tensor]],
+    paths: Sequence[str | Path],
+    on_image: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """(N, C) logits of all `paths`, from the batches of all processes.
+
+    Raises:
+        CnnftError: a file cannot be read.
+    """
+    rows: list[Tensor] = []
+    for batch, logits in batches:
+        for index, reason in batch.unreadable.items():
+            raise CnnftError(f"{paths[index]} {reason}: the data changed meanwhile")
+        rows.append(logits)
+        for _ in batch.indices:
+            on_image()
+    return torch.cat(distributed.gather(rows))
+
+
+def predict_batches(
+    network: nn.Module, batches: Iterable[Views], precision: Precision = "float32"
+) -> Iterator[tuple[Views, Tensor]]:
+    """Yields each batch with its logits (B, C) on the CPU; B counts the readable images, in the
+    order of `batch.indices`. Of several views they are the log of the mean softmax probability.
+
+    A batch is read when the next one has been begun, so that a GPU need not wait for its reader.
+    """
+    network.eval()
+    compute = _Compute(network, precision)
+    before: tuple[Views, Tensor] | None = None
+    for batch in batches:
+        present = batch, compute(batch.pixels)
+        if before is not None:
+            yield _read(*before)
+        before = present
+    if before is not None:
+        yield _read(*before)
+
+
+class _Compute:
+    """(B, V, 3, H, W) -> (B, C); in parts, from the batch on that did not fit a GPU's memory."""
+
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
+        self.network, self.precision = network, precision
+        self.device = next(network.parameters()).device
+        self.at_once: int | None = None
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor | None) -> Tensor:
+        if pixels is None:
+            return torch.empty(0)
+        images, views = pixels.shape[:2]
+        logits = self._all(pixels.flatten(0, 1))
+        if views == 1:
+            return logits
+        log_probs = logits.log_softmax(dim=1).unflatten(0, (images, views))
+        return log_probs.logsumexp(dim=1) - math.log(views)
+
+    def _all(self, pixels: Tensor) -> Tensor:
+        while True:
+            size = self.at_once or len(pixels)
+            try:
+                return torch.cat([self._some(part) for part in pixels.split(size)])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.at_once = (min(size, len(pixels)) + 1) // 2
+            torch.cuda.empty_cache()  # not before the exception is gone, which holds tensors
+
+    def _some(self, pixels: Tensor) -> Tensor:
+        with autocast(self.precision, self.device):
+            return float32_at_least(self.network(pixels.to(self.device, non_blocking=True)))
+
+
+def _read(batch: Views, logits: Tensor) -> tuple[Views, Tensor]:
+    return batch, require_numbers(logits.cpu())
+
+
+def require_numbers(outputs: Tensor) -> Tensor:
+    """`outputs`; raises `NotANumberError` where one is NaN."""
+    if outputs.isnan().any():
+        raise NotANumberError(
+            "the network gives no numbers (NaN): its weights are damaged, or it diverged"
+        )
+    return outputs
+
+
+class Ensemble(nn.Module):
+    """Networks whose probabilities are averaged: the log of the mean softmax, (B, C)."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        log_probs = [float32_at_least(n(pixels)).log_softmax(dim=1) for n in self.networks]
+        return torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))

@@ -1,0 +1,171 @@
+"""What torchrun gives: processes that train one network together. Alone, all of it is a no-op.
+
+torchrun starts every process with RANK, WORLD_SIZE and the address of process 0 in its environment.
+Small things travel over gloo, gradients on GPUs over NCCL.
+"""
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cnnft.errors import CnnftError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+_launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+rank = int(os.environ["RANK"]) if _launched else 0
+world_size = int(os.environ["WORLD_SIZE"]) if _launched else 1
+local_rank = int(os.environ.get("LOCAL_RANK", 0)) if _launched else 0
+"""Which of the machine's devices is this process's."""
+local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _launched else 1
+"""Processes on this machine."""
+is_main = rank == 0
+"""The one that writes and speaks."""
+
+
+def launch() -> str:
+    """Names this call of torchrun, restarts of its processes included; empty without torchrun."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")  # LAUNCH/attempt_0/0/error.json
+    return str(Path(file).parents[2]) if _launched and len(Path(file).parents) > 3 else ""
+
+
+def _dist() -> Any:
+    """torch.distributed, where all processes have met."""
+    from datetime import timedelta
+
+    import torch
+    from torch import distributed as dist
+
+    if not dist.is_initialized():
+        store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        # The store outlives processes that die; those after them must not read their addresses.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            timeout=timedelta(days=1),  # one of them decodes for all; torchrun ends what is dead
+            store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world_size,
+        )
+        atexit.register(dist.destroy_process_group)
+    return dist
+
+
+def says_first(text: str) -> bool:
+    """Whether no other process has asked this of `text`: a mistake that all meet is told once."""
+    if world_size == 1 or not os.environ.get("TORCHELASTIC_RUN_ID"):
+        return True
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # the store is torchrun's own
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"cnnft said {attempt} {text}", 1) == 1
+    except RuntimeError:
+        return True
+
+
+def shard(count: int) -> range:
+    """Which of `count` things are this process's: a contiguous part, in the order of ranks.
+
+    Where they are fewer than the processes, the main one has some.
+    """
+    return range(-(-rank * count // world_size), -(-(rank + 1) * count // world_size))
+
+
+def gather(values: list[T]) -> list[T]:
+    """The lists of all processes, one after the other in the order of ranks."""
+    if world_size == 1:
+        return values
+    lists: list[list[T]] = [[] for _ in range(world_size)]
+    _dist().all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
+def broadcast_from_main(function: Callable[[], T]) -> T:
+    """What `function` gives in the main process, which alone calls it, or the error it raises."""
+    if world_size == 1:
+        return function()
+    box: list[Any] = [None, None]
+    if is_main:
+        try:
+            box[0] = function()
+        except CnnftError as error:
+            box[1] = error
+    _dist().broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+@contextmanager
+def main_rank_first() -> Iterator[None]:
+    """One process of each machine does it, then the others, for whom its files are there."""
+    if world_size == 1:
+        yield
+        return
+    if local_rank:
+        _dist().barrier()
+    try:
+        yield
+    finally:
+        if not local_rank:
+            _dist().barrier()
+
+
+def all_reduce_sum(values: "Tensor") -> "Tensor":
+    """The sum over all processes."""
+    if world_size == 1:
+        return values
+    summed = values.clone()
+    _dist().all_reduce(summed)
+    return summed
+
+
+def any_rank(*flags: bool) -> tuple[bool, ...]:
+    """Whether each flag is up in any process."""
+    if world_size == 1:
+        return flags
+    import torch
+
+    return tuple(
+        count > 0 for count in all_reduce_sum(torch.tensor(flags, dtype=torch.int32)).tolist()
+    )
+
+
+def data_parallel(network: "nn.Module", device: "torch.device") -> "nn.Module":
+    """`network`, or a wrapper whose backward pass averages gradients over the processes.
+
+    The processes start from the main one's weights.
+    """
+    if world_size == 1:
+        return network
+    from torch.nn.parallel import DistributedDataParallel
+
+    _dist()
+    return DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+
+def no_sync(network: "nn.Module") -> AbstractContextManager[None]:
+    """Within it, backward passes of a `parallel` network add to this process's gradients only."""
+    if world_size == 1:
+        return nullcontext()
+    return network.no_sync()  # type: ignore[operator]
+
+
+def broadcast_buffers(network: "nn.Module") -> None:
+    """The main process's buffers everywhere, so that all evaluate the same network."""
+    if world_size == 1:
+        return
+    for buffer in network.buffers():
+        _dist().broadcast(buffer, src=0)

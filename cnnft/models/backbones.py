@@ -1,0 +1,103 @@
+"""A name -> a backbone: the network with a new head, its pretrained weights, its `InputSpec`."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from cnnft.data.transforms import InputSpec
+from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.models.build import (
+    at_size,
+    build,
+    numbers_held,
+    skips_blocks,
+    try_out,
+    with_auxiliary,
+    with_drop_path,
+)
+from cnnft.models.heads import head_tensors
+from cnnft.models.identity import Identity, input_spec
+from cnnft.models.registry import described_beside, resolve
+from cnnft.models.stages import stages
+from cnnft.models.weights import LoadedWeights, load_weights
+
+
+@dataclass
+class Backbone:
+    """A network with a fresh head, its pretrained weights loaded."""
+
+    network: nn.Module
+    head: frozenset[str]
+    """Names of the head's tensors in the state dict."""
+    stages: tuple[tuple[str, ...], ...]
+    """Names of the backbone's parameters, input side first."""
+    input_spec: InputSpec
+    identity: Identity
+    weights: LoadedWeights | None
+    """None: random weights."""
+
+
+def open_backbone(
+    name: str,
+    classes: int,
+    *,
+    pretrained: bool = True,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    auxiliary: bool = False,
+    drop_path: float = 0.0,
+) -> Backbone:
+    """Build `name` with a new head for `classes` classes and load its weights.
+
+    Args:
+        name: a timm name (resnet18, resnet50.a1_in1k), torchvision/NAME, builtin,
+            hf-hub:OWNER/NAME, or local-dir:PATH (a folder with timm's config.json and
+            model.safetensors).
+        weights: a file to take the backbone's weights from, .safetensors or .pth.
+        image_size: side in pixels, if another than the one of the pretraining.
+        auxiliary: with the auxiliary classifiers that were pretrained, if there are any.
+        drop_path: share of images that skip the last block in training, fewer the earlier ones
+            (Huang et al., 2016).
+
+    Raises:
+        UsageError: an unknown name, a missing file, weights asked for where there are none.
+        CnnftError: a download that fails, a file that cannot be read or is of another network.
+    """
+    identity = resolve(name)
+    if weights is not None:
+        identity = described_beside(Path(weights), identity)
+    spec = input_spec(identity)
+    if image_size is not None:
+        identity = at_size(identity, image_size)
+        spec = replace(spec, size=image_size)
+    # Smaller images leave maps that the auxiliary classifiers cannot work on.
+    if auxiliary and spec.size >= input_spec(identity).size:
+        identity = with_auxiliary(identity)
+    described = ":" in name  # by a file from anywhere
+    # What is skipped in training is no part of the identity: evaluation skips nothing.
+    trained = with_drop_path(identity, drop_path) if drop_path else identity
+    try:
+        numbers_held(identity, classes)
+        network = build(trained, classes)
+        if described or image_size is not None:
+            try_out(network, spec.size)
+        head = head_tensors(network, lambda other: build(identity, other))
+        groups = stages(network, head)
+    except Exception as error:  # whatever a network says of what does not fit it
+        if image_size is not None:
+            raise UsageError(
+                f"--image-size {image_size}: backbone {identity.name} cannot take it "
+                f"({first_line(error)})"
+            ) from error
+        raise CnnftError(
+            f"backbone {identity.name} cannot be built ({first_line(error)})"
+        ) from error
+    if drop_path and not skips_blocks(network):
+        raise UsageError(f"--drop-path: backbone {identity.name} has no blocks that can be skipped")
+    if not head:
+        raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
+    backbone = Backbone(network, head, groups, spec, identity, None)
+    if pretrained:
+        backbone.weights = load_weights(network, head, identity, weights)
+    return backbone

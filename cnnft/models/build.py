@@ -1,0 +1,109 @@
+"""An `Identity` -> a network, within bounds."""
+
+from dataclasses import replace
+from itertools import count
+
+import timm
+import torch
+from timm.layers import DropPath
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torchvision.ops import StochasticDepth
+
+from cnnft.models.identity import Identity
+from cnnft.models.registry import _ONE_SIZE
+
+_PRETRAINED_AUXILIARY = {"inception_v3"}
+"""torchvision's weights of GoogLeNet come with auxiliary classifiers that were never trained."""
+_MOST_TENSORS = 5_000
+"""Of parameters; the libraries' deepest network has fewer than 2,000."""
+
+
+def build(identity: Identity, classes: int) -> nn.Module:
+    """The network with random weights and a head for `classes` classes.
+
+    Raises:
+        Exception: whatever the library says of arguments that it does not know.
+    """
+    network: nn.Module
+    if identity.library == "torchvision":
+        from torchvision.models import get_model
+
+        network = get_model(
+            identity.architecture, weights=None, num_classes=classes, **identity.model_args
+        )
+    else:
+        network = timm.create_model(
+            identity.architecture,
+            pretrained_cfg=identity.pretrained_cfg,
+            num_classes=classes,
+            **identity.model_args,
+        )
+    return network
+
+
+def try_out(network: nn.Module, size: int) -> None:
+    """Let it compute one image of size × size pixels; raises what the network says."""
+    with torch.inference_mode():
+        network.eval()(torch.zeros(1, 3, size, size))
+
+
+def numbers_held(identity: Identity, classes: int) -> int:
+    """How many numbers the network's tensors hold, found without making them; 0: not known.
+
+    Raises:
+        ValueError: more than this machine has memory for, or tensors without end.
+        Exception: whatever the library says of arguments that it does not know.
+    """
+    tensors = count(1)
+
+    def stop(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if next(tensors) > _MOST_TENSORS:
+            raise ValueError(f"it has more than {_MOST_TENSORS:,} tensors")
+
+    watching = register_module_parameter_registration_hook(stop)
+    try:
+        with torch.device("meta"):
+            state = build(identity, classes).state_dict()
+    except (RuntimeError, NotImplementedError):  # some compute their widths with tensors
+        return 0
+    finally:
+        watching.remove()
+    held = sum(tensor.numel() for tensor in state.values())
+    try:
+        torch.empty(held)  # asked for and given back; memory that is not used costs nothing
+    except RuntimeError as error:
+        raise ValueError(f"it holds {held:,} numbers, which do not fit into memory") from error
+    return held
+
+
+def at_size(identity: Identity, size: int) -> Identity:
+    """The same backbone for images of `size` pixels: some networks are built for one size."""
+    if identity.library == "torchvision":
+        fixed, name = identity.architecture.startswith(_ONE_SIZE), "image_size"
+    else:
+        fixed, name = bool(identity.pretrained_cfg.get("fixed_input_size")), "img_size"
+    return replace(identity, model_args=identity.model_args | {name: size}) if fixed else identity
+
+
+def with_auxiliary(identity: Identity) -> Identity:
+    """With the auxiliary classifiers, where pretrained weights have them."""
+    if identity.library == "timm" or identity.architecture not in _PRETRAINED_AUXILIARY:
+        return identity
+    return replace(identity, model_args=identity.model_args | {"aux_logits": True})
+
+
+def with_drop_path(identity: Identity, share: float) -> Identity:
+    """With blocks that are skipped at random; networks that know no such argument stay as is."""
+    name = "drop_path_rate" if identity.library == "timm" else "stochastic_depth_prob"
+    changed = replace(identity, model_args=identity.model_args | {name: share})
+    try:
+        with torch.device("meta"):
+            build(changed, 2)
+    except TypeError:
+        return identity
+    return changed
+
+
+def skips_blocks(network: nn.Module) -> bool:
+    return any(isinstance(module, DropPath | StochasticDepth) for module in network.modules())

@@ -1,0 +1,113 @@
+"""The linear probe: what a linear classifier makes of a backbone's frozen features."""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cnnft.cache.features import FeatureExtractor, Features, evaluation_view_set
+from cnnft.data.dataset import Samples
+from cnnft.data.loading import ImageFiles, Loading
+from cnnft.data.transforms import InputSpec
+from cnnft.machine import distributed
+from cnnft.models.backbones import Backbone
+from cnnft.models.heads import classifier_layer, initialise
+from cnnft.models.surgery.cut import Cut, find_cut_before
+from cnnft.models.surgery.embed import before_some_head
+from cnnft.models.weights import backbone_hash
+from cnnft.probe.solve import Probe, fit_probe
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What a probe of the training images found."""
+
+    probe: Probe
+    installable: bool
+    """Whether the head is one linear layer on these features, which the probe could be."""
+
+
+def probe(
+    backbone: Backbone, spec: InputSpec, samples: Samples, loading: Loading, fitting: "Fitting"
+) -> Probed | None:
+    """Fit a linear classifier on frozen features of the training images, each content once.
+
+    None where it could not be the head, and `fitting.always` is off. Afterwards the head is drawn
+    anew; what trains is as before.
+    """
+    network = backbone.network
+    initialise(network, backbone.head, "default")  # behind a head of zeros no cut can be seen
+    cut = distributed.broadcast_from_main(
+        lambda: find_cut_before(network, spec.size, _parameters(network, backbone.head))
+    )
+    tail = None if cut is None else cut.tail(network)
+    linear = isinstance(tail, nn.Linear) and tail.bias is not None
+    if not linear and not fitting.always:
+        return None
+    samples = samples.once()
+    _log.info("probing the frozen features of %d training images", len(samples))
+    values = _features(
+        cut or before_some_head(backbone.head), backbone, spec, samples, loading, fitting
+    )
+    labels = torch.tensor(samples.labels)
+    weights = fitting.class_weights
+    fitted = distributed.broadcast_from_main(
+        lambda: fit_probe(values, labels, len(samples.classes), fitting.seed, weights)
+    )
+    return Probed(fitted, linear)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a probe is fitted."""
+
+    seed: int
+    class_weights: Tensor | None = None
+    """(C,), of the loss; None: every image weighs the same."""
+    always: bool = False
+    """Also where the head is no single linear layer, for the accuracy alone."""
+    on_disk: bool = True
+    """Whether features are kept on the disk for later runs."""
+    about: str = ""
+    """What the images are, for those who look into the cache."""
+
+
+def install(network: nn.Module, head: frozenset[str], fitted: Probe) -> None:
+    """Make the probe the network's head."""
+    _, layer = classifier_layer(network, head)
+    assert isinstance(layer, nn.Linear)
+    with torch.no_grad():
+        layer.weight.copy_(fitted.weight)
+        layer.bias.copy_(fitted.bias)
+
+
+def _parameters(network: nn.Module, head: frozenset[str]) -> set[str]:
+    return {name for name, _ in network.named_parameters() if name in head}
+
+
+def _features(
+    cut: Cut,
+    backbone: Backbone,
+    spec: InputSpec,
+    samples: Samples,
+    loading: Loading,
+    fitting: Fitting,
+) -> Tensor:
+    """(N, D): what enters the head, of each image as evaluation sees it."""
+    frozen = FeatureExtractor.before(
+        cut,
+        backbone.network,
+        spec.size,
+        identity=backbone.identity,
+        weights=backbone_hash(backbone.network, backbone.head),
+        about=f"{backbone.identity.name}, {len(samples)} of {fitting.about} (probe)",
+        pooled=True,
+    )
+    looks = evaluation_view_set(samples, spec, ImageFiles(samples.paths, crop=spec), loading)
+    activations = Features(frozen, looks, fitting.on_disk)
+    for _ in activations.compute():
+        pass
+    return activations.values

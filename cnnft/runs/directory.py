@@ -1,0 +1,101 @@
+"""Directories of runs: making one, replacing one, and the lock on the one that trains."""
+
+from cnnft.errors import CnnftError
+from cnnft.errors import UsageError
+from cnnft.machine import distributed
+from cnnft.machine.files import remove_unfinished
+from collections.abc import Iterator
+from contextlib import contextmanager
+from filelock import BaseFileLock
+from filelock import FileLock
+from filelock import Timeout
+from itertools import count
+from pathlib import Path
+import logging
+import shutil
+
+STATE = "state"
+"""The folder in a run for what training needs to go on."""
+
+_log = logging.getLogger(__name__)
+
+
+def make_directory(
+    runs_dir: Path, name: str, *, is_run: str, has_weights: str, force: bool
+) -> Path:
+    """`name`, or `name`-2, -3, ...; with `force` `name` itself.
+
+    A directory is a run if it holds the file `is_run`, and of use if it holds `has_weights`. What
+    `force` replaces is kept, hidden, until `forget_replaced`.
+
+    Raises:
+        UsageError: `force` would replace something that is no run.
+        CnnftError: the directory cannot be made; the run to replace is being trained.
+    """
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        if force and (runs_dir / name).exists():
+            _put_aside(runs_dir / name, is_run, has_weights)
+        for number in count(1):
+            path = runs_dir / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            break
+    except OSError as error:
+        raise CnnftError(
+            f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
+        ) from error
+    return path
+
+
+def forget_replaced(path: Path) -> None:
+    """The run at `path` can be used, so the one that it replaces is not needed any more."""
+    shutil.rmtree(_replaced(path), ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else trains there meanwhile; a process that dies lets go.
+
+    Raises:
+        CnnftError: somebody does.
+    """
+    lock = FileLock(path / STATE / "lock")
+    distributed.broadcast_from_main(lambda: _acquire(lock, path))
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: BaseFileLock, path: Path) -> None:
+    try:
+        (path / STATE).mkdir(exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise CnnftError(f"{path} is being trained by another process") from error
+    except OSError as error:
+        raise CnnftError(f"{path} cannot be written ({error.strerror})") from error
+    remove_unfinished(path)
+    remove_unfinished(path / STATE)
+
+
+def _put_aside(path: Path, is_run: str, has_weights: str) -> None:
+    if not (path / is_run).is_file():
+        raise UsageError(f"--force would delete {path}, which is not a run: choose another --name")
+    with locked(path):
+        pass  # nobody trains in it
+    if (path / has_weights).exists():
+        forget_replaced(path)
+    elif _replaced(path).exists():
+        shutil.rmtree(path)  # it was to replace that one, and got no weights
+        return
+    path.rename(_replaced(path))
+    _log.info("%s is kept as %s until the new run has weights", path, _replaced(path))
+
+
+def _replaced(path: Path) -> Path:
+    """Where the run lies that `path` replaces, until it has weights of its own."""
+    return path.with_name(f".{path.name}.replaced")

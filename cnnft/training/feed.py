@@ -1,0 +1,155 @@
+"""What training and validation read: pixels, or activations where all before them is frozen."""
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnnft.cache import store
+from cnnft.cache.features import (
+    FeatureExtractor,
+    Features,
+    ViewBatches,
+    ViewSet,
+    evaluation_view_set,
+    fits,
+    in_batches,
+    kept_batches,
+)
+from cnnft.cache.pixels import CachedImages, CacheProgress, keep, training_pixels
+from cnnft.data.augmentation import augmentation, training_transform
+from cnnft.data.images import decoder_versions
+from cnnft.data.loading import ImageFiles, TrainingImages, Views, training_batches, view_batches
+from cnnft.data.sampler import Key
+from cnnft.data.transforms import EvaluationViews
+from cnnft.inference.predict import Ensemble
+from cnnft.machine import distributed
+from cnnft.models.surgery.cut import Cut, find_cut
+from cnnft.training.plan import Plan
+
+_log = logging.getLogger(__name__)
+
+
+class Feed:
+    """The batches of a run. What every epoch reads is decoded, or computed, once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        spec, of = plan.classifier.input_spec, Path(plan.config.dataset.data).name
+        files = ImageFiles(plan.train.paths, training_pixels(plan.config.input, spec))
+        crops = ImageFiles(plan.val.paths, crop=spec)
+        train, val = f"{len(plan.train)} training images of {of}", f"{len(plan.val)} of {of} (val)"
+        self.images = CachedImages(files, plan.train.hashes, train)
+        self.val_images = CachedImages(crops, plan.val.hashes, val)
+        transform = training_transform(spec, augmentation(plan.config.augmentation))
+        self.dataset = TrainingImages(plan.train, transform, plan.config.training.seed, self.images)
+        self.validation: Iterable[Views] = view_batches(
+            plan.val.paths,
+            EvaluationViews(spec).of_crop,
+            plan.loading,
+            self.val_images,
+        )
+        self._cut: Cut | None = None
+        self._activations: Tensor | None = None
+
+    def tail(self, network: nn.Module) -> nn.Module:
+        """What computes logits from what is read; `network` has the plan's architecture."""
+        if isinstance(network, Ensemble):
+            return Ensemble([self.tail(voter) for voter in network.networks])
+        return network if self._cut is None else self._cut.tail(network)
+
+    def training(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches from `first_step` on."""
+        keys = replace(self.plan.batches, first_step=first_step)
+        if self._activations is not None:
+            labels = torch.tensor(self.plan.train.labels)
+            return kept_batches(self._activations, labels, keys)
+        return training_batches(self.dataset, keys, self.plan.loading)
+
+    def prepare(self, stop: Callable[[], bool]) -> Generator[CacheProgress, None, bool]:
+        """Decode, or compute, what every epoch reads; returns whether the caller asks to stop."""
+        with closing(self._keep()) as keeping:
+            for kept in keeping:
+                yield kept
+                if stop() and distributed.world_size == 1:  # of several all have to stop together
+                    break
+        return any(distributed.any_rank(stop()))
+
+    def _keep(self) -> Generator[CacheProgress]:
+        config, views = self.plan.config, self.plan.batches.views
+        if views is None or (frozen := self._frozen(views)) is None:
+            yield from keep(
+                [self.images, self.val_images], config.machine.cache, config.training.epochs
+            )
+            return
+        on_disk = config.machine.cache != "ram"
+        train = Features(frozen, self._training_looks(views), on_disk)
+        val = Features(frozen, self._validation_looks(), on_disk)
+        if len(train.missing) > len(self.plan.train):  # of several views
+            yield from keep([self.images], config.machine.cache, views)
+        total = len(train.missing) + len(val.missing)
+        for part, before in ((train, 0), (val, len(train.missing))):
+            for done in part.compute():
+                yield CacheProgress(before + done, total, "computing features of")
+        if not total:
+            _log.info("the frozen layers have seen all images before (%s)", store.root())
+        self.images.store = None  # seen for the last time
+        self._cut = frozen.cut
+        self._activations = train.values.unflatten(0, (-1, len(self.plan.train)))
+        self.validation = ViewBatches(val.values, self.plan.loading.batch_size)
+
+    def _frozen(self, views: int) -> FeatureExtractor | None:
+        """The part of the network whose activations are worth keeping; None: there is none."""
+        plan, classifier = self.plan, self.plan.classifier
+        config = plan.config
+        if config.machine.cache == "off" or config.augmentation.mixes:
+            return None
+        if (
+            plan.teachers and augmentation(config.augmentation).random
+        ):  # they look at pixels in every step
+            return None
+        size = classifier.input_spec.size
+        cut = distributed.broadcast_from_main(lambda: find_cut(classifier.network, size))
+        if cut is None:
+            _log.info("this backbone cannot be cut where its frozen layers end: nothing is kept")
+            return None
+        frozen = FeatureExtractor.before(
+            cut,
+            classifier.network,
+            size,
+            identity=classifier.identity,
+            weights=classifier.pretrained_hash,
+            about=f"{classifier.identity.name}, {self.images.about}",
+        )
+        count = views * len(plan.train) + len(plan.val)
+        if distributed.any_rank(not fits(frozen, size, count))[0]:
+            _log.warning("the activations of the frozen layers do not fit: they are not kept")
+            return None
+        return frozen
+
+    def _training_looks(self, views: int) -> ViewSet:
+        config, names = self.plan.config, self.plan.train.names
+        spec, parts = self.plan.classifier.input_spec, augmentation(config.augmentation)
+        how = (
+            "training",
+            spec,
+            parts,
+            config.training.seed,
+            self.images.files.pixels,
+            decoder_versions(),
+        )
+        keys: list[Key] = [(view, index) for view in range(views) for index in range(len(names))]
+        rows = [(view, names[index]) for view, index in keys]
+
+        def pixels(some: Sequence[int]) -> Iterator[Tensor]:
+            return in_batches(self.dataset, [keys[row] for row in some], self.plan.loading)
+
+        return ViewSet(how, rows, pixels)
+
+    def _validation_looks(self) -> ViewSet:
+        spec = self.plan.classifier.input_spec
+        return evaluation_view_set(self.plan.val, spec, self.val_images, self.plan.loading)

@@ -1,0 +1,440 @@
+"""`Plan`: what is settled before the first step: data, network, what trains, how fast."""
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from cnnft.config.choices import Mode
+from cnnft.config.pixels import InputConfig
+from cnnft.config.run import DataConfig
+from cnnft.config.schema import Config
+from cnnft.config.texts import parse_statistics
+from cnnft.data.augmentation import augmentation
+from cnnft.data.dataset import Samples, Skipped
+from cnnft.data.loading import Loading, default_workers, forward_batch
+from cnnft.data.reading import read_dataset
+from cnnft.data.sampler import BalancedDraw, KeyedBatches, keyed_seed
+from cnnft.data.sources import OnFiles, require_folder
+from cnnft.data.split import split
+from cnnft.data.statistics import channel_statistics
+from cnnft.data.transforms import InputSpec
+from cnnft.errors import CnnftError, UsageError
+from cnnft.inference.classifier import Classifier
+from cnnft.inference.storage import require_model
+from cnnft.machine.devices import choose_device, choose_precision, place
+from cnnft.models.backbones import Backbone, open_backbone
+from cnnft.models.freezing import batchnorms, freeze, freezes_statistics, learning_statistics
+from cnnft.models.heads import add_dropout, initialise, replace_by_mlp
+from cnnft.models.registry import local_folder, resolve
+from cnnft.models.weights import LoadedWeights, backbone_hash
+from cnnft.probe.probe import Fitting, Probed, install, probe
+from cnnft.runs.checkpoints import Checkpoint
+from cnnft.runs.run import Run
+from cnnft.training.advice import Advice, advise
+from cnnft.training.batchsize import largest_batch
+from cnnft.training.distillation import load_teachers
+from cnnft.training.losses import balanced_weights
+from cnnft.training.optim import LearningRates, Start, learning_rates, require_optimizer
+from cnnft.training.schedules import Length
+from cnnft.training.tensorboard import require_tensorboard
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is settled before the first step; of a run nothing has been written yet."""
+
+    config: Config
+    """Settled: no mode auto any more."""
+    requested_mode: Mode
+    train: Samples
+    val: Samples
+    skipped: tuple[Skipped, ...]
+    leaked: int
+    """Validation images left out because training has the same file (data leak)."""
+    classifier: Classifier
+    stages: tuple[tuple[str, ...], ...]
+    weights: LoadedWeights | None
+    advice: Advice | None
+    """What a probe of the frozen features says of the data, where there was one."""
+    head_from: Literal["new", "probe", "checkpoint"]
+    checkpoint: Checkpoint | None
+    """Where training goes on from; None: it begins."""
+    teachers: tuple[Classifier, ...]
+    rates: LearningRates
+    batches: KeyedBatches
+    device: torch.device
+    loading: Loading
+
+    @property
+    def length(self) -> Length:
+        averaging = self.config.averaging
+        return Length(
+            self.config.training.epochs,
+            self.batches.steps_per_epoch,
+            averaging.swa or 0,
+            averaging.snapshots or 0,
+        )
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """(trained, frozen)."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.classifier.network.parameters()]
+        trained = sum(size for size, trains in sizes if trains)
+        return trained, sum(size for size, _ in sizes) - trained
+
+    @property
+    def head_is_fitted(self) -> bool:
+        """Whether the head started from a probe, before any checkpoint."""
+        if self.checkpoint is not None:
+            return bool(self.checkpoint.values["head_is_fitted"])
+        return self.head_from == "probe"
+
+    @property
+    def freezes_statistics(self) -> bool:
+        """As the run began, though the number of processes may be another now."""
+        if self.checkpoint is not None:
+            return bool(self.checkpoint.values["frozen_statistics"])
+        return _freezes_statistics(self.config, len(self.train))
+
+
+def prepare(
+    config: Config,
+    checkpoint: Checkpoint | None = None,
+    *,
+    on_files: OnFiles = lambda count, total: None,
+) -> Plan:
+    """Read the data, open the backbone, decide what trains and how fast.
+
+    With a `checkpoint` all weights will be its, so the head is not fitted again.
+
+    Raises:
+        CnnftError: what the user has to mend, in a sentence.
+    """
+    device = choose_device(config.machine.device)
+    requested, config = config.freezing.mode, _checked_early(config, device)
+    images = _read(config.dataset, on_files)
+    classes = images.train.classes
+    teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
+    _warn_of_known(config.loss.teacher, images.val)
+    loading = _loading(config, device)
+    backbone = _open(config, len(classes), device)
+    spec = _input_spec(config.input, backbone.input_spec, images.train, loading)
+    probed = None if checkpoint else _probe(config, backbone, spec, images.train, loading)
+    advice = None if probed is None else _advice(images.train, probed)
+    if requested == "auto":
+        assert advice is not None
+        config = config.replace(**advice.cell.settings)
+        if _auxiliary(config):
+            backbone = _open(config, len(classes), device)
+    head = _new_head(config, backbone)
+    fitted = _install_probe(config, backbone, head, probed)
+    config, network = _settle_network(config, backbone, head, spec, len(images.train))
+    plan = Plan(
+        config=config,
+        requested_mode=requested,
+        train=images.train,
+        val=images.val,
+        skipped=images.skipped,
+        leaked=images.leaked,
+        classifier=_classifier(config, backbone, network, head, classes, spec),
+        stages=backbone.stages,
+        weights=backbone.weights,
+        advice=advice,
+        head_from="checkpoint" if checkpoint else "probe" if fitted else "new",
+        checkpoint=checkpoint,
+        teachers=teachers,
+        rates=LearningRates(0.0, 0.0, ""),
+        batches=_batches(config, images.train),
+        device=device,
+        loading=_loading(config, device),
+    )
+    _require_statistics_to_recompute(plan)
+    return replace(plan, rates=_rates(plan))
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _checked_early(config: Config, device: torch.device) -> Config:
+    """What can be refused before the data is read; with absolute paths, and the precision."""
+    if config.machine.sync_bn and device.type != "cuda":
+        raise UsageError(
+            f"--sync-bn is for several GPUs, and this trains on {device}: leave it out"
+        )
+    for teacher in config.loss.teacher:
+        require_model(teacher)
+    resolve(config.network.backbone)
+    require_optimizer(config.optim)
+    if config.run.tensorboard:
+        require_tensorboard()
+    require_folder(config.dataset.data)
+    precision = choose_precision(config.machine.precision, device)
+    return _with_absolute_paths(config).replace(precision=precision)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """So that the run can be read from another working directory."""
+    # Not Path.resolve: a run is named after the link that the user gave, not after its target.
+    data = Path(os.path.abspath(config.dataset.data))  # noqa: PTH100
+    weights = None if config.network.weights is None else Path(config.network.weights).absolute()
+    backbone = config.network.backbone
+    folder = local_folder(backbone) if backbone != "builtin" else None
+    return config.replace(
+        data=data,
+        weights=weights,
+        backbone=f"local-dir:{folder.absolute()}" if folder else backbone,
+        teacher=tuple(str(Path(teacher).absolute()) for teacher in config.loss.teacher),
+    )
+
+
+def _loading(config: Config, device: torch.device) -> Loading:
+    workers = config.machine.workers
+    return Loading(
+        forward_batch(config.training),
+        default_workers() if workers is None else workers,
+        pinned=device.type == "cuda",
+    )
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class _Images:
+    train: Samples
+    val: Samples
+    skipped: tuple[Skipped, ...]
+    leaked: int
+
+
+def _read(config: DataConfig, on_files: OnFiles) -> _Images:
+    """Training and validation images; no file of val is in train too."""
+    dataset = read_dataset(config.data, ("train", "val"), layout=config.layout, on_files=on_files)
+    _refuse_skipped(dataset.skipped, config.strict)
+    if dataset.val is None:
+        train, val = split(dataset.train, config.val_fraction, config.split_seed)
+        leaked = 0
+    else:
+        train, val = dataset.train, dataset.val.without(dataset.train.hashes)
+        leaked = len(dataset.val) - len(val)
+    for name, count in train.counts_by_class().items():
+        if count == 0:
+            raise CnnftError(f"class {name} has no readable image in train")
+    if not len(val):
+        raise CnnftError(
+            f"{dataset.source}: no readable validation image remains that is not in train too"
+        )
+    return _Images(train, val, dataset.skipped, leaked)
+
+
+def _refuse_skipped(skipped: tuple[Skipped, ...], strict: bool) -> None:
+    if strict and skipped:
+        first = skipped[0]
+        raise CnnftError(
+            f"{first.path} {first.reason} ({len(skipped)} such file(s)); without --strict they "
+            "are skipped"
+        )
+
+
+def _warn_of_known(teachers: tuple[str, ...], val: Samples) -> None:
+    """A teacher that has learnt validation images may tell the student what is right there."""
+    for teacher in teachers:
+        if Path(teacher).is_dir():
+            known = len(val) - len(val.without(Run.open(teacher).hashes("train")))
+            if known:
+                _log.warning(
+                    "--teacher %s was trained on %d of the validation images: the score on val "
+                    "may be optimistic",
+                    *(teacher, known),
+                )
+
+
+def _batches(config: Config, train: Samples) -> KeyedBatches:
+    random = augmentation(config.augmentation).random
+    return KeyedBatches(
+        len(train),
+        config.training.images_per_step,
+        config.training.seed,
+        config.training.epochs,
+        draw=BalancedDraw(train.labels) if config.training.sampling == "balanced" else None,
+        views=config.views if config.views is None or random else 1,
+    )
+
+
+# ---------------------------------------------------------------- the network
+
+
+def _open(config: Config, classes: int, device: torch.device) -> Backbone:
+    torch.manual_seed(keyed_seed("backbone", config.training.seed))  # where weights are random
+    backbone = open_backbone(
+        config.network.backbone,
+        classes,
+        pretrained=config.network.pretrained,
+        weights=config.network.weights,
+        image_size=config.input.image_size,
+        auxiliary=_auxiliary(config),
+        drop_path=config.network.drop_path,
+    )
+    place(backbone.network, device)
+    return backbone
+
+
+def _auxiliary(config: Config) -> bool:
+    """Auxiliary classifiers train with the layers below them, or not at all."""
+    return config.freezing.mode == "finetune" and config.freezing.train_stages is None
+
+
+def _input_spec(
+    config: InputConfig, spec: InputSpec, samples: Samples, loading: Loading
+) -> InputSpec:
+    """The backbone's, but for what the user asked to be otherwise."""
+    spec = spec if config.fit is None else replace(spec, fit=config.fit)
+    if config.normalize == "dataset":
+        mean, std = channel_statistics(samples.paths, spec, loading)
+        return replace(spec, mean=mean, std=std)
+    if config.normalize != "pretrained":
+        mean, std = parse_statistics(config.normalize)
+        return replace(spec, mean=mean, std=std)
+    return spec
+
+
+def wants_probe(config: Config) -> bool:
+    """Whether the head is to start from a linear probe, where it is one linear layer."""
+    network, freezing = config.network, config.freezing
+    if freezing.probe_first is not None:
+        return freezing.probe_first
+    trains_more = freezing.mode in ("finetune", "bn-only") and freezing.train_stages != 0
+    plain = network.head == "linear" and network.head_init == "default"
+    return network.pretrained and trains_more and plain
+
+
+def _probe(
+    config: Config, backbone: Backbone, spec: InputSpec, train: Samples, loading: Loading
+) -> Probed | None:
+    auto = config.freezing.mode == "auto"
+    if not auto and not wants_probe(config):
+        return None
+    weights = balanced_weights(train.once().counts()) if config.balanced else None
+    fitting = Fitting(
+        seed=config.training.seed,
+        class_weights=weights,
+        always=auto,
+        on_disk=config.machine.cache in ("auto", "disk"),
+        about=Path(config.dataset.data).name,
+    )
+    return probe(backbone, spec, train, loading, fitting)
+
+
+def _advice(train: Samples, probed: Probed) -> Advice:
+    counts = train.once().counts()
+    return advise(sum(counts) / len(counts), probed.probe.accuracy, max(counts) / sum(counts))
+
+
+def _new_head(config: Config, backbone: Backbone) -> frozenset[str]:
+    """Give the backbone the head that is asked for, drawn by the seed alone; its tensors' names."""
+    network, head = backbone.network, backbone.head
+    device = next(network.parameters()).device
+    network.cpu()  # each device draws numbers of its own
+    if config.network.head == "mlp":
+        head = replace_by_mlp(network, head)
+    torch.manual_seed(keyed_seed("head", config.training.seed))
+    initialise(network, head, config.network.head_init)
+    network.to(device)
+    return head
+
+
+def _install_probe(
+    config: Config, backbone: Backbone, head: frozenset[str], probed: Probed | None
+) -> bool:
+    """Whether the head is the probe from here on."""
+    if probed is not None and probed.installable and wants_probe(config):
+        install(backbone.network, head, probed.probe)
+        return True
+    if config.freezing.probe_first and (probed is None or not probed.installable):
+        raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
+    return False
+
+
+def _settle_network(
+    config: Config, backbone: Backbone, head: frozenset[str], spec: InputSpec, images: int
+) -> tuple[Config, nn.Module]:
+    """Freeze, add what trains with the head, and find the batch size, if that is auto."""
+    network, freezing = backbone.network, config.freezing
+    freeze(network, head, backbone.stages, freezing.mode, freezing.train_stages)
+    if config.network.dropout:
+        add_dropout(network, head, config.network.dropout)
+    if config.machine.sync_bn:
+        network = convert_sync_batchnorm(network)
+    if config.training.batch_size == "auto":
+        precision = config.machine.settled_precision
+        largest = largest_batch(network, spec.size, images, precision)
+        config = config.replace(batch_size=largest)
+    return config, network
+
+
+def _classifier(
+    config: Config,
+    backbone: Backbone,
+    network: nn.Module,
+    head: frozenset[str],
+    classes: tuple[str, ...],
+    spec: InputSpec,
+) -> Classifier:
+    weights = backbone.weights
+    return Classifier(
+        network=network,
+        classes=classes,
+        input_spec=spec,
+        identity=backbone.identity,
+        head=head,
+        head_kind=config.network.head,
+        weights_source=weights.source if weights else None,
+        missing=weights.missing if weights else (),
+        pretrained_hash=backbone_hash(network, head),
+        pin=weights.pin if weights else None,
+    )
+
+
+# ---------------------------------------------------------------- statistics and rates
+
+
+def _freezes_statistics(config: Config, images: int) -> bool:
+    seen = min(forward_batch(config.training), images)
+    if config.machine.sync_bn:
+        seen = min(config.training.images_per_step, images)
+    return freezes_statistics(config.freezing.batchnorm, config.network.pretrained, seen)
+
+
+def _require_statistics_to_recompute(plan: Plan) -> None:
+    network, head = plan.classifier.network, plan.classifier.head
+    keep = batchnorms(network, head) if plan.freezes_statistics else ()
+    recompute = plan.config.averaging.recalibrate_bn and plan.checkpoint is None
+    if recompute and not learning_statistics(network, keep):
+        raise UsageError(
+            "--recalibrate-bn: no BatchNorm layer learns its statistics here; leave it out, or "
+            "take --batchnorm train"
+        )
+
+
+def _rates(plan: Plan) -> LearningRates:
+    classifier = plan.classifier
+    parameters = classifier.network.named_parameters()
+    trains = any(p.requires_grad for name, p in parameters if name not in classifier.head)
+    pretrained = plan.config.network.pretrained
+    return learning_rates(
+        plan.config.optim,
+        classifier.identity.architecture,
+        min(plan.config.training.images_per_step, len(plan.train)),
+        Start(
+            "frozen" if not trains else "pretrained" if pretrained else "random",
+            plan.head_is_fitted,
+        ),
+    )

@@ -1,0 +1,334 @@
+"""One session of a run: from its checkpoint, or its beginning, to its model."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import nn
+
+from cnnft.cache.pixels import CacheProgress
+from cnnft.config.texts import parse_interval
+from cnnft.data.augmentation import augmentation, mixing
+from cnnft.data.loading import Loading, view_batches
+from cnnft.data.transforms import EvaluationViews
+from cnnft.errors import CnnftError, first_line
+from cnnft.inference.classifier import Classifier
+from cnnft.inference.predict import Inference, NotANumberError, collect, predict_batches
+from cnnft.inference.predictions import Predictions
+from cnnft.machine import distributed
+from cnnft.machine.devices import Compiled
+from cnnft.metrics import Score
+from cnnft.models.freezing import SMALL_BATCH, batchnorms, changing, learning_statistics
+from cnnft.models.surgery.fold import folds
+from cnnft.models.surgery.substitute import Substituted
+from cnnft.runs.checkpoints import Checkpoint
+from cnnft.runs.run import Epoch, Run
+from cnnft.training.averaging import equal_average, recalibrate, running_average
+from cnnft.training.constraints import gradient_rules, weight_rules
+from cnnft.training.distillation import make_soft_targets
+from cnnft.training.feed import Feed
+from cnnft.training.losses import make_objective
+from cnnft.training.optim import make_optimizer
+from cnnft.training.plan import Plan
+from cnnft.training.schedules import make_schedule, warmup_steps
+from cnnft.training.selection import (
+    best_epoch,
+    is_better,
+    metrics_of,
+    score_of,
+    selected_by,
+    val_metrics,
+)
+from cnnft.training.state import TrainState
+from cnnft.training.step import EpochDone, StepDone, train
+from cnnft.training.tensorboard import Board
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event: the run holds the model."""
+
+    run: Run
+    best: Epoch
+    val: Score
+    """Of the model, which chose it too."""
+    model: str
+    """Which one it is: "best epoch 7", or the average or vote that was asked for."""
+    selected: bool = True
+    """Whether it was chosen on val, so that its score is optimistic."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The last event where the caller asked to stop: `resume` goes on after this step."""
+
+    run: Run
+    step: int
+
+
+class DivergedError(CnnftError):
+    """Going on would only diverge again."""
+
+
+class Session:
+    """A run in the making: what is kept between its steps, and what happens at their ends."""
+
+    def __init__(self, plan: Plan, run: Run, board: Board) -> None:
+        self.plan, self.run, self.board = plan, run, board
+        self.history: list[Epoch] = []
+        self.state = _make_state(plan, self.history)
+        self.best_is_lost = False
+        if plan.checkpoint is not None:
+            self._restore(plan.checkpoint)
+        if plan.teachers and not self.over:
+            classifier, parts = plan.classifier, plan.config.augmentation
+            self.state.soft_targets = make_soft_targets(
+                plan.teachers,
+                classifier.input_spec,
+                plan.train,
+                Inference(batch_size=plan.loading.batch_size, workers=plan.loading.workers),
+                same_views=not (augmentation(parts).random or parts.mixes),
+            )
+        self.feed = Feed(plan)
+        self.checkpoints = _Interval(plan.config.run.checkpoint_every, self.state.step)
+
+    def _restore(self, saved: Checkpoint) -> None:
+        try:
+            self.state.restore(saved.tensors, saved.values["state"])
+            if saved.values["pretrained"] != self.plan.classifier.pretrained_hash:
+                raise ValueError("the backbone's weights are others than when it began")
+            self.history.extend(Epoch(**row) for row in saved.values["history"])
+            best = saved.values["best_weights"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CnnftError(
+                f"{self.run.path}: its checkpoint is of another cnnft or another network "
+                f"({first_line(error)}): start a new run"
+            ) from error
+        self.run.require_classifier(of_an_epoch=bool(self.history))
+        # Killed between the two, the run has weights of an epoch that the checkpoint does not know.
+        # That epoch comes again; on another machine it may be no better than the one before.
+        self.best_is_lost = not self.over and best != self.run.weights_hash()
+        _log.info("going on after step %d of %d", self.state.step, len(self.plan.batches))
+
+    def events(
+        self, stop: Callable[[], bool]
+    ) -> Iterator[CacheProgress | StepDone | Epoch | Finished | Stopped]:
+        plan, state = self.plan, self.state
+        if not self.over and (yield from self.feed.prepare(stop)):
+            yield Stopped(self.run, state.step)
+            return
+        state.forward_module = self._forward_module()
+        batches = self.feed.training(state.step)
+        objective = make_objective(plan.config.loss, plan.train.counts())
+        for event in () if self.over else train(state, batches, objective):
+            if isinstance(event, StepDone):
+                yield event
+                if event.step % plan.batches.steps_per_epoch == 0:  # evaluated before all else
+                    continue
+            else:
+                yield self._end_epoch(event)
+            if self.over:
+                break
+            stopping, saving = distributed.any_rank(stop(), self.checkpoints.due(state.step))
+            if stopping or saving:
+                self._save()
+            if stopping:
+                yield Stopped(self.run, state.step)
+                return
+        yield self._finish()
+
+    def _forward_module(self) -> nn.Module:
+        """What computes the network's logits in training."""
+        plan, state = self.plan, self.state
+        network = self.feed.tail(state.network)
+        if network is state.network:
+            names = changing(network, state.keep_statistics)
+            modules = folds(network, plan.classifier.input_spec.size, names)
+            network = Substituted(network, modules) if modules else network
+        return Compiled(network) if plan.config.machine.compile else network
+
+    @property
+    def over(self) -> bool:
+        """After the last epoch, or the last of `patience` that brought nothing."""
+        best, patience = best_epoch(self.history), self.plan.config.training.patience
+        waited = len(self.history) - best.epoch if best else 0
+        impatient = patience is not None and waited >= patience
+        return impatient or self.state.step == len(self.plan.batches)
+
+    def _end_epoch(self, event: EpochDone) -> Epoch:
+        run, plan, average = self.run, self.plan, self.state.average
+        running = average is not None and plan.config.averaging.ema is not None
+        model = average.module if average is not None and running else self.state.network
+        predictions = self._validate(model)
+        val = predictions.score()
+        best = best_epoch(self.history)
+        better = (
+            best is None
+            or self.best_is_lost
+            or is_better(val, score_of(plan, best), plan.config.balanced)
+        )
+        self.best_is_lost = False
+        self.history.append(_row(event, val, self.state.optimizer, better))
+        if better:
+            run.save_classifier(replace(plan.classifier, network=model))
+            run.save_predictions(predictions)
+        if cycle := self._finished_cycle():
+            run.save_snapshot(cycle, model)
+        run.save_history(self.history, plan.batches.steps_per_epoch)
+        best = best_epoch(self.history)
+        assert best is not None
+        run.save_metrics(metrics_of(plan, best))
+        self.board.add(self.history[-1])
+        self._save()
+        return self.history[-1]
+
+    def _finished_cycle(self) -> int | None:
+        """The number of the cosine that ends here, from 1, where each gives a snapshot."""
+        config, snapshots = self.plan.config, self.plan.config.averaging.snapshots
+        if snapshots is None:
+            return None
+        warmup = warmup_steps(config.schedule, self.plan.length)
+        steps = (len(self.plan.batches) - warmup) // snapshots
+        cycle, rest = divmod(self.state.step - warmup, steps)
+        return cycle if cycle > 0 and not rest else None
+
+    def _save(self) -> None:
+        tensors, state_values = self.state.state_dict()
+        values = {
+            "state": state_values,
+            "history": [asdict(epoch) for epoch in self.history],
+            "frozen_statistics": self.plan.freezes_statistics,
+            "head_is_fitted": self.plan.head_is_fitted,
+            "pretrained": self.plan.classifier.pretrained_hash,
+            "best_weights": self.run.weights_hash(),
+        }
+        self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
+        self.checkpoints.saved(self.state.step)
+
+    def _validate(self, network: nn.Module) -> Predictions:
+        val = self.plan.val
+        try:
+            batches = predict_batches(self.feed.tail(network), self.feed.validation)
+            predictions = Predictions(val, collect(batches, val.paths), "val")
+            if not math.isfinite(predictions.score().loss):
+                raise NotANumberError("the loss on val is not finite")
+        except NotANumberError as error:
+            raise DivergedError(
+                f"training diverged ({error}): lower --lr or --head-lr; the run keeps the best "
+                "epoch before, if there was one"
+            ) from error
+        return predictions
+
+    def _finish(self) -> Finished:
+        """The best epoch is the run's model, unless another was asked for that is as good."""
+        plan, run, best = self.plan, self.run, best_epoch(self.history)
+        assert best is not None
+        model, val = f"best epoch {best.epoch}", score_of(plan, best)
+        other = self._other_model()
+        if other is None:
+            return Finished(run, best, val, model)
+        what, classifier = other
+        predictions = self._validate(classifier.network)
+        other_val = predictions.score()
+        balanced = plan.config.balanced
+        if not classifier.snapshots and is_better(val, other_val, balanced):
+            _log.warning(
+                "%s has %.1f %% of val right, %s has %.1f %%: the run keeps the latter",
+                *(what, 100 * selected_by(other_val, balanced)),
+                *(model, 100 * selected_by(val, balanced)),
+            )
+            return Finished(run, best, val, model)
+        if not classifier.snapshots:
+            run.save_classifier(classifier)
+        run.save_predictions(predictions)
+        selected = not classifier.snapshots
+        metrics = {"model": what, "val": val_metrics(other_val, selected)}
+        run.save_metrics(metrics_of(plan, best) | metrics)
+        return Finished(run, best, other_val, what, selected)
+
+    def _other_model(self) -> tuple[str, Classifier] | None:
+        """(what it is, the classifier) of the average or vote that was asked for."""
+        config, classifier, average = self.plan.config, self.plan.classifier, self.state.average
+        if config.averaging.snapshots is not None:
+            what = f"the vote of {config.averaging.snapshots} snapshots"
+            return what, self.run.save_vote(classifier, config.averaging.snapshots)
+        layers = learning_statistics(classifier.network, self.state.keep_statistics)
+        if config.averaging.swa is not None:
+            assert average is not None
+            what = f"the mean of the last {config.averaging.swa} epochs"
+            network = average.module
+        elif config.averaging.recalibrate_bn:
+            what, network = "the best epoch with new BatchNorm statistics", classifier.network
+            self.run.load_weights(network)
+        else:
+            return None
+        loading = self.plan.loading
+        loading = Loading(max(loading.batch_size, SMALL_BATCH), loading.workers)
+        views = EvaluationViews(classifier.input_spec)
+        batches = view_batches(self.plan.train.paths, views, loading)
+        recalibrate(network, [network.get_submodule(name) for name in layers], batches)
+        return what, replace(classifier, network=network)
+
+
+def _make_state(plan: Plan, history: list[Epoch]) -> TrainState:
+    config, classifier = plan.config, plan.classifier
+    network, head = classifier.network, classifier.head
+    multiplier = make_schedule(config.schedule, plan.length)
+    state = TrainState(
+        network=network,
+        optimizer=make_optimizer(network, head, plan.stages, plan.rates, config.optim),
+        schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
+        keys=plan.batches,
+        keep_statistics=batchnorms(network, head) if plan.freezes_statistics else (),
+        mix=mixing(config.augmentation, len(classifier.classes)),
+        before_step=gradient_rules(network, config.optim),
+        after_step=weight_rules(network, head, config.optim),
+        micro_batch=config.training.micro_batch,
+        precision=config.machine.settled_precision,
+        max_skipped_steps=config.training.skip_nonfinite,
+    )
+    per_epoch = plan.batches.steps_per_epoch
+    if config.averaging.ema is not None:
+        state.average = running_average(network, config.averaging.ema)
+    elif config.averaging.swa is not None:
+        begin = (config.training.epochs - config.averaging.swa) * per_epoch
+        state.average = equal_average(network)
+        state.averaged = lambda step: step > begin and step % per_epoch == 0
+    return state
+
+
+class _Interval:
+    """When the next checkpoint is due."""
+
+    def __init__(self, every: str, step: int) -> None:
+        self.seconds, self.steps = parse_interval(every)
+        self.saved(step)
+
+    def saved(self, step: int) -> None:
+        self.step, self.time = step, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        long = time.monotonic() - self.time >= self.seconds
+        return long or step - self.step >= self.steps
+
+
+def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:
+    # Of the backbone's groups the last stage's comes first.
+    rates = {group["name"]: group["lr"] for group in reversed(optimizer.param_groups)}
+    return Epoch(
+        epoch=event.epoch + 1,
+        lr_backbone=rates.get("backbone", 0.0),
+        lr_head=rates["head"],
+        train_loss=event.loss,
+        train_accuracy=event.accuracy,
+        val_loss=val.loss,
+        val_accuracy=val.accuracy,
+        val_macro_recall=val.macro_recall,
+        seconds=event.seconds,
+        best=best,
+    )
