@@ -88,12 +88,13 @@ def run_losses(folder: Path, settings: dict[str, Any], mode: str) -> dict[str, l
         "runs_dir": folder / "runs", "epochs": 3, "workers": 0, "device": "cpu", "cache": "ram",
         "batchnorm": "train", "probe_first": False, **settings,
     })  # fmt: skip
-    losses: dict[str, list[float]] = {"step": [], "train": [], "val": []}
+    losses: dict[str, list[float]] = {"step": [], "objective": [], "train": [], "val": []}
     with in_float64():
         for event in run_plan(prepare(config)):
             if isinstance(event, StepDone):
                 losses["step"].append(event.loss.item())
             elif isinstance(event, Epoch):
+                losses["objective"].append(event.train_objective)
                 losses["train"].append(event.train_loss)
                 losses["val"].append(event.val_loss)
     return losses

@@ -92,6 +92,9 @@ class Epoch:
     """Learning rates at the end of the epoch; 0 where frozen."""
     lr_head: float
     train_loss: float
+    """Plain cross-entropy, to compare with `val_loss`."""
+    train_objective: float
+    """What training minimised: with smoothing, class weights, distillation, auxiliary losses."""
     train_accuracy: float
     val_loss: float
     val_accuracy: float

@@ -325,6 +325,7 @@ def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: b
         lr_backbone=rates.get("backbone", 0.0),
         lr_head=rates["head"],
         train_loss=event.loss,
+        train_objective=event.objective,
         train_accuracy=event.accuracy,
         val_loss=val.loss,
         val_accuracy=val.accuracy,

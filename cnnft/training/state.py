@@ -39,42 +39,42 @@ class TrainState:
     keep_statistics: Sequence[nn.Module] = ()
     """BatchNorm layers that train but keep their pretrained statistics."""
     mix: Mix = lambda pixels, labels: (pixels, labels)
-    """What becomes of a batch at random, such as mixup."""
+    """Mixup or CutMix of a batch."""
     soft_targets: Callable[[Tensor, Sequence[int]], Tensor] | None = None
-    """(pixels, which images they are) -> a teacher's logits, for the objective to compare with."""
+    """(pixels, which images they are) -> the teachers' logits, which the objective distils from."""
     before_step: Callable[[], None] = lambda: None
-    """What is done to the gradients."""
+    """Constraints on the gradients, such as clipping."""
     after_step: Callable[[], None] = lambda: None
-    """What is done to the weights."""
+    """Constraints on the weights, such as max-norm."""
     forward_module: nn.Module | None = None
-    """What computes the network's logits, with the same trained layers: from activations inside it,
-    where batches are those, or more quickly. None: the network."""
+    """Computes the network's logits with the same trained layers: from cached features, where
+    batches are those, or with BatchNorm folded. None: the network."""
     precision: Precision = "float32"
-    """In which the logits are computed. Losses and weights are float32 in any case."""
+    """Autocast dtype of the logits. Losses and weights are float32 in any case."""
     average: AveragedModel | None = None
     """Of the weights after the steps that `averaged` names."""
     averaged: Callable[[int], bool] = lambda step: True
     """Steps taken -> whether these weights go into the average."""
     micro_batch: int | None = None
-    """Images that are computed at once, in each process; their gradients add up to the batch's.
-    None: all. Halved where they do not fit the device's memory."""
+    """Gradient accumulation: images per forward pass in each process. None: all. Halved where they
+    do not fit the device's memory."""
     max_skipped_steps: int = 0
-    """Steps whose loss is not finite that may be left out."""
+    """Steps that may be skipped because their loss is not finite."""
     step: int = 0
     """Steps taken so far."""
     skipped_steps: int = 0
-    """Such steps so far."""
+    """So far."""
     scaler: GradScaler = field(init=False)
-    """Small gradients would be 0 in float16; it scales them, and leaves out steps where they become
-    too large. Of another precision it does nothing."""
+    """Small gradients would be 0 in float16; it scales them, and skips steps where they become too
+    large. With another precision it does nothing."""
     totals: Tensor = field(init=False)
-    """Of the present epoch so far, in this process, on the device, (3,): summed loss, images
-    classified right, images."""
+    """Sums over the present epoch so far, in this process, on the device, (4,): the objective, the
+    plain cross-entropy, images classified right, images."""
 
     def __post_init__(self) -> None:
         device = next(self.network.parameters()).device
         exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        self.totals = torch.zeros(3, dtype=exact, device=device)
+        self.totals = torch.zeros(4, dtype=exact, device=device)
         self.scaler = GradScaler(device.type, enabled=self.precision == "float16")
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,12 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.nn.utils import get_total_norm
 
 from cnnft.data.sampler import IGNORED, keyed_seed
@@ -32,18 +33,22 @@ class StepDone:
     images: int
     """In all processes."""
     loss: Tensor
-    """Mean over this process's images, scalar on the device: reading it waits for the device, so
-    read it only to show it."""
+    """Mean objective over this process's images, scalar on the device: reading it waits for the
+    device, so read it only to show it."""
 
 
 @dataclass(frozen=True)
 class EpochDone:
+    """Means over the epoch's images as they were seen: augmented, by the network of that step."""
+
     epoch: int
     """From 0."""
+    objective: float
+    """What training minimises: with smoothing, class weights, distillation, auxiliary losses."""
     loss: float
-    """Mean over the epoch's images, as they were seen: augmented, by the network of that step."""
+    """Plain cross-entropy, to compare with the loss on val."""
     accuracy: float
-    """Alike; a mixed image is classified right as the class that has the greatest share in it."""
+    """A mixed image is classified right as the class that has the greatest share in it."""
     seconds: float
 
 
@@ -63,19 +68,20 @@ def train(
     device = next(state.network.parameters()).device
     network = distributed.data_parallel(state.forward_module or state.network, device)
     modes = train_modes(state.network, state.keep_statistics)
+    buffers = Buffers(state.network)
     unread: tuple[int, Tensor] | None = None
     start = time.monotonic()
     for pixels, labels in batches:
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         restore_modes(state.network, modes)  # the caller may have evaluated
+        buffers.save()
         for group in state.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * state.schedule(state.step)
-        tolerant = state.skipped_steps < state.max_skipped_steps
-        statistics = [b.clone() for b in state.network.buffers()] if tolerant else []
 
-        sums = _gradients(state, network, pixels, labels, objective)
-        if tolerant and distributed.any_rank(not _usable(state, sums[0]))[0]:
-            _leave_out(state, statistics)
+        sums = _gradients(state, network, pixels, labels, objective, buffers)
+        may_skip = state.skipped_steps < state.max_skipped_steps
+        if may_skip and distributed.any_rank(not _usable(state, sums[0]))[0]:
+            _skip(state, buffers)
         else:
             if device.type == "cpu":
                 _require_finite(state, state.step, sums[0])
@@ -93,19 +99,39 @@ def train(
         state.step += 1
         if state.average is not None and state.averaged(state.step):
             state.average.update_parameters(state.network)
-        yield StepDone(epoch, state.step, images, sums[0] / sums[2])
+        yield StepDone(epoch, state.step, images, sums[0] / sums[3])
         if state.step % state.keys.steps_per_epoch == 0:
-            mean_loss, accuracy = _finish_epoch(state)
-            yield EpochDone(epoch, mean_loss, accuracy, time.monotonic() - start)
+            yield EpochDone(epoch, *_finish_epoch(state), time.monotonic() - start)
             start = time.monotonic()
 
 
-def _gradients(
-    state: TrainState, network: nn.Module, pixels: Tensor, labels: Tensor, objective: Objective
-) -> Tensor:
-    """Set all gradients to those of the batch's mean loss; in smaller parts if memory runs out.
+class Buffers:
+    """A network's buffers, such as running statistics, as they were before a step."""
 
-    Returns this process's (3,): summed loss, images classified right, images.
+    def __init__(self, network: nn.Module) -> None:
+        self.present = list(network.buffers())
+        self.saved = [buffer.clone() for buffer in self.present]
+
+    def save(self) -> None:
+        if self.present:
+            torch._foreach_copy_(self.saved, self.present)
+
+    def restore(self) -> None:
+        if self.present:
+            torch._foreach_copy_(self.present, self.saved)
+
+
+def _gradients(
+    state: TrainState,
+    network: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    buffers: Buffers,
+) -> Tensor:
+    """Set all gradients to those of the batch's mean objective; in parts if memory runs out.
+
+    Returns this process's sums, (4,): see `TrainState.totals`.
     """
     while True:
         try:
@@ -117,6 +143,7 @@ def _gradients(
             state.micro_batch = (size + 1) // 2
         # Not before the exception is gone, which holds the tensors of what failed.
         torch.cuda.empty_cache()
+        buffers.restore()  # else running statistics would see some images twice
         _log.warning(
             "out of memory: %d images are computed at once from now on, and their gradients added "
             "up, so the step is the same but for BatchNorm, which sees %d images",
@@ -127,31 +154,44 @@ def _gradients(
 def _gradients_in_parts(
     state: TrainState, network: nn.Module, pixels: Tensor, labels: Tensor, objective: Objective
 ) -> Tensor:
-    torch.manual_seed(keyed_seed("step", state.keys.seed, state.step, distributed.rank))
-    pixels, targets = state.mix(pixels, labels)
     state.optimizer.zero_grad()
     # The wrapper of several processes takes the mean of their gradients, and we want the sum.
     weight = distributed.world_size / state.keys.size(state.step)
     parts = math.ceil(len(labels) / (state.micro_batch or len(labels)))
     sums = torch.zeros_like(state.totals)
     images = torch.tensor(state.keys.own(state.step)).tensor_split(parts)
-    split = zip(pixels.tensor_split(parts), targets.tensor_split(parts), images, strict=True)
-    for part, (some_pixels, labels, some_images) in enumerate(split, start=1):
-        aims = [labels]
-        if state.soft_targets is not None:
-            aims.append(state.soft_targets(some_pixels, some_images.tolist()))
-        with nullcontext() if part == parts else distributed.no_sync(network):
-            with autocast(state.precision, pixels.device):
-                outputs = all_logits(network(some_pixels))
-            logits, *auxiliary = map(float32_at_least, outputs)
-            loss = objective(logits, *aims)
-            for other in auxiliary:
-                loss = loss + AUXILIARY_WEIGHT * objective(other, *aims)
-            state.scaler.scale(loss * weight).backward()
-        main = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        correct = (logits.argmax(dim=1) == main).sum()
-        sums += torch.stack([loss.detach(), correct, (main != IGNORED).sum()]).to(sums)
+    with _seeded(state, pixels.device):
+        pixels, targets = state.mix(pixels, labels)
+        split = zip(pixels.tensor_split(parts), targets.tensor_split(parts), images, strict=True)
+        for part, (some_pixels, labels, some_images) in enumerate(split, start=1):
+            against = [labels]
+            if state.soft_targets is not None:
+                against.append(state.soft_targets(some_pixels, some_images.tolist()))
+            with nullcontext() if part == parts else distributed.no_sync(network):
+                with autocast(state.precision, pixels.device):
+                    outputs = all_logits(network(some_pixels))
+                logits, *auxiliary = map(float32_at_least, outputs)
+                loss = objective(logits, *against)
+                for other in auxiliary:
+                    loss = loss + AUXILIARY_WEIGHT * objective(other, *against)
+                state.scaler.scale(loss * weight).backward()
+            sums += _sums(loss.detach(), logits.detach(), labels).to(sums)
     return sums
+
+
+@contextmanager
+def _seeded(state: TrainState, device: torch.device) -> Iterator[None]:
+    """Within it all that is drawn depends on (seed, step, rank); the caller's generators rest."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(keyed_seed("step", state.keys.seed, state.step, distributed.rank))
+        yield
+
+
+def _sums(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    main = labels if labels.ndim == 1 else labels.argmax(dim=1)
+    correct = (logits.argmax(dim=1) == main).sum()
+    plain = cross_entropy(logits, labels, reduction="sum")
+    return torch.stack([loss, plain, correct, (main != IGNORED).sum()])
 
 
 def _usable(state: TrainState, loss: Tensor) -> bool:
@@ -162,12 +202,11 @@ def _usable(state: TrainState, loss: Tensor) -> bool:
     return bool(loss.isfinite() & get_total_norm(gradients).isfinite())
 
 
-def _leave_out(state: TrainState, statistics: Sequence[Tensor]) -> None:
+def _skip(state: TrainState, buffers: Buffers) -> None:
     """As if the step had not been computed; its learning rate is used up."""
-    _log.warning("step %d: the loss is not finite; the step is left out", state.step + 1)
+    _log.warning("step %d: the loss is not finite; the step is skipped", state.step + 1)
     state.skipped_steps += 1
-    for buffer, before in zip(state.network.buffers(), statistics, strict=True):
-        buffer.copy_(before)
+    buffers.restore()
 
 
 def _require_finite(state: TrainState, step: int, loss: Tensor) -> None:
@@ -175,23 +214,23 @@ def _require_finite(state: TrainState, step: int, loss: Tensor) -> None:
         rates = {
             group["initial_lr"] * state.schedule(step) for group in state.optimizer.param_groups
         }
-        told = " and ".join(f"{rate:g}" for rate in sorted(rates))
+        shown = " and ".join(f"{rate:g}" for rate in sorted(rates))
         raise NonFiniteLossError(
-            f"the loss of step {step + 1} is {loss.item()}, at learning rate {told}", step
+            f"the loss of step {step + 1} is {loss.item()}, at learning rate {shown}", step
         )
 
 
-def _finish_epoch(state: TrainState) -> tuple[float, float]:
-    """(mean loss, accuracy) over the images of all processes."""
-    loss, correct, images = distributed.all_reduce_sum(state.totals).tolist()
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"the summed loss of the epoch is {loss}", state.step - 1)
+def _finish_epoch(state: TrainState) -> tuple[float, float, float]:
+    """(mean objective, mean loss, accuracy) over the images of all processes."""
+    objective, loss, correct, images = distributed.all_reduce_sum(state.totals).tolist()
+    if not math.isfinite(objective):
+        raise NonFiniteLossError(f"the summed loss of the epoch is {objective}", state.step - 1)
     state.totals.zero_()
     distributed.broadcast_buffers(state.network)
     if state.average is not None:
         distributed.broadcast_buffers(state.average.module)
-    images = max(images, 1)  # every step may have been left out
-    return loss / images, correct / images
+    images = max(images, 1)  # every step may have been skipped
+    return objective / images, loss / images, correct / images
 
 
 def all_logits(output: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:
