@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder
 from cnnft.data import reading, sources
 from cnnft.data.dataset import Samples, Skipped
 from cnnft.data.loading import TrainingImages
+from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import IGNORED, BalancedDraw, KeyedBatches
 from cnnft.data.split import split
 from cnnft.errors import CnnftError
@@ -36,7 +37,9 @@ def test_classes_and_files_come_in_imagefolders_order(tmp_path: Path) -> None:
         draw(tmp_path / name / "more" / "1.png", 0, 0)
         draw(tmp_path / name / "more" / "deep" / "1.png", 0, 0)
     reference = ImageFolder(str(tmp_path))
-    samples = sources.scan(tmp_path)
+    source = sources.open_source(tmp_path)
+    classes = source.classes("train")
+    samples, _ = source.files("train", classes, lambda count, total: None)
     assert list(samples.classes) == reference.classes
     assert list(zip(samples.paths, samples.labels, strict=True)) == reference.samples
 
@@ -89,22 +92,25 @@ def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
 def test_a_dangling_link_is_skipped_with_its_reason(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path, ("ants", "bees"), 2)
     (folder / "ants" / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    good = reading.check(sources.scan(folder))
-    assert len(good) == 4 and [Path(s.path).name for s in good.skipped] == ["gone.png"]
+    good = read_dataset(folder)
+    assert len(good.train) == 4 and [Path(s.path).name for s in good.skipped] == ["gone.png"]
     assert "No such file" in good.skipped[0].reason
 
 
-def test_check_hashes_the_content_and_counts_every_file(tmp_path: Path) -> None:
+def test_reading_hashes_the_content_and_counts_every_file(tmp_path: Path) -> None:
     folder = draw_folder(tmp_path, ("ants", "bees"), 3)
     (folder / "ants" / "1.png").write_bytes(b"no image")
-    calls: list[None] = []
-    good = reading.check(sources.scan(folder), on_file=lambda: calls.append(None))
-    assert len(calls) == 6
-    assert [s.path for s in good.skipped] == [str(folder / "ants" / "1.png")]
-    assert good.labels == (0, 0, 1, 1, 1)
-    assert list(good.hashes) == [
-        hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in good.paths
+    (folder / "bees" / "notes.txt").touch()
+    counts: list[tuple[int, int | None]] = []
+    dataset = read_dataset(folder, on_files=lambda *count: counts.append(count))
+    assert counts == [(3, None), (3, None)] + 6 * [(1, 6)]
+    assert [Path(s.path).name for s in dataset.skipped] == ["1.png", "notes.txt"]
+    train = dataset.train
+    assert train.labels == (0, 0, 1, 1, 1) and dataset.source == str(folder)
+    assert list(train.hashes) == [
+        hashlib.sha256(Path(p).read_bytes()).hexdigest() for p in train.paths
     ]
+    assert train.hashes[:2] == tuple(sorted(train.hashes[:2]))
 
 
 def test_few_files_are_under_way_at_a_time() -> None:
@@ -119,13 +125,6 @@ def test_few_files_are_under_way_at_a_time() -> None:
     for expected in range(1, 5001):
         assert next(results) == expected and taken - expected < 1000
     assert list(results) == []
-
-
-def test_finding_and_checking_are_counted(flat: Path) -> None:
-    (flat / "ants" / "notes.txt").touch()
-    counts: list[tuple[int, int | None]] = []
-    train, _ = sources.scan_training_data(flat, lambda *count: counts.append(count))
-    assert counts == [(10, None), (10, None)] and len(train) == 20
 
 
 # ---------------------------------------------------------------- splitting
@@ -324,7 +323,7 @@ def test_balanced_batches_are_a_function_of_the_step() -> None:
 
 
 def test_an_image_that_is_drawn_twice_gets_another_view(tmp_path: Path) -> None:
-    samples = sources.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
+    samples = read_dataset(draw_folder(tmp_path, ("ants", "bees"), 2)).train
     images = TrainingImages(samples, lambda image: torch.rand(4), seed=0)
     views = [images[key][0] for key in [(0, 1), (0, 1, 5), (0, 1, 6), (1, 1, 5)]]
     assert len({tuple(view.tolist()) for view in views}) == 4
@@ -332,7 +331,7 @@ def test_an_image_that_is_drawn_twice_gets_another_view(tmp_path: Path) -> None:
 
 
 def test_an_images_random_view_is_a_function_of_seed_epoch_and_index(tmp_path: Path) -> None:
-    samples = sources.scan(draw_folder(tmp_path, ("ants", "bees"), 2))
+    samples = read_dataset(draw_folder(tmp_path, ("ants", "bees"), 2)).train
 
     def transform(image: object) -> torch.Tensor:
         return torch.rand(4)

@@ -19,13 +19,13 @@ from cnnft import Config, load
 from cnnft.config.choices import BatchNorm
 from cnnft.errors import UsageError
 from cnnft.models.backbones import open_backbone
-from cnnft.models.freezing import batchnorms, freeze, train_mode
+from cnnft.models.freezing import batchnorms, freeze, freezes_statistics, train_mode
 from cnnft.models.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
 from cnnft.models.stages import stages
 from cnnft.probe.solve import fit, fit_probe
 from cnnft.training.advice import SIMILAR, SMALL, TABLE, advise
 from cnnft.training.finetune import run_plan
-from cnnft.training.optim import freezes_statistics, learning_rates, make_optimizer
+from cnnft.training.optim import Start, learning_rates, make_optimizer
 from cnnft.training.plan import prepare
 
 Cli = Callable[..., Outcome]
@@ -114,8 +114,7 @@ def test_bn_only_without_normalisation(cnnft: Cli, flat: Path, tmp_path: Path):
 def test_batchnorm_statistics_of_trained_layers(
     backbone, batchnorm: BatchNorm, batch_size: int, frozen: bool
 ):
-    config = Config.of("-", batchnorm=batchnorm, batch_size=batch_size)
-    assert freezes_statistics(config) is frozen
+    assert freezes_statistics(batchnorm, pretrained=True, batch=batch_size) is frozen
     freeze(backbone.network, backbone.head, backbone.stages, "finetune")
     train_mode(backbone.network, batchnorms(backbone.network, backbone.head) if frozen else ())
     assert backbone.network.bn1.training is not frozen
@@ -123,9 +122,9 @@ def test_batchnorm_statistics_of_trained_layers(
 
 
 def test_layer_decay_slows_each_stage_towards_the_input(backbone):
-    config = Config.of("-", layer_decay=0.5)
+    config = Config.of("-", layer_decay=0.5).optim
     freeze(backbone.network, backbone.head, backbone.stages, "finetune")
-    rates = learning_rates(config, "resnet10t")
+    rates = learning_rates(config, "resnet10t", 32, Start("pretrained"))
     optimizer = make_optimizer(backbone.network, backbone.head, backbone.stages, rates, config)
     found = [group["lr"] for group in optimizer.param_groups if group["name"] == "backbone"]
     assert found == pytest.approx([0.00125 / 2**i for i in range(5)])
@@ -197,7 +196,7 @@ def test_auxiliary_classifiers_are_head_and_belong_to_finetuning_alone(tmp_path:
                 probe_first=used or None,
             )
         )  # fmt: skip
-        assert plan.probed is used
+        assert (plan.head_from == "probe") is used
         network = plan.classifier.network
         assert hasattr(network, "AuxLogits") and (network.AuxLogits is not None) is used
         auxiliary = {name for name, _ in network.named_parameters() if "AuxLogits.fc" in name}
@@ -250,8 +249,9 @@ def test_cross_validation_is_honest():
 
 def test_the_probe_is_the_head_before_the_first_step(flat: Path, tmp_path: Path):
     plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu", seed=3))
-    assert plan.probed and plan.config.freezing.probe_first is None and plan.advice is not None
-    assert "0.0125 / 10 = 0.00125 (probed)" in plan.rates.derivation
+    assert plan.head_from == "probe" and plan.advice is not None
+    assert plan.config.freezing.probe_first is None
+    assert "0.00625 / 10 = 0.000625 (probed)" in plan.rates.derivation
     correct = [
         prediction.label == plan.train.classes[label]
         for prediction, label in zip(
@@ -271,7 +271,7 @@ def test_no_probe_where_it_makes_no_sense(flat: Path):
         {"train_stages": 0},
     ):
         plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu", **settings_))
-        assert not plan.probed and plan.advice is None, settings_
+        assert plan.head_from == "new" and plan.advice is None, settings_
 
 
 def test_a_probe_that_cannot_be_the_head(cnnft: Cli, flat: Path, tmp_path: Path):
@@ -322,7 +322,8 @@ def test_auto_with_a_head_that_cannot_be_probed_in(name, flat: Path, monkeypatch
             device="cpu",
         )
     )  # fmt: skip
-    assert plan.config.freezing.mode == "finetune" and not plan.probed and plan.advice is not None
+    assert plan.config.freezing.mode == "finetune"
+    assert plan.head_from == "new" and plan.advice is not None
 
 
 def test_a_normalisation_in_the_head_is_not_kept():
@@ -373,7 +374,7 @@ def test_layer_decay_is_told_and_the_last_stage_is_in_the_history(cnnft: Cli, fl
     )  # fmt: skip
     assert "each stage before the last: × 0.5" in outcome.err
     header, row = (Path(outcome.out.strip()) / "history.csv").read_text().splitlines()
-    assert float(row.split(",")[header.split(",").index("lr_backbone")]) == 0.00125
+    assert float(row.split(",")[header.split(",").index("lr_backbone")]) == 0.000625
 
 
 def test_auto_says_why_and_the_run_can_be_repeated(cnnft: Cli, flat: Path, tmp_path: Path):

@@ -19,7 +19,7 @@ from cnnft.config.choices import TestTimeViews
 from cnnft.data import loading as batches
 from cnnft.data.images import read_image
 from cnnft.data.transforms import EvaluationViews
-from cnnft.training import batchsize as memory
+from cnnft.inference.predict import Inference
 
 Cli = Callable[..., Outcome]
 Row = dict[str, Any]
@@ -253,7 +253,8 @@ def test_probabilities_are_those_of_the_network(
 ) -> None:
     classifier = load(trained)
     for row in predict(*images.glob("[0124].png"), "--top", 2):
-        expected = classifier.logits(read_image(row["file"])).softmax(dim=0).tolist()
+        pixels = classifier.preprocess(read_image(row["file"]))
+        expected = classifier.forward(pixels[None])[0].softmax(dim=0).tolist()
         found = [probabilities(row)[name] for name in classifier.classes]
         assert found == pytest.approx(expected, abs=1e-6)
 
@@ -319,15 +320,13 @@ def test_batch_size_auto_and_sixteen_bits(predict: Predict, images: Path) -> Non
         assert probabilities(row) == pytest.approx(probabilities(exact), abs=0.02)
 
 
-def test_batch_size_auto_is_what_fits(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = load(trained, device="cpu").network
-    each = memory.largest_inference_batch(network, 64, 1), memory._largest_step(network, 64)
-    assert each[0] == 32 and each[1] > 3 * 64 * 64 * 4
-    assert memory.largest_inference_batch(network, 64, 10) == 2
-    monkeypatch.setattr(memory, "available", lambda device: 5 * 2 * each[1])
-    assert memory.largest_inference_batch(network, 64, 1) == 4
-    monkeypatch.setattr(memory, "available", lambda device: 0)
-    assert memory.largest_inference_batch(network, 64, 1) == 1
+@pytest.mark.parametrize(
+    ("device", "tta", "images"),
+    [("cpu", "none", 32), ("cpu", "ten-crop", 3), ("cuda", "none", 256)],
+)
+def test_batch_size_auto_counts_views(device: str, tta: TestTimeViews, images: int) -> None:
+    chosen = Inference(tta, batch_size="auto", workers=2).loading(torch.device(device), 1000)
+    assert (chosen.batch_size, chosen.workers) == (images, 2)
 
 
 def test_rows_are_written_while_the_images_are_read(

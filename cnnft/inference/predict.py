@@ -148,7 +148,7 @@ class _Compute:
     @torch.inference_mode()
     def __call__(self, pixels: Tensor | None) -> Tensor:
         if pixels is None:
-            return torch.empty(0)
+            return torch.empty(0, 0)
         images, views = pixels.shape[:2]
         logits = self._all(pixels.flatten(0, 1))
         if views == 1:
