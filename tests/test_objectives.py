@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot, softmax
 
-from cnnft import Config
+from cnnft.config.optimization import LossConfig
 from cnnft.data.sampler import IGNORED
 from cnnft.training.losses import (
     balanced_weights,
@@ -24,7 +24,7 @@ COUNTS = (4, 1, 10)
 
 
 def objective(**settings):
-    return make_objective(Config.of("x", **settings), COUNTS)
+    return make_objective(LossConfig(**settings), COUNTS)
 
 
 def test_without_settings_it_is_the_cross_entropy_of_the_images_that_count():

@@ -9,23 +9,27 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from cnnft.config.choices import Schedule
-from cnnft.config.schema import Config
+from cnnft.config.optimization import OptimizerConfig, ScheduleConfig
 from cnnft.data.sampler import KeyedBatches
 from cnnft.models.freezing import freeze, train_mode
 from cnnft.runs.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from cnnft.training.optim import learning_rates, make_optimizer, optimizers
-from cnnft.training.schedules import make_schedule
+from cnnft.training.optim import Start, learning_rates, make_optimizer, optimizers
+from cnnft.training.schedules import Length, make_schedule
 from cnnft.training.state import TrainState
 from cnnft.training.step import train
 
+NEW = Start("pretrained")
 
-def rates(architecture: str = "resnet18", **settings: object) -> tuple[float, float, str]:
-    found = learning_rates(Config.of("-", **settings), architecture)
+
+def rates(
+    architecture: str = "resnet18", batch: int = 32, start: Start = NEW, **settings: object
+) -> tuple[float, float, str]:
+    found = learning_rates(OptimizerConfig(**settings), architecture, batch, start)
     return found.backbone, found.head, found.derivation
 
 
 def test_the_tutorials_rate_is_the_rule_at_batch_32():
-    backbone, head, derivation = rates(batch_size=32)
+    backbone, head, derivation = rates(batch=32)
     assert (backbone, head) == pytest.approx((0.00125, 0.0125))
     assert "0.1 (original, per 256 images) × 32 / 256 = 0.0125" in derivation
     assert "0.0125 / 10 = 0.00125" in derivation
@@ -36,13 +40,22 @@ def test_the_tutorials_rate_is_the_rule_at_batch_32():
     [("resnet50", 0.1), ("vgg16", 0.01), ("alexnet", 0.01), ("squeezenet1_0", 0.01)],
 )
 def test_pretrained_layers_train_at_a_tenth_of_scratch(architecture, original):
-    backbone, head, _ = rates(architecture, batch_size=256)
+    backbone, head, _ = rates(architecture, batch=256)
     assert (backbone, head) == pytest.approx((original / 10, original))
 
 
 def test_without_pretraining_everything_trains_at_the_scratch_rate():
-    backbone, head, _ = rates(pretrained=False, batch_size=64)
+    backbone, head, _ = rates(batch=64, start=Start("random"))
     assert backbone == head == pytest.approx(0.025)
+
+
+def test_a_fitted_head_has_something_to_protect():
+    assert rates(start=Start("pretrained", head_is_fitted=True))[1] == pytest.approx(0.00125)
+
+
+def test_a_frozen_backbone_has_no_rate():
+    backbone, _, derivation = rates(start=Start("frozen"))
+    assert backbone == 0 and "backbone: frozen" in derivation
 
 
 def test_rates_can_be_set_outright():
@@ -63,11 +76,15 @@ HEAD = frozenset({"4.weight", "4.bias"})
 STAGES = (("0.weight", "0.bias"), ("1.weight", "1.bias"))
 
 
+def optimizer_of(network: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    rates = learning_rates(config, "resnet18", 32, NEW)
+    return make_optimizer(network, HEAD, STAGES, rates, config)
+
+
 @pytest.mark.parametrize(("mode", "groups"), [("finetune", [4, 2]), ("feature-extractor", [2])])
 def test_every_parameter_is_frozen_or_in_exactly_one_group(network, mode, groups):
     freeze(network, HEAD, STAGES, mode)
-    config = Config.of("-")
-    optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
+    optimizer = optimizer_of(network, OptimizerConfig())
     assert [len(group["params"]) for group in optimizer.param_groups] == groups
     in_groups = {id(p) for group in optimizer.param_groups for p in group["params"]}
     frozen = {id(p) for p in network.parameters() if not p.requires_grad}
@@ -106,8 +123,7 @@ def test_dropout_is_off_among_frozen_layers_and_on_before_the_head():
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_norms_and_biases_decay_only_when_asked(network, decay_all):
     freeze(network, HEAD, STAGES, "finetune")
-    config = Config.of("-", weight_decay=0.1, decay_all=decay_all)
-    optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
+    optimizer = optimizer_of(network, OptimizerConfig(weight_decay=0.1, decay_all=decay_all))
     names = {id(p): name for name, p in network.named_parameters()}
     decaying = {
         names[id(p)] for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]
@@ -150,9 +166,9 @@ def steps(network: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_name_means_torchs_optimizer_of_that_name(network, name):
-    config = Config.of("-", optimizer=name, lr=0.01, head_lr=0.01, weight_decay=0.1, decay_all=True)
+    settings = {"lr": 0.01, "head_lr": 0.01, "weight_decay": 0.1, "decay_all": True}
     other = copy.deepcopy(network)
-    ours = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
+    ours = optimizer_of(network, OptimizerConfig(optimizer=name, **settings))
     theirs = ORACLES[name](other.parameters(), lr=0.01, weight_decay=0.1)
     assert type(ours) is type(theirs)
     assert torch.allclose(steps(network, ours, 4), steps(other, theirs, 4), rtol=1e-6, atol=1e-7)
@@ -169,7 +185,7 @@ def test_only_what_is_made_from_sgd_scales_with_the_batch_and_knows_plain_networ
 ):
     if architecture == "vgg16" and optimizer in ("sgdw", "nesterov"):
         head /= 10
-    backbone, found, derivation = rates(architecture, optimizer=optimizer, batch_size=128)
+    backbone, found, derivation = rates(architecture, 128, optimizer=optimizer)
     assert (backbone, found) == pytest.approx((head / 10, head))
     assert (
         f"from scratch: {head:g} (usual for {optimizer}" in derivation
@@ -178,11 +194,12 @@ def test_only_what_is_made_from_sgd_scales_with_the_batch_and_knows_plain_networ
     assert f"head: {head:g} (new)" in derivation and f"/ 10 = {head / 10:g}" in derivation
 
 
-def trained(config: Config, network: torch.nn.Module) -> TrainState:
-    optimizer = make_optimizer(network, HEAD, STAGES, learning_rates(config, "resnet18"), config)
-    return TrainState(
-        network, optimizer, make_schedule(config, 2), KeyedBatches(12, 6, 0, config.training.epochs)
-    )
+def trained(
+    network: torch.nn.Module, epochs: int, schedule: ScheduleConfig, **settings: object
+) -> TrainState:
+    optimizer = optimizer_of(network, OptimizerConfig(weight_decay=0.01, **settings))
+    multiplier = make_schedule(schedule, Length(epochs, 2))
+    return TrainState(network, optimizer, multiplier, KeyedBatches(12, 6, 0, epochs))
 
 
 def take(state: TrainState, first: int, last: int) -> torch.Tensor:
@@ -206,15 +223,14 @@ def pooled() -> torch.nn.Sequential:
 @pytest.mark.parametrize("name", optimizers())
 def test_the_state_of_every_optimizer_survives_a_checkpoint(pooled, tmp_path, name):
     """Through the file, into a new optimizer; the resumed steps are those of an unbroken run."""
-    config = Config.of("-", optimizer=name, weight_decay=0.01, epochs=3)
     other = copy.deepcopy(pooled)
-    state = trained(config, pooled)
+    state = trained(pooled, 3, ScheduleConfig(), optimizer=name)
     take(state, 0, 3)
     tensors, values = state.state_dict()
     save_checkpoint(tmp_path, Checkpoint(3, tensors, {"state": values}))
     expected = take(state, 3, 6)
 
-    saved, resumed = load_checkpoint(tmp_path), trained(config, other)
+    saved, resumed = load_checkpoint(tmp_path), trained(other, 3, ScheduleConfig(), optimizer=name)
     resumed.restore(saved.tensors, saved.values["state"])
     assert torch.equal(take(resumed, 3, 6), expected)
     again = resumed.state_dict()[0]
@@ -227,8 +243,7 @@ def test_every_optimizer_takes_steps_under_every_schedule(pooled, schedule):
     start = copy.deepcopy(pooled.state_dict())
     for name in NAMED:
         pooled.load_state_dict(start)
-        config = Config.of("-", optimizer=name, schedule=schedule, epochs=4, weight_decay=0.01)
         before = pooled[4].weight.clone()
-        weights = take(trained(config, pooled), 0, 2)
+        weights = take(trained(pooled, 4, ScheduleConfig(schedule), optimizer=name), 0, 2)
         assert weights.isfinite().all(), name
         assert not torch.equal(pooled[4].weight, before), name

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from cnnft.config.texts import parse_interval
 from cnnft.data.sampler import KeyedBatches
 from cnnft.errors import UsageError
 from cnnft.runs.run import Run
-from cnnft.training import batchsize as memory
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 from cnnft.training.state import TrainState
@@ -93,6 +93,37 @@ def test_out_of_memory_halves_what_is_computed_at_once(caplog: pytest.LogCapture
         list(train(state(Small(fits=0)), batches(), SUM))
 
 
+def test_a_step_computed_again_updates_running_statistics_once():
+    """The first half of the batch was computed before memory ran out in the second."""
+
+    class RunsOutOnce(Small):
+        def forward(self, pixels: Tensor) -> Tensor:
+            logits = super().forward(pixels)
+            if self.seen == [3, 3]:
+                raise torch.OutOfMemoryError
+            return logits
+
+    once, expected = RunsOutOnce(), Small()
+    list(train(state(once, micro_batch=3), batches()[:1], SUM))
+    list(train(state(expected, micro_batch=2), batches()[:1], SUM))
+    assert once.seen == [3, 3, 2, 2, 2]
+    assert torch.equal(weights(once), weights(expected))
+
+
+def test_the_train_loss_is_plain_cross_entropy_and_the_objective_stands_beside_it():
+    def doubled(logits: Tensor, labels: Tensor) -> Tensor:
+        return 2 * SUM(logits, labels)
+
+    def epochs(objective: Callable[[Tensor, Tensor], Tensor]) -> list[EpochDone]:
+        of = state(Small())
+        of.optimizer.param_groups[0]["initial_lr"] = 0.0
+        return [e for e in train(of, batches(), objective) if isinstance(e, EpochDone)]
+
+    for plain, weighted in zip(epochs(SUM), epochs(doubled), strict=True):
+        assert plain.loss == weighted.loss == pytest.approx(plain.objective)
+        assert weighted.objective == pytest.approx(2 * plain.loss)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step_is_taken():
     network = Small()
     events = train(state(network), batches(bad=1), SUM)
@@ -109,7 +140,7 @@ def test_tolerated_steps_are_left_out_as_if_they_were_not_there():
     events = list(train(of_one, batches(bad=1), SUM))
     with_gap = [batch for i, batch in enumerate(batches()) if i != 1]
     list(train(state(other), with_gap, SUM))
-    assert torch.equal(weights(one), weights(other)) and of_one.left_out == 1
+    assert torch.equal(weights(one), weights(other)) and of_one.skipped_steps == 1
     epochs = [event for event in events if isinstance(event, EpochDone)]
     assert len(epochs) == 2 and 0 <= epochs[0].accuracy <= 1  # of the images that counted
     with pytest.raises(NonFiniteLossError):
@@ -151,44 +182,28 @@ def test_divergence_names_the_step_the_files_and_the_way_out(cnnft, flat: Path, 
     )
 
 
-def test_batch_size_auto_is_settled_in_the_plan_and_fits(flat: Path, tmp_path: Path, monkeypatch):
-    draw_folder(flat, ("ants", "bees"), 60)
-    config = settings(flat, tmp_path, batch_size="auto")
-    plan = prepare(config)
-    each = memory.bytes_per_image(plan.classifier.network, 32)
-    assert plan.config.training.batch_size == 8 == plan.batches.batch_size  # ten steps of 96 images
-    trained = sum(p.nbytes for p in plan.classifier.network.parameters())
-    monkeypatch.setattr(memory, "available", lambda device: 2 * trained + 2 * each * 5)
-    assert prepare(config).config.training.batch_size == 4
-    monkeypatch.setattr(memory, "available", lambda device: 0)
-    assert prepare(config).config.training.batch_size == 1
+@pytest.mark.parametrize(("images", "expected"), [(8, 8), (60, 8), (250, 16)])
+def test_batch_size_auto_takes_ten_steps_but_no_batch_too_small_for_batchnorm(
+    flat: Path, tmp_path: Path, images: int, expected: int
+):
+    """Of 8 training images one batch; of 48 batches of 8, though ten steps would want 4."""
+    shutil.rmtree(flat)
+    draw_folder(flat, ("ants", "bees"), images // 2 + 1)
+    plan = prepare(settings(flat, tmp_path, batch_size="auto", val_fraction=0.2))
+    assert plan.batches.batch_size == plan.config.training.batch_size == expected
+    assert not plan.freezes_statistics
 
 
-def test_bytes_per_image_are_what_autograd_keeps():
-    class Squares(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3, 4, 4))
-
-        def forward(self, pixels: Tensor) -> Tensor:
-            return (pixels * self.weight).square().flatten(1)  # both factors and the product
-
-    # pixels, product, and cross-entropy's log-probabilities, in float32; the label
-    assert memory.bytes_per_image(Squares(), 4) == 4 * (3 * 48) + 8 + 4 * 48
+def test_the_rule_counts_the_images_that_a_step_holds(flat: Path, tmp_path: Path):
+    """16 training images in a batch of 256 are 16, not 256."""
+    plans = [prepare(settings(flat, tmp_path, batch_size=size)) for size in (16, 256)]
+    assert plans[0].rates == plans[1].rates
+    assert plans[1].rates.backbone == pytest.approx(0.1 * 16 / 256 / 10)
 
 
-def test_memory_is_no_more_than_the_container_has(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
-    cpu = torch.device("cpu")
-    assert memory.available(cpu) > 0
-    (tmp_path / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 1000 kB\n")
-    limit, used, statistics = (tmp_path / name for name in ("max", "current", "stat"))
-    monkeypatch.setattr(memory, "_CGROUPS", [(limit, used, statistics)])
-    used.write_text("1500\n")
-    statistics.write_text("anon 1000\ninactive_file 300\nactive_file 200\n")
-    for text, expected in (("max", 1024_000), ("50000", 49_000), ("500", 0)):
-        limit.write_text(f"{text}\n")
-        assert memory.available(cpu) == expected
+def test_a_frozen_backbone_has_no_learning_rate(flat: Path, tmp_path: Path):
+    plan = prepare(settings(flat, tmp_path, train_stages=0))
+    assert plan.rates.backbone == 0 and "backbone: frozen" in plan.rates.derivation
 
 
 @pytest.mark.parametrize(
@@ -282,13 +297,13 @@ def test_a_gradient_too_large_for_float16_leaves_out_the_step_and_halves_the_sca
     before = network.fc.weight.clone()
     next(events)
     assert torch.equal(network.fc.weight, before) and of.scaler.get_scale() == 2.0**39
-    assert of.left_out == 0  # its loss was finite
+    assert of.skipped_steps == 0  # its loss was finite
 
 
 def test_a_loss_that_is_not_finite_is_noticed_in_float16_too():
     of = state(Small(), precision="float16", max_skipped_steps=1)
     list(train(of, batches(bad=1), SUM))
-    assert of.left_out == 1
+    assert of.skipped_steps == 1
     with pytest.raises(NonFiniteLossError):
         list(train(state(Small(), precision="float16"), batches(bad=1), SUM))
 
@@ -315,12 +330,12 @@ def test_the_scale_belongs_to_the_state():
 
 def test_the_precision_is_settled_and_told(cnnft, flat: Path, tmp_path: Path):
     settled = prepare(settings(flat, tmp_path)).config
-    assert settled.precision == "float32"
+    assert settled.machine.precision == "float32"
     outcome = cnnft(
         "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=1", "--device=cpu",
         "--precision=bfloat16", "--runs-dir", tmp_path, "--name=half", "--image-size=32",
     )  # fmt: skip
     assert outcome.code == 0 and "on cpu, bfloat16" in outcome.err
-    assert Run(tmp_path / "half").config().precision == "bfloat16"
+    assert Run(tmp_path / "half").config().machine.precision == "bfloat16"
     resumed = cnnft("finetune", "--resume", tmp_path / "half", "--epochs=2")
     assert resumed.code == 0 and "on cpu, bfloat16" in resumed.err

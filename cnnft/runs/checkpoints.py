@@ -4,19 +4,19 @@ A checkpoint is one safetensors file whose name holds the step and the SHA-256 o
 newest two are kept: where one is damaged, the one before it serves.
 """
 
-from cnnft.errors import CnnftError
-from cnnft.machine.files import parse_json
-from cnnft.machine.files import to_safetensors
-from cnnft.machine.files import write_whole
-from dataclasses import dataclass
-from pathlib import Path
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor
-from typing import Any
 import hashlib
 import json
 import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from cnnft.errors import CnnftError
+from cnnft.machine.files import parse_json, to_safetensors, write_whole
 
 KEPT = 2
 

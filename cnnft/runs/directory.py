@@ -1,18 +1,17 @@
 """Directories of runs: making one, replacing one, and the lock on the one that trains."""
 
-from cnnft.errors import CnnftError
-from cnnft.errors import UsageError
-from cnnft.machine import distributed
-from cnnft.machine.files import remove_unfinished
-from collections.abc import Iterator
-from contextlib import contextmanager
-from filelock import BaseFileLock
-from filelock import FileLock
-from filelock import Timeout
-from itertools import count
-from pathlib import Path
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from cnnft.errors import CnnftError, UsageError
+from cnnft.machine import distributed
+from cnnft.machine.files import remove_unfinished
 
 STATE = "state"
 """The folder in a run for what training needs to go on."""

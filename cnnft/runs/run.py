@@ -19,53 +19,35 @@ Every file appears whole: it is written beside its place, synced and renamed. On
 lines, and TensorBoard's files by events.
 """
 
-from cnnft.inference.description import describe
-from cnnft.config.schema import Config
-from cnnft.data.dataset import Samples
-from cnnft.data.dataset import Skipped
-from cnnft.errors import CnnftError
-from cnnft.errors import UsageError
-from cnnft.errors import first_line
-from cnnft.inference.classifier import Classifier
-from cnnft.inference.storage import SNAPSHOT
-from cnnft.inference.storage import fill
-from cnnft.inference.storage import read_tensors
-from cnnft.inference.storage import voters
-from cnnft.machine import distributed
-from cnnft.inference.predictions import Predictions
-from cnnft.runs.predictions import from_csv as predictions_from_csv
-from cnnft.runs.predictions import to_csv as predictions_to_csv
-from cnnft.machine.files import parse_json
-from cnnft.machine.files import to_safetensors
-from cnnft.machine.files import write_whole
-from cnnft.runs.checkpoints import Checkpoint
-from cnnft.runs.checkpoints import has_checkpoint
-from cnnft.runs.checkpoints import load_checkpoint
-from cnnft.runs.checkpoints import save_checkpoint
-from cnnft.runs.directory import STATE
-from cnnft.runs.directory import forget_replaced
-from cnnft.runs.directory import locked
-from cnnft.runs.directory import make_directory
-from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import fields
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from torch import Tensor
-from torch import nn
-from typing import Any
 import csv
 import hashlib
 import io
 import json
-import tomli_w
 import tomllib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from torch import nn
+
+from cnnft.config.schema import Config
+from cnnft.data.dataset import Samples, Skipped
+from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.inference.classifier import Classifier
+from cnnft.inference.description import describe
+from cnnft.inference.predictions import Predictions
+from cnnft.inference.storage import SNAPSHOT, fill, read_tensors, voters
+from cnnft.machine import distributed
+from cnnft.machine.files import parse_json, to_safetensors, write_whole
+from cnnft.runs.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
+from cnnft.runs.directory import STATE, forget_replaced, locked, make_directory
+from cnnft.runs.predictions import from_csv as predictions_from_csv
+from cnnft.runs.predictions import to_csv as predictions_to_csv
 
 FILES = (
     *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.jsonl"),
