@@ -8,15 +8,17 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from cnnft import finetune, load
+from cnnft.config.optimization import OptimizerConfig, ScheduleConfig
 from cnnft.config.schema import Config
 from cnnft.data.loading import Views
 from cnnft.inference.predict import Ensemble
+from cnnft.models.weights import backbone_hash
 from cnnft.runs.run import Epoch, Run
 from cnnft.training.averaging import equal_average, recalibrate, running_average
 from cnnft.training.constraints import gradient_rules, weight_rules
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
-from cnnft.training.schedules import make_schedule
+from cnnft.training.schedules import Length, make_schedule
 
 
 class Weight(nn.Module):
@@ -91,9 +93,9 @@ def test_l1_adds_its_gradient_to_what_decays_before_clipping():
     with torch.no_grad():
         network.weight.copy_(torch.tensor([[2.0, -3.0]]))
     network.weight.grad, network.bias.grad = torch.tensor([[1.0, 1.0]]), torch.tensor([2.0])
-    gradient_rules(network, Config.of("x", l1=0.5))()
+    gradient_rules(network, OptimizerConfig(l1=0.5))()
     assert network.weight.grad.tolist() == [[1.5, 0.5]] and network.bias.grad.tolist() == [2.0]
-    gradient_rules(network, Config.of("x", clip_grad=0.5))()
+    gradient_rules(network, OptimizerConfig(clip_grad=0.5))()
     total = torch.cat([network.weight.grad.flatten(), network.bias.grad]).norm()
     assert float(total) == pytest.approx(0.5)
 
@@ -101,7 +103,7 @@ def test_l1_adds_its_gradient_to_what_decays_before_clipping():
 def test_l1_alone_brings_a_weight_to_zero_and_max_norm_shortens_long_rows_only():
     network = Weight(0.3)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    rule = gradient_rules(network, Config.of("x", l1=0.5))
+    rule = gradient_rules(network, OptimizerConfig(l1=0.5))
     for _ in range(6):  # 0.3 / (0.1 · 0.5) = 6 steps
         network.weight.grad = torch.zeros(1, 1)
         rule()
@@ -110,18 +112,37 @@ def test_l1_alone_brings_a_weight_to_zero_and_max_norm_shortens_long_rows_only()
     head = nn.Linear(2, 2)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
-    weight_rules(head, frozenset({"weight", "bias"}), Config.of("x", max_norm=2.0))()
+    weight_rules(head, frozenset({"weight", "bias"}), OptimizerConfig(max_norm=2.0))()
     torch.testing.assert_close(head.weight, torch.tensor([[1.2, 1.6], [0.3, 0.4]]))
 
 
 def test_the_rate_stays_where_it_is_when_averaging_begins():
-    plain = make_schedule(Config.of("x", epochs=10), 4)
-    held = make_schedule(Config.of("x", epochs=10, swa=3), 4)
+    plain = make_schedule(ScheduleConfig(), Length(10, 4))
+    held = make_schedule(ScheduleConfig(), Length(10, 4, swa=3))
     assert [held(step) for step in range(28)] == [plain(step) for step in range(28)]
     assert {held(step) for step in range(28, 40)} == {plain(28)}
 
 
 SMALL = {"backbone": "builtin", "image_size": 32, "workers": 0, "batch_size": 6}
+
+
+def test_an_average_leaves_what_is_frozen_as_it_is(cnnft, separated, tmp_path):
+    """Counters of BatchNorm layers drifted by one, so that the head could not be exported alone."""
+    run = finetune(
+        separated, mode="feature-extractor", ema=0.9, epochs=2, runs_dir=tmp_path, **SMALL
+    )
+    classifier = load(run.path)
+    assert backbone_hash(classifier.network, classifier.head) == classifier.pretrained_hash
+    assert cnnft("export", run.path, "--format", "head").code == 0
+
+
+def test_counters_are_copied_into_an_average():
+    network = nn.BatchNorm1d(2)
+    average = running_average(network, 0.5)
+    for count in (1000, 1001):
+        network.num_batches_tracked.fill_(count)
+        average.update_parameters(network)
+    assert int(average.module.num_batches_tracked) == 1001
 
 
 def test_snapshots_vote_in_predict_and_evaluate(cnnft, separated, tmp_path):
@@ -176,12 +197,11 @@ def test_an_average_is_kept_only_if_val_is_not_worse(separated, tmp_path, settin
     rows = (run.path / "history.csv").read_text().splitlines()[1:]
     best = max(float(row.split(",")[6]) for row in rows)
     assert metrics["val"]["accuracy"] >= best
-    predictions = run.val_predictions()
-    right = sum(row["class"] == row["predicted"] for row in predictions)
-    assert right == metrics["val"]["correct"]
-    files = [row["file"] for row in predictions]
-    again = [p.label for p in load(run.path, device="cpu").predict(files)]
-    assert again == [row["predicted"] for row in predictions]
+    predictions = run.predictions()
+    assert predictions.score().correct == metrics["val"]["correct"]
+    again = [p.label for p in load(run.path, device="cpu").predict(predictions.samples.paths)]
+    classes = predictions.samples.classes
+    assert again == [classes[label] for label in predictions.predicted]
 
 
 def test_patience_ends_training_and_a_resumed_run_stays_ended(cnnft, separated, tmp_path):

@@ -19,6 +19,7 @@ from torchvision.datasets import ImageFolder
 
 import cnnft as package
 from cnnft import Config, finetune, load
+from cnnft.inference.predictions import Predictions
 from cnnft.metrics import Score
 from cnnft.training.plan import prepare
 
@@ -27,7 +28,7 @@ Finetune = Callable[..., Outcome]
 
 FILES = {
     "config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json",
-    "metrics.jsonl", "data.csv", "val_predictions.csv", "environment.json", "run.log", "state",
+    "metrics.jsonl", "data.csv", "predictions.csv", "environment.json", "run.log", "state",
 }  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = draw_folder(folder / "data", ("ants", "bees", "wasps"), 12)
     return finetune(
         data, backbone="builtin", mode="feature-extractor", epochs=6, workers=0, val_fraction=0.4,
-        head_lr=40.0, batch_size=4, momentum=0.0, schedule="step", runs_dir=folder,
+        head_lr=40.0, batch_size=4, momentum=0.0, schedule="step", runs_dir=folder, seed=3,
     ).path  # fmt: skip
 
 
@@ -261,7 +262,7 @@ def test_where_training_is_balanced_the_best_epoch_is_that_of_the_highest_macro_
     train: Finetune, flat: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], best: int
 ) -> None:
     scores = iter([Score(4, 4, 0.5, 0.1), Score(4, 2, 0.7, 0.3), Score(4, 2, 0.7, 0.2)])
-    monkeypatch.setattr("cnnft.training.session.score", lambda log_probs, labels: next(scores))
+    monkeypatch.setattr(Predictions, "score", lambda predictions: next(scores))
     outcome = train(flat, "--epochs=3", "--json", *more)
     assert outcome.code == 0, outcome.err
     told = json.loads(outcome.out)

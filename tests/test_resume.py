@@ -225,7 +225,31 @@ def test_a_finished_run_is_finished_again_and_can_be_lengthened(cnnft: Cli, tmp_
     assert all(torch.equal(before[name], tensor) for name, tensor in state(run).items())
     outcome = cnnft("finetune", "--resume", run.path, "--epochs", EPOCHS + 2)
     assert outcome.code == 0, outcome.err
-    assert len(history(run)) == 1 + EPOCHS + 2 and run.config().epochs == EPOCHS + 2
+    assert len(history(run)) == 1 + EPOCHS + 2 and run.config().training.epochs == EPOCHS + 2
+
+
+def test_without_a_readable_checkpoint_training_begins_anew_with_a_probed_head(
+    cnnft: Cli, whole, tmp_path: Path
+):
+    """It trained a random head at the rate of a fitted one, and said that it was probed."""
+    config = settings(whole[0], tmp_path, "damaged").replace(probe_first=None)
+    run = finish(config)
+    expected = history(run)
+    for path in (run.path / "state").glob("*.safetensors"):
+        path.write_bytes(b"damaged")
+    outcome = cnnft("finetune", "--resume", run.path)
+    assert outcome.code == 0 and "is damaged" in outcome.err
+    assert history(run) == expected
+
+
+def test_the_plan_knows_where_its_head_comes_from(whole, tmp_path: Path):
+    config = settings(whole[0], tmp_path, "head").replace(probe_first=None)
+    assert prepare(config).head_from == "probe"
+    assert prepare(config.replace(probe_first=False)).head_from == "new"
+    run = finish(config)
+    resumed = prepare(run.config(), run.load_checkpoint())
+    assert resumed.head_from == "checkpoint" and resumed.head_is_fitted
+    assert resumed.rates == prepare(config).rates
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

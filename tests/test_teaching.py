@@ -4,42 +4,42 @@ import pytest
 import torch
 
 from cnnft import finetune, load
-from cnnft.config.schema import Config
-from cnnft.data.loading import view_batches
-from cnnft.data.sources import scan
+from cnnft.data.loading import Loading, view_batches
+from cnnft.data.reading import read_dataset
 from cnnft.data.transforms import EvaluationViews
-from cnnft.inference.predict import infer_all
+from cnnft.inference.predict import Inference, predict
 from cnnft.training.distillation import make_soft_targets
 
+PLAIN = Inference(batch_size=8, workers=0)
 SMALL = {"backbone": "builtin", "workers": 0, "batch_size": 6}
 
 
 def seen(classifier, samples):
     views = EvaluationViews(classifier.input_spec)
-    return torch.cat([b.pixels[:, 0] for b in view_batches(samples.paths, views, 8, 0)])
+    return torch.cat([b.pixels[:, 0] for b in view_batches(samples.paths, views, Loading(8, 0))])
 
 
-@pytest.mark.parametrize("augment", ["none", "basic"])
-def test_teachers_judge_as_they_predict(trained, augment):
+@pytest.mark.parametrize("same_views", [True, False])
+def test_teachers_judge_as_they_predict(trained, same_views):
     """Cached or asked at every step, where the student sees what they see."""
-    samples = scan(trained.parents[1] / "data")
+    samples = read_dataset(trained.parents[1] / "data").train
     teacher = load(trained, device="cpu")
-    config = Config.of("x", augment=augment, teacher=("t",))
-    teach = make_soft_targets([teacher], config, teacher.input_spec, samples, 0)
-    found = teach(seen(teacher, samples), range(len(samples)))
-    views = EvaluationViews(teacher.input_spec)
-    expected = infer_all(teacher.network, view_batches(samples.paths, views, 8, 0), samples.paths)
+    soft_targets = make_soft_targets(
+        [teacher], teacher.input_spec, samples, PLAIN, same_views=same_views
+    )
+    found = soft_targets(seen(teacher, samples), range(len(samples)))
+    expected = predict(teacher, samples, PLAIN, "val").log_probs
     torch.testing.assert_close(found.log_softmax(dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_several_teachers_are_averaged_and_their_classes_put_in_order(trained, finetuned):
-    samples = scan(trained.parents[1] / "data")
+    samples = read_dataset(trained.parents[1] / "data").train
     one, other = load(trained, device="cpu"), load(finetuned, device="cpu")
     pixels, images = seen(one, samples), range(len(samples))
-    config = Config.of("x", teacher=("t",))
 
     def say(*teachers):
-        return make_soft_targets(teachers, config, one.input_spec, samples, 0)(pixels, images)
+        made = make_soft_targets(teachers, one.input_spec, samples, PLAIN, same_views=False)
+        return made(pixels, images)
 
     torch.testing.assert_close(say(one, other), (say(one) + say(other)) / 2)
     before = say(one)
@@ -58,10 +58,10 @@ def test_a_student_of_another_size_comes_to_agree_with_its_teacher(trained, tmp_
         data, image_size=64, teacher=[str(trained)], distill_weight=1.0, augment=augment,
         epochs=4, runs_dir=tmp_path, mode="feature-extractor", head_lr=0.1, **SMALL,
     )  # fmt: skip
-    files = [row["file"] for row in run.val_predictions()]
+    files = run.predictions().samples.paths
     student, teacher = (load(path, device="cpu").predict(files) for path in (run.path, trained))
     assert [p.label for p in student] == [p.label for p in teacher]
-    assert run.config().teacher == (str(trained),)
+    assert run.config().loss.teacher == (str(trained),)
 
 
 def test_bad_teachers_are_refused(cnnft, trained, separated, tmp_path):

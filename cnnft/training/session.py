@@ -164,8 +164,7 @@ class Session:
         run, plan, average = self.run, self.plan, self.state.average
         running = average is not None and plan.config.averaging.ema is not None
         model = average.module if average is not None and running else self.state.network
-        predictions = self._validate(model)
-        val = predictions.score()
+        predictions, val = self._validate(model)
         best = best_epoch(self.history)
         better = (
             best is None
@@ -210,19 +209,20 @@ class Session:
         self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
         self.checkpoints.saved(self.state.step)
 
-    def _validate(self, network: nn.Module) -> Predictions:
+    def _validate(self, network: nn.Module) -> tuple[Predictions, Score]:
         val = self.plan.val
         try:
             batches = predict_batches(self.feed.tail(network), self.feed.validation)
             predictions = Predictions(val, collect(batches, val.paths), "val")
-            if not math.isfinite(predictions.score().loss):
+            score = predictions.score()
+            if not math.isfinite(score.loss):
                 raise NotANumberError("the loss on val is not finite")
         except NotANumberError as error:
             raise DivergedError(
                 f"training diverged ({error}): lower --lr or --head-lr; the run keeps the best "
                 "epoch before, if there was one"
             ) from error
-        return predictions
+        return predictions, score
 
     def _finish(self) -> Finished:
         """The best epoch is the run's model, unless another was asked for that is as good."""
@@ -233,8 +233,7 @@ class Session:
         if other is None:
             return Finished(run, best, val, model)
         what, classifier = other
-        predictions = self._validate(classifier.network)
-        other_val = predictions.score()
+        predictions, other_val = self._validate(classifier.network)
         balanced = plan.config.balanced
         if not classifier.snapshots and is_better(val, other_val, balanced):
             _log.warning(
