@@ -64,4 +64,4 @@ def test_a_config_survives_its_dictionary(tmp_path):
     values = config.to_dict()
     assert "force" not in values and "head_lr" not in values
     again = Config.from_dict(values, "test")
-    assert again.to_dict() == values and again.epochs == 3 and not again.force
+    assert again.to_dict() == values and again.training.epochs == 3 and not again.run.force

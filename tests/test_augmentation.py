@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torchvision.transforms import v2
 
-from cnnft import Config
+from cnnft.config.pixels import AugmentationConfig
 from cnnft.data.augmentation import (
     PRESETS,
     Augmentation,
@@ -26,9 +26,9 @@ from cnnft.data.augmentation import (
     training_transform,
 )
 from cnnft.data.images import read_image
-from cnnft.data.loading import TrainingImages, training_batches
+from cnnft.data.loading import Loading, TrainingImages, training_batches
+from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import IGNORED, KeyedBatches
-from cnnft.data.sources import scan
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.training.step import EpochDone, train
 
@@ -111,9 +111,11 @@ def test_every_interpolation_goes_with_every_augmentation(mode: str) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_same_whatever_the_workers(name: str, flat: Path) -> None:
-    images = TrainingImages(scan(flat), training_transform(SPEC, PRESETS[name]), seed=5)
+    images = TrainingImages(
+        read_dataset(flat).train, training_transform(SPEC, PRESETS[name]), seed=5
+    )
     keys = KeyedBatches(len(images), 6, 5, 2)
-    alone, together = (list(training_batches(images, keys, workers)) for workers in (0, 2))
+    alone, together = (list(training_batches(images, keys, Loading(6, n))) for n in (0, 2))
     assert len(alone) == len(together) == len(keys)
     for one, two in zip(alone, together, strict=True):
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
@@ -133,10 +135,6 @@ def test_lighting_follows_the_principal_axes() -> None:
 # ---------------------------------------------------------------- batches
 
 
-def config(**more: object) -> Config:
-    return Config.of("data", **more)
-
-
 MIXES = {"mixup": {"mixup": 0.4}, "cutmix": {"cutmix": 1}, "both": {"mixup": 0.4, "cutmix": 1}}
 
 
@@ -147,7 +145,7 @@ def test_mixed_loss_is_the_two_target_form(settings: dict[str, float], size: int
     labels = torch.arange(size)  # each image in a class of its own, and of its own brightness
     pixels = labels.float()[:, None, None, None].expand(-1, 3, 20, 16)
     logits = torch.randn(size, size + 1, generator=torch.Generator().manual_seed(0))
-    mix, shares = mixing(config(**settings), size + 1), set()
+    mix, shares = mixing(AugmentationConfig(**settings), size + 1), set()
     for seed in range(30):
         torch.manual_seed(seed)
         mixed, targets = mix(pixels, labels)
@@ -163,7 +161,7 @@ def test_mixed_loss_is_the_two_target_form(settings: dict[str, float], size: int
 
 
 def test_with_both_either_is_drawn() -> None:
-    mix = mixing(config(mixup=1, cutmix=1), 2)
+    mix = mixing(AugmentationConfig(mixup=1, cutmix=1), 2)
     pixels, labels = torch.tensor([0.0, 1.0])[:, None, None, None].expand(-1, 3, 8, 8), [0, 1]
     kinds = []
     for seed in range(60):
@@ -174,7 +172,7 @@ def test_with_both_either_is_drawn() -> None:
 
 
 def test_a_single_image_stays_as_it_is_and_one_that_is_ignored_has_no_weight() -> None:
-    mix = mixing(config(mixup=1, cutmix=1), 4)
+    mix = mixing(AugmentationConfig(mixup=1, cutmix=1), 4)
     for label in (2, IGNORED):
         pixels, labels = torch.rand(1, 3, 8, 8), torch.tensor([label])
         mixed, targets = mix(pixels, labels)
@@ -189,7 +187,7 @@ def test_mixing_is_seeded_by_the_step_and_survives_small_parts() -> None:
         torch.rand(micro_batch or 1)  # whatever came before
         network = Small()
         kept = [network.layers[1]]  # BatchNorm would see other parts
-        mix = mixing(config(mixup=0.4, cutmix=1), 3)
+        mix = mixing(AugmentationConfig(mixup=0.4, cutmix=1), 3)
         of_step = state(network, keep_statistics=kept, mix=mix, micro_batch=micro_batch)
         events = list(train(of_step, batches(), SUM))
         ends.append(weights(network))
@@ -215,8 +213,8 @@ def test_accuracy_counts_the_class_with_the_greatest_share() -> None:
 
 def test_what_is_given_changes_the_preset() -> None:
     strong = PRESETS["strong"]
-    assert augmentation(config(augment="strong")) == strong
-    given = config(augment="strong", erase=0, hflip=False, rotation=5, vflip=True)
+    assert augmentation(AugmentationConfig(augment="strong")) == strong
+    given = AugmentationConfig(augment="strong", erase=0, hflip=False, rotation=5, vflip=True)
     assert augmentation(given) == replace(strong, erase=0, hflip=False, rotation=5, vflip=True)
 
 
@@ -243,7 +241,7 @@ def test_the_sheet_shows_each_class(cnnft: Cli, tmp_path: Path) -> None:
         outcome = cnnft("check", data, "--show-augment", file, "--augment", name, "--workers=0")
         assert outcome.code == 0 and f"wrote {file}" in outcome.err, outcome.err
         sheets[name] = Image.open(file)
-    assert sheets["none"].size == (8 * 164, 2 * 22 + 5 * 164)
+    assert sheets["none"].size == (8 * 164, 2 * 22 + 6 * 164)  # without the broken image
     first = {n: sheet.crop((0, 22, 160, 182)) for n, sheet in sheets.items()}
     assert first["none"].tobytes() == first["strong"].tobytes()  # as evaluated
     draws = [sheets["none"].crop((164 * n, 22, 164 * n + 160, 182)) for n in range(8)]

@@ -103,7 +103,7 @@ SEPARATED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "val without train": (lambda d: shutil.rmtree(d / "train"), ("no train folder",)),
     "test without train": (
         lambda d: (rename(d / "train", "bees"), rename(d / "val", "test")),
-        ("has test but no train folder", "if it is a class"),
+        ("has test but no train folder", "give --layout flat if test is a class"),
     ),
     "two folders for val": (
         lambda d: shutil.copytree(d / "val", d / "valid"),
@@ -355,7 +355,7 @@ def test_weights_that_are_not_there(refused: Refused, flat: Path, tmp_path: Path
         ("milestones = '10,5'", 2, "rising order"),
         ("milestones = 'ten'", 2, "rising order"),
         ("milestones = '10,30'\nschedule = 'multistep'", 2, "before the end, --epochs 25"),
-        ("milestones = '1,9'\nschedule = 'multistep'\nwarmup_epochs = 2", 2, "after the warm-up"),
+        ("milestones = '1,9'\nschedule = 'multistep'\nwarmup_epochs = 2", 2, "after the warmup"),
         ("schedule = 'multistep'\nwarmup_epochs = 13", 2, "milestones 12.5 to 18.75"),
         ("restart_epochs = 25\nschedule = 'cosine-restarts'", 2, "before the first restart"),
         ("restart_epochs = 0", 2, "restart_epochs"),
@@ -565,8 +565,8 @@ DIFFED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "no epoch finished": (lambda r: (r / "metrics.json").unlink(), ("metrics.json",)),
     "no images": (lambda r: (r / "data.csv").unlink(), ("data.csv", "cannot be read")),
     "truncated predictions": (
-        lambda r: truncate(r / "val_predictions.csv"),
-        ("val_predictions.csv", "damaged"),
+        lambda r: truncate(r / "predictions.csv"),
+        ("predictions.csv", "damaged"),
     ),
     "truncated environment": (
         lambda r: truncate(r / "environment.json"),

@@ -10,8 +10,8 @@ from conftest import Outcome
 from PIL import Image
 from torch.optim import lr_scheduler as theirs
 
-from cnnft.config.schema import Config
-from cnnft.training.schedules import make_schedule, one_cycle, plateau
+from cnnft.config.optimization import ScheduleConfig
+from cnnft.training.schedules import Length, make_schedule, one_cycle, plateau
 
 EPOCHS, STEPS = 30, 4
 Optimizer = torch.optim.Optimizer
@@ -63,7 +63,7 @@ ORACLES: dict[str, tuple[dict[str, object], Callable[[Optimizer, int], theirs.LR
 @pytest.mark.parametrize("name", ORACLES)
 def test_schedules_equal_torchs(name):
     settings, oracle = ORACLES[name]
-    ours = make_schedule(Config.of("-", epochs=EPOCHS, schedule=name, **settings), STEPS)
+    ours = make_schedule(ScheduleConfig(schedule=name, **settings), Length(EPOCHS, STEPS))
     steps = EPOCHS * STEPS - (name == "one-cycle")  # torch's refuses to be told of the last step
     expected = rates(lambda o: oracle(o, EPOCHS * STEPS), steps)
     assert [ours(step) for step in range(steps)] == pytest.approx(expected, abs=1e-12)
@@ -73,8 +73,9 @@ def test_schedules_equal_torchs(name):
 @pytest.mark.parametrize("name", ["constant", "step", "exponential", "inverse", "cosine"])
 def test_the_schedule_begins_at_the_full_rate_where_the_warmup_ends(name, warmup):
     settings, oracle = ORACLES[name]
-    config = Config.of("-", epochs=EPOCHS, schedule=name, warmup_epochs=warmup, **settings)
-    ours, total, first = make_schedule(config, STEPS), EPOCHS * STEPS, round(warmup * STEPS)
+    config = ScheduleConfig(schedule=name, warmup_epochs=warmup, **settings)
+    ours = make_schedule(config, Length(EPOCHS, STEPS))
+    total, first = EPOCHS * STEPS, round(warmup * STEPS)
 
     def expected(o: Optimizer) -> theirs.LRScheduler:
         warm = theirs.LinearLR(o, start_factor=1 / (first + 1), total_iters=first)
@@ -85,31 +86,30 @@ def test_the_schedule_begins_at_the_full_rate_where_the_warmup_ends(name, warmup
 
 
 def test_milestones_count_from_the_start_of_training():
-    config = Config.of("-", schedule="multistep", milestones="2,5", warmup_epochs=1, epochs=6)
-    ours = make_schedule(config, 2)
+    config = ScheduleConfig(schedule="multistep", milestones="2,5", warmup_epochs=1)
+    ours = make_schedule(config, Length(6, 2))
     assert [round(ours(step), 9) for step in range(12)] == pytest.approx(
         [1 / 3, 2 / 3, 1, 1] + 6 * [0.1] + 2 * [0.01]
     )
-    of_all = make_schedule(Config.of("-", schedule="multistep", epochs=4), 1)
+    of_all = make_schedule(ScheduleConfig(schedule="multistep"), Length(4, 1))
     assert [round(of_all(step), 9) for step in range(4)] == [1, 1, 0.1, 0.01]
 
 
 def test_inverse_sqrt_is_the_transformers_where_it_is_as_slow_as_the_warmup():
     """min(s ** -0.5, s * w ** -1.5) for s from 1 (Vaswani et al., 2017), but for its height."""
-    config = Config.of(
-        "-", schedule="inverse-sqrt", epochs=EPOCHS, warmup_epochs=5, inverse_epochs=5.25
-    )
-    ours, w = make_schedule(config, STEPS), 5 * STEPS + 1
+    config = ScheduleConfig(schedule="inverse-sqrt", warmup_epochs=5, inverse_epochs=5.25)
+    ours, w = make_schedule(config, Length(EPOCHS, STEPS)), 5 * STEPS + 1
     expected = [min(s**-0.5, s * w**-1.5) * w**0.5 for s in range(1, EPOCHS * STEPS + 1)]
     assert [ours(step) for step in range(EPOCHS * STEPS)] == pytest.approx(expected)
 
 
 def test_three_cosines_fill_the_training_where_no_length_is_given():
-    ours = make_schedule(Config.of("-", schedule="cosine-restarts", epochs=7), 10)
+    ours = make_schedule(ScheduleConfig(schedule="cosine-restarts"), Length(7, 10))
     full = [step for step in range(70) if ours(step) == pytest.approx(1)]
     assert full == [0, 10, 30] and ours(69) < 0.01
     again = make_schedule(
-        Config.of("-", schedule="cosine-restarts", restart_epochs=0.3, restart_multiplier=1), 10
+        ScheduleConfig(schedule="cosine-restarts", restart_epochs=0.3, restart_multiplier=1),
+        Length(25, 10),
     )
     assert [again(step) for step in range(6)] == pytest.approx([1, 0.75, 0.25] * 2)
 
@@ -133,8 +133,8 @@ def test_plateau_equals_torchs(patience):
 
 
 def test_plateau_looks_at_no_epoch_that_a_step_could_not_know_and_at_none_of_the_warmup():
-    config = Config.of("-", schedule="plateau", plateau_patience=0, warmup_epochs=0.5, epochs=6)
-    ours, losses = make_schedule(config, 2), [0.1, 3.0, 4.0, 2.0, 5.0, 6.0]
+    config = ScheduleConfig(schedule="plateau", plateau_patience=0, warmup_epochs=0.5)
+    ours, losses = make_schedule(config, Length(6, 2)), [0.1, 3.0, 4.0, 2.0, 5.0, 6.0]
     found = [round(ours(step, losses), 9) for step in range(12)]
     assert found == [0.5, 1, 1, 1, 1, 1, 0.1, 0.1, 0.1, 0.1, 0.01, 0.01]
     assert found == [round(ours(step, losses[: step // 2]), 9) for step in range(12)]
