@@ -10,9 +10,9 @@ from cnnft.config.optimization import LossConfig
 from cnnft.data.sampler import IGNORED
 from cnnft.training.losses import (
     balanced_weights,
-    counted,
     distillation,
     focal_loss,
+    is_counted,
     make_objective,
     smoothed,
 )
@@ -80,7 +80,7 @@ def test_distillation_has_hintons_formula():
         if label != IGNORED:
             q, p = softmax(t / temperature, dim=0), softmax(z / temperature, dim=0)
             expected += temperature**2 * float((q * (q / p).log()).sum())
-    found = distillation(LOGITS, taught, counted(LABELS), temperature)
+    found = distillation(LOGITS, taught, is_counted(LABELS), temperature)
     assert float(found) == pytest.approx(expected)
 
 
@@ -101,7 +101,7 @@ def test_the_weight_of_distillation_goes_from_the_labels_alone_to_the_teacher_al
     taught = torch.randn(6, 3, dtype=torch.float64)
     settings = {"teacher": ("t",), "temperature": 2.0}
     labels = objective()(LOGITS, LABELS)
-    teacher = distillation(LOGITS, taught, counted(LABELS), 2.0)
+    teacher = distillation(LOGITS, taught, is_counted(LABELS), 2.0)
     for weight in (1e-9, 0.25, 1.0):
         found = objective(**settings, distill_weight=weight)(LOGITS, LABELS, taught)
         assert float(found) == pytest.approx(float((1 - weight) * labels + weight * teacher))

@@ -1,4 +1,4 @@
-"""Teachers: classifiers whose logits a student learns from."""
+"""Distillation: teachers, and the soft targets that a student learns from."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ from cnnft.inference.predict import Inference, collect, predict_files
 from cnnft.inference.storage import load
 
 SoftTargets = Callable[[Tensor, Sequence[int]], Tensor]
-"""(a batch's pixels as the student sees them (B, 3, H, W), which training images they are) ->
+"""(a batch's pixels as the student sees them (B, 3, H, W), their indices in the training images) ->
 the teachers' mean logits (B, C), in the student's order of classes."""
 
 
@@ -40,16 +40,16 @@ def make_soft_targets(
     *,
     same_views: bool,
 ) -> SoftTargets:
-    """With `same_views`, training images look the same in every epoch, and teachers see each once.
+    """With `same_views`, training images look the same in every epoch: teachers predict each once.
 
     Otherwise they see what the student sees, at their own size and normalisation (Beyer et al.,
     2022: a teacher is consistent if it judges the same view).
     """
     if not same_views:
-        return lambda pixels, images: _mean(
+        return lambda pixels, indices: _mean(
             [_logits(teacher, pixels, spec, samples.classes) for teacher in teachers]
         )
-    known = _mean(
+    cached = _mean(
         [
             collect(predict_files(teacher, samples.paths, inference), samples.paths)[
                 :, _order(teacher, samples.classes)
@@ -57,7 +57,7 @@ def make_soft_targets(
             for teacher in teachers
         ]
     )
-    return lambda pixels, images: known[list(images)].to(pixels.device)
+    return lambda pixels, indices: cached[list(indices)].to(pixels.device)
 
 
 def _mean(logits: list[Tensor]) -> Tensor:
@@ -72,14 +72,13 @@ def _order(teacher: Classifier, classes: tuple[str, ...]) -> list[int]:
 def _logits(
     teacher: Classifier, pixels: Tensor, spec: InputSpec, classes: tuple[str, ...]
 ) -> Tensor:
+    """Of pixels that are normalised and sized as the student's `spec` has them."""
     own = teacher.input_spec
-    teacher.network.eval()
     image = pixels * _channels(spec.std, pixels) + _channels(spec.mean, pixels)
     if own.size != spec.size:
         image = interpolate(image, size=(own.size, own.size), mode="bilinear", antialias=True)
     image = (image - _channels(own.mean, pixels)) / _channels(own.std, pixels)
-    logits: Tensor = teacher.network(image)
-    return logits[:, _order(teacher, classes)]
+    return teacher.forward(image)[:, _order(teacher, classes)]
 
 
 def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Losses: what training makes small."""
+"""Objectives: what training minimises."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,78 +10,84 @@ from cnnft.config.optimization import LossConfig
 from cnnft.data.sampler import IGNORED
 
 Objective = Callable[..., Tensor]
-"""(logits (B, C), labels (B,) or shares of the classes (B, C)[, a teacher's logits (B, C)]) ->
-summed loss of the batch, scalar; images labelled IGNORED have none."""
+"""(logits (B, C), labels (B,) or class probabilities (B, C)[, soft targets: a teacher's logits
+(B, C)]) -> summed loss of the batch, scalar; images labelled IGNORED add nothing."""
 
 TEMPERATURE = 4.0
 DISTILL_WEIGHT = 0.5
 
 
 def make_objective(config: LossConfig, counts: Sequence[int]) -> Objective:
-    """What `config` asks for; `counts` are the training images of each class."""
-    weight = balanced_weights(counts) if config.class_weights == "balanced" else None
+    """Cross-entropy or focal loss, and distillation; `counts` are the training images per class."""
+    class_weights = balanced_weights(counts) if config.class_weights == "balanced" else None
     temperature = config.temperature or TEMPERATURE
-    taught_share = config.distill_weight or DISTILL_WEIGHT
+    distill_weight = config.distill_weight or DISTILL_WEIGHT
 
     def supervised(logits: Tensor, labels: Tensor) -> Tensor:
-        by_class = None if weight is None else weight.to(logits)
+        weights = None if class_weights is None else class_weights.to(logits)
         if config.focal:
-            shares = smoothed(labels, logits.shape[1], config.label_smoothing)
-            return focal_loss(logits, shares, config.focal, by_class)
+            targets = smoothed(labels, logits.shape[1], config.label_smoothing)
+            return focal_loss(logits, targets, config.focal, weights)
         return cross_entropy(
-            logits, labels, by_class, label_smoothing=config.label_smoothing, reduction="sum"
+            logits, labels, weights, label_smoothing=config.label_smoothing, reduction="sum"
         )
 
-    def objective(logits: Tensor, labels: Tensor, taught: Tensor | None = None) -> Tensor:
-        if taught is None:
+    def objective(logits: Tensor, labels: Tensor, soft_targets: Tensor | None = None) -> Tensor:
+        if soft_targets is None:
             return supervised(logits, labels)
-        soft = distillation(logits, taught, counted(labels), temperature)
-        return (1 - taught_share) * supervised(logits, labels) + taught_share * soft
+        soft = distillation(logits, soft_targets, is_counted(labels), temperature)
+        return (1 - distill_weight) * supervised(logits, labels) + distill_weight * soft
 
     return objective
 
 
 def balanced_weights(counts: Sequence[int]) -> Tensor:
-    """(C,): N / (C · n_c), so that every class weighs the same in the sum over the N images.
+    """(C,): N / (C · n_c), inverse class frequencies, so that all classes weigh the same.
 
     The mean weight of an image is 1: dividing a batch's loss by its images, rather than by their
-    weights, keeps the learning rate's meaning and needs no sum over processes.
+    weights, keeps the learning rate's meaning and needs no all-reduce.
     """
     images = torch.tensor(counts, dtype=torch.float64)
     return images.sum() / (len(counts) * images)
 
 
-def counted(labels: Tensor) -> Tensor:
+def is_counted(labels: Tensor) -> Tensor:
     """(B,): 0 for images that are IGNORED, else 1."""
     return labels != IGNORED if labels.ndim == 1 else torch.ones_like(labels[:, 0])
 
 
 def smoothed(labels: Tensor, classes: int, smoothing: float) -> Tensor:
-    """Shares of the classes (B, C), of which all get `smoothing` alike (Szegedy et al., 2016)."""
+    """Label smoothing: class probabilities (B, C), uniform in part (Szegedy et al., 2016)."""
     if labels.ndim == 1:
-        shares = one_hot(labels.clamp(min=0), classes) * counted(labels)[:, None]
+        targets = one_hot(labels.clamp(min=0), classes) * is_counted(labels)[:, None]
     else:
-        shares = labels
-    return shares * (1 - smoothing) + shares.sum(dim=1, keepdim=True) * smoothing / classes
+        targets = labels
+    return targets * (1 - smoothing) + targets.sum(dim=1, keepdim=True) * smoothing / classes
 
 
 def focal_loss(
-    logits: Tensor, shares: Tensor, gamma: float, weight: Tensor | None = None
+    logits: Tensor, targets: Tensor, gamma: float, class_weights: Tensor | None = None
 ) -> Tensor:
-    """-Σ w_c t_c (1 - p_c)^gamma log p_c, summed (Lin et al., 2017), for shares t (B, C)."""
+    """Focal loss -Σ w_c t_c (1 - p_c)^gamma log p_c, summed, for class probabilities t (B, C).
+
+    It down-weights examples that are already classified well (Lin et al., 2017).
+    """
     log_probs = logits.log_softmax(dim=1)
     # Not 0, where a power below 1 has no finite derivative.
     missing = (-log_probs.expm1()).clamp(min=torch.finfo(logits.dtype).tiny)
-    terms = -shares * missing**gamma * log_probs
-    return (terms if weight is None else terms * weight).sum()
+    terms = -targets * missing**gamma * log_probs
+    return (terms if class_weights is None else terms * class_weights).sum()
 
 
-def distillation(logits: Tensor, taught: Tensor, counted: Tensor, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student), of softmax at temperature T, summed over what is `counted` (B,).
+def distillation(
+    logits: Tensor, soft_targets: Tensor, counted: Tensor, temperature: float
+) -> Tensor:
+    """T² · KL(teacher ‖ student) of softmax at temperature T, summed over what is `counted` (B,).
 
-    The square keeps gradients as large as those of the labels (Hinton, Vinyals and Dean, 2015).
+    `soft_targets` are the teacher's logits (B, C). The square keeps gradients as large as those of
+    the labels (Hinton, Vinyals and Dean, 2015).
     """
     student = (logits / temperature).log_softmax(dim=1)
-    teacher = (taught.to(logits) / temperature).log_softmax(dim=1)
+    teacher = (soft_targets.to(logits) / temperature).log_softmax(dim=1)
     divergence = kl_div(student, teacher, reduction="none", log_target=True).sum(dim=1)
     return temperature**2 * (divergence * counted).sum()
