@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test test-all lint format bench clean
 
 demo: $(VENV)/installed
-	$(BIN)/python tools/demo.py
+	$(BIN)/python -m tools.demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

@@ -1,6 +1,6 @@
 """Images per second of each preset, as one loading process makes them: reading, decoding, changing.
 
-    python benchmarks/augmentation.py FOLDER [--images 100] [--size 224] [--rounds 5]
+    python -m benchmarks.augmentation FOLDER [--images 100] [--size 224] [--rounds 5]
 
 The presets take turns, so that whatever else the machine does meets all of them; the figure is the
 median over rounds of the ratio to basic in the same round.

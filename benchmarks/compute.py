@@ -123,13 +123,14 @@ import torchvision, torch._dynamo  # which torchvision and torch's optimizers im
 spent["torchvision and torch._dynamo"] = time.process_time()
 import timm
 spent["timm"] = time.process_time()
-import cnnft.cli.finetune, cnnft.finetuning
+import cnnft.cli.finetune, cnnft.training.finetune
 spent["cnnft"] = time.process_time()
 from cnnft import Config
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 with tempfile.TemporaryDirectory() as runs:
-    plan = prepare(Config.of(sys.argv[1], backbone=sys.argv[2], runs_dir=runs, workers=0, cache="off"))
+    settings = {"backbone": sys.argv[2], "runs_dir": runs, "workers": 0, "cache": "off"}
+    plan = prepare(Config.of(sys.argv[1], **settings))
     spent["data, backbone and probe"] = time.process_time()
     events = run_plan(plan)
     assert any(type(event).__name__ == "StepDone" for event in events)

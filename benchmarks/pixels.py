@@ -1,9 +1,9 @@
 """What the pixel cache saves, and what a reduced copy of the images costs.
 
-    python benchmarks/pixels.py loading FOLDER [--size 224] [--rounds 3]
-    python benchmarks/pixels.py training FOLDER --backbone NAME [--mode finetune] [--epochs 4]
-    python benchmarks/pixels.py probabilities FOLDER -m RUN [--enlarge 4]
-    python benchmarks/pixels.py accuracy FOLDER --backbone NAME [--size 112] [--seeds 5]
+    python -m benchmarks.pixels loading FOLDER [--size 224] [--rounds 3]
+    python -m benchmarks.pixels training FOLDER --backbone NAME [--mode finetune] [--epochs 4]
+    python -m benchmarks.pixels probabilities FOLDER -m RUN [--enlarge 4]
+    python -m benchmarks.pixels accuracy FOLDER --backbone NAME [--size 112] [--seeds 5]
 
 loading: images per second of CPU time of one process that makes training views from files, memory
 and the disk, which take turns.
@@ -33,11 +33,11 @@ from cnnft.cache.pixels import CachedImages, keep
 from cnnft.data.augmentation import training_transform
 from cnnft.data.dataset import Samples
 from cnnft.data.images import FULL, PixelSpec, read_image
-from cnnft.data.loading import ImageFiles, TrainingImages, view_batches
-from cnnft.data.reading import check
-from cnnft.data.sources import find_split, image_files, scan
+from cnnft.data.loading import ImageFiles, Loading, TrainingImages, view_batches
+from cnnft.data.reading import read_dataset
+from cnnft.data.sources import image_files
 from cnnft.data.transforms import EvaluationViews, InputSpec
-from cnnft.inference.predict import infer_all
+from cnnft.inference.predict import collect, predict_batches
 from cnnft.runs.run import Epoch
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
@@ -48,7 +48,7 @@ FACTORS = 8 / 7, 1.5, 2.0
 
 def loading(options: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # as in the processes that load images
-    samples = check(scan(find_split(options.folder, "train") or options.folder))
+    samples = read_dataset(options.folder, ("train",)).train
     spec = InputSpec(options.size, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     print("| resolution | files | memory | disk | kB per image |\n|---|---|---|---|---|")
     for factor in (*FACTORS, None):
@@ -110,8 +110,9 @@ def probabilities(options: argparse.Namespace) -> None:
         views = EvaluationViews(spec)
 
         def probabilities_of(pixels: PixelSpec) -> torch.Tensor:
-            batches = view_batches(paths, views, 32, 0, ImageFiles(paths, pixels))
-            return infer_all(classifier.network, batches, paths).exp()
+            images = ImageFiles(paths, pixels)
+            batches = view_batches(paths, views, Loading(32, 0), images)
+            return collect(predict_batches(classifier.network, batches), paths).softmax(dim=1)
 
         exact = probabilities_of(FULL)
         print(f"{len(paths)} images, {spec.size} px\n")

@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmarks.measure import ROOT, measure
 from benchmarks.peers import Job
-from cnnft.data.augmentation import view_count
 from cnnft.runs.run import Run
 
 PYTHON = sys.executable
@@ -33,7 +32,7 @@ FINETUNED: dict[str, tuple[str, ...]] = {
     "cnnft, no pixel cache": ("--cache", "off"),
 }
 """Flags beside those that all have."""
-START_UP = {"tutorial": "benchmarks.peers", "cnnft": "cnnft.cli.finetune, cnnft.finetuning"}
+START_UP = {"tutorial": "benchmarks.peers", "cnnft": "cnnft.cli.finetune, cnnft.training.finetune"}
 """What each imports, which takes seconds and teaches nothing."""
 FEW = ("--mode", "feature-extractor", "--epochs", "1")
 
@@ -228,7 +227,7 @@ def _of_run(out: str) -> Facts:
     return {
         "accuracy": result["val"]["accuracy"],
         "images_per_second": result["train"]["n"] / statistics.median(seconds),
-        "views": view_count(Run(run).config()),
+        "views": Run(run).config().views,
     }
 
 

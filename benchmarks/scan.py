@@ -1,6 +1,6 @@
 """Memory per file of finding and checking images, as Python counts it.
 
-    python benchmarks/scan.py [--files 300000]
+    python -m benchmarks.scan [--files 300000]
 
 The files are the same GIF of one pixel, in 30 folders below a temporary one. Counting slows
 everything down, so the time says nothing.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from cnnft.data.reading import check
-from cnnft.data.sources import scan
+from cnnft.data.reading import read_dataset
+from cnnft.data.sources import open_source
 
 FOLDERS = 30
 
@@ -32,9 +32,10 @@ def main() -> None:
             folder.mkdir(exist_ok=True)
             (folder / f"photograph-{number:09d}.gif").write_bytes(gif.getvalue())
         tracemalloc.start()
-        samples = scan(Path(place))
+        source = open_source(place)
+        samples, _ = source.files("train", source.classes("train"), lambda count, total: None)
         report("found", len(samples.paths[0]), options.files)
-        samples = check(samples)
+        samples = read_dataset(source, ("train",)).train
         assert len(samples) == options.files
         report("checked", len(samples.paths[0]), options.files)
 

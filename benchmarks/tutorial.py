@@ -5,7 +5,7 @@ momentum 0.9, StepLR(7, 0.1), batches of 4, four workers, 25 epochs): either the
 fine-tuned, or everything but a new last layer is frozen. Written from the recipe with torch and
 torchvision alone.
 
-    python benchmarks/tutorial.py DATA [--frozen] [--weights resnet18.pth]
+    python -m benchmarks.tutorial DATA [--frozen] [--weights resnet18.pth]
 """
 
 import argparse

@@ -3,11 +3,9 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.bench import KINDS, result_of
 from benchmarks.limit import throughput
 from benchmarks.measure import ROOT, FailedError, measure, memory_of

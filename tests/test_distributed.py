@@ -19,8 +19,6 @@ from cnnft.analysis.evaluate import evaluate_folder
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
 from cnnft.machine import distributed
 from cnnft.runs.run import Run
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.each_step import children, follow, start_torchrun
 
 COMMON = {
@@ -58,7 +56,9 @@ def test_every_step_is_that_of_one_process(data: Path, tmp_path: Path, processes
     cases = {name: COMMON | more | {"data": str(data)} for name, more in CASES.items()}
     statistics = COMMON | TRAINED_STATISTICS | {"data": str(data)}
     (tmp_path / "cases.json").write_text(json.dumps(cases | {"statistics": statistics}))
-    outcome = torchrun(processes, "tools/each_step.py", tmp_path / "cases.json", tmp_path / "many")
+    outcome = torchrun(
+        processes, "-m", "tools.each_step", tmp_path / "cases.json", tmp_path / "many"
+    )
     assert outcome.code == 0, outcome.err
     for name, settings in cases.items():
         one, many = tmp_path / "one" / name, tmp_path / "many" / name

@@ -9,7 +9,6 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("forks, and reads /proc", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.faults import MATRIX, bytes_lost, draw_data, kill_and_resume, other_faults
 
 

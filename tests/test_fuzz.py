@@ -1,6 +1,5 @@
 """A few hundred of the damaged and hostile files that tools/fuzz.py reads for an hour."""
 
-import sys
 import warnings
 from pathlib import Path
 from random import Random
@@ -9,7 +8,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.fuzz import LIMIT, Target, example, make_targets
 
 NAMES = (

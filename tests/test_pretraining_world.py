@@ -1,21 +1,18 @@
-"""The generated world of tools/pretrain: reproducible, in range, in shape."""
+"""The generated world of research/pretrain: reproducible, in range, in shape."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tools.pretrain.bank import DESCRIPTORS, KINDS, BankSpec, describe, load
-from tools.pretrain.objective import DENSE, WEIGHTS, Objective, colour_histogram, dense_targets
-from tools.pretrain.textures import FAMILIES
-from tools.pretrain.train import image_size, learning_rate
-from tools.pretrain.world import ABSENT, World
+from research.pretrain.bank import DESCRIPTORS, KINDS, BankSpec, describe, load
+from research.pretrain.objective import DENSE, WEIGHTS, Objective, colour_histogram, dense_targets
+from research.pretrain.textures import FAMILIES
+from research.pretrain.train import image_size, learning_rate
+from research.pretrain.world import ABSENT, World
 
 SPEC = BankSpec(
     shapes=len(KINDS), shape_variants=2, textures=len(FAMILIES), texture_variants=2, size=64

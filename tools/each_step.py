@@ -1,6 +1,6 @@
 """Train as told and keep the network after every step; for torchrun, or alone.
 
-python tools/each_step.py CASES.json OUT      CASES: name -> fields of Config
+python -m tools.each_step CASES.json OUT      CASES: name -> fields of Config
 """
 
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft.config.schema import Config
 from cnnft.machine import distributed
 from cnnft.training.finetune import run_plan

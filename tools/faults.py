@@ -1,6 +1,6 @@
 """Break training in every way that is known, resume it, and compare what comes out, byte for byte.
 
-    python tools/faults.py --kills 60        fills docs/reliability.md
+    python -m tools.faults --kills 60        fills docs/reliability.md
 
 Training runs in forked processes, so that none of them loads torch again. A kill is SIGKILL at a
 random instant between the start of the command and the time that the whole training takes.
@@ -20,17 +20,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft.cli import main as cnnft
-from cnnft.runs import checkpoints, run
+from cnnft.inference.predict import collect
+from cnnft.machine.files import write_whole
 from cnnft.runs.run import Run
-from cnnft.training import session
+from cnnft.training.step import train
 from tools.document import fill
 from tools.each_step import children, start_torchrun
 
@@ -58,6 +59,9 @@ MATRIX: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """What holds state while training joins here, in one line."""
+
+DETERMINED = ("model.safetensors", "config.json", "metrics.json", "predictions.csv", "data.csv")
+"""Files of a run that hold nothing else."""
 
 PHASES = ("preparing", "training", "evaluating", "writing")
 
@@ -95,16 +99,22 @@ class Phase:
 
     def watch(self) -> None:
         self.shared[0] = PHASES.index("preparing")
-        session.infer_all = self.during(session.infer_all, "evaluating")
-        for module in (run, checkpoints):
-            module.write_whole = self.during(module.write_whole, "writing")
-        take = session.train
+        import_module("cnnft.training.finetune")  # so that `replace` meets all that trains
+        replace(collect, self.during(collect, "evaluating"))
+        replace(write_whole, self.during(write_whole, "writing"))
 
-        def train(*arguments: object) -> object:
+        def training(*arguments: object) -> object:
             self.shared[0] = PHASES.index("training")
-            return take(*arguments)
+            return train(*arguments)
 
-        session.train = train
+        replace(train, training)
+
+
+def replace(function: Callable[..., object], by: Callable[..., object]) -> None:
+    """In every module of cnnft that has imported it."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("cnnft.") and getattr(module, function.__name__, None) is function:
+            setattr(module, function.__name__, by)
 
 
 @dataclass
@@ -167,14 +177,11 @@ def begin(data: Path, runs: Path, options: tuple[str, ...]) -> list[str]:
 
 
 def outcome(runs: Path) -> dict[str, bytes]:
-    """All that training determines: weights, momentum, history, metrics, predictions."""
+    """All that training determines: weights, momentum, history, metrics, predictions, images."""
     found = Run(runs / "run")
     saved = found.load_checkpoint()
     assert saved is not None
-    files = {
-        name: (found.path / name).read_bytes()
-        for name in ("model.safetensors", "config.json", "metrics.json", "val_predictions.csv")
-    }
+    files = {name: (found.path / name).read_bytes() for name in DETERMINED}
     tensors = {name: tensor.numpy().tobytes() for name, tensor in saved.tensors.items()}
     rows = [line.split(",") for line in (found.path / "history.csv").read_text().splitlines()]
     seconds = rows[0].index("seconds")

@@ -1,6 +1,6 @@
 """Give every reader of outside bytes damaged and hostile files: it reads them, or says why not.
 
-    python tools/fuzz.py [--minutes 60] [--target NAME] [--seed N]
+    python -m tools.fuzz [--minutes 60] [--target NAME] [--seed N]
 
 Valid files are made by cnnft itself, damaged with their structure in mind, and read in a process of
 its own. A reader may return or raise `CnnftError` in one line. It may not raise anything else, take
@@ -42,12 +42,10 @@ import tomli_w
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft import CnnftError, finetune
 from cnnft.analysis.export import export_run
 from cnnft.data.images import find_problem, ignoring_oddities, read_image
-from cnnft.data.reading import check
-from cnnft.data.sources import scan
+from cnnft.data.reading import read_dataset
 from cnnft.data.split import split
 from cnnft.inference.description import describe
 from cnnft.inference.storage import load
@@ -351,7 +349,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
         runs_dir=folder / "runs", name="run",
     )  # fmt: skip
     image = data / "a" / "0.png"
-    train, val = split(check(scan(data)), 0.2, seed=0)
+    train, val = split(read_dataset(data).train, 0.2, seed=0)
     state = build(_tiny(), 10).state_dict()
     opened = open_backbone(name, 2)
     # The first weights that do not match build 30 networks to name the likeliest; later ones share

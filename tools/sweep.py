@@ -1,6 +1,6 @@
 """Try every backbone of timm and torchvision and write cnnft/models/catalogue.csv.
 
-    python tools/sweep.py [--only PATTERN] [--jobs 2] [--train 30]
+    python -m tools.sweep [--only PATTERN] [--jobs 2] [--train 30]
 
 Each network is built with a head for 7 classes, without memory where it can (torch's meta device),
 and `examine` checks what cnnft promises of it. `--train N` takes a real training step, on noise
@@ -11,7 +11,6 @@ import argparse
 import csv
 import fnmatch
 import random
-import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +23,6 @@ import torch
 import torchvision
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from cnnft.config.schema import Config
 from cnnft.data.sampler import KeyedBatches
 from cnnft.errors import CnnftError
@@ -34,8 +32,8 @@ from cnnft.models.heads import head_tensors
 from cnnft.models.identity import input_spec
 from cnnft.models.registry import names, resolve
 from cnnft.models.stages import stages
-from cnnft.training.optim import learning_rates, make_optimizer
-from cnnft.training.schedules import make_schedule
+from cnnft.training.optim import Start, learning_rates, make_optimizer
+from cnnft.training.schedules import Length, make_schedule
 from cnnft.training.state import TrainState
 from cnnft.training.step import StepDone, train
 from tools.document import fill
@@ -105,8 +103,9 @@ def _broken_promise(identity, network, head, groups, size: int, device: str) -> 
         return "feature-extractor mode trains something else than the head"
     for train_stages in (None, 1):
         freeze(network, head, groups, "finetune", train_stages)
-        config = Config.of("-", layer_decay=0.5)
-        make_optimizer(network, head, groups, learning_rates(config, identity.architecture), config)
+        config = Config.of("-", layer_decay=0.5).optim
+        rates = learning_rates(config, identity.architecture, 32, Start("pretrained"))
+        make_optimizer(network, head, groups, rates, config)
     try:
         logits = _forward(network, size, device)
     except Exception:  # some need values, not only shapes
@@ -134,11 +133,11 @@ def take_step(name: str) -> str:
         groups = stages(network, head)
         freeze(network, head, groups, "finetune")
         config = Config.of("-", epochs=1)
-        rates = learning_rates(config, identity.architecture)
+        rates = learning_rates(config.optim, identity.architecture, 4, Start("pretrained"))
         state = TrainState(
             network=network,
-            optimizer=make_optimizer(network, head, groups, rates, config),
-            schedule=make_schedule(config, 1),
+            optimizer=make_optimizer(network, head, groups, rates, config.optim),
+            schedule=make_schedule(config.schedule, Length(1, 1)),
             keys=KeyedBatches(4, 4, SEED, 1),
         )
         before = {n: p.detach().clone() for n, p in network.named_parameters() if n in head}

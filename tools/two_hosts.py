@@ -1,6 +1,6 @@
 """Train on two hosts, two network namespaces of this machine, and compare with one process.
 
-    sudo python tools/two_hosts.py        Linux; fills docs/reliability.md
+    sudo python -m tools.two_hosts        Linux; fills docs/reliability.md
 
 Each namespace has an address of its own and they reach each other over a virtual cable alone, so
 addresses, ports and interface names have to be right as between real machines.
@@ -17,7 +17,6 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.document import fill
 from tools.each_step import follow
 from tools.faults import draw_data

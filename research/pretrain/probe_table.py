@@ -35,10 +35,9 @@ try:
     from sklearn.preprocessing import StandardScaler
 except ImportError as error:
     sys.exit(
-        f"{error.name} is missing; this tool needs scikit-learn and scikit-image (cnnft[tools])"
+        f"{error.name} is missing; this tool needs scikit-learn and scikit-image (cnnft[research])"
     )
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.document import fill
 
 Array = np.ndarray
@@ -246,8 +245,9 @@ def main() -> None:
         table.append(f"| {row} | " + " | ".join(cells) + " |")
     minutes = (time.monotonic() - started) / 60
     facts = (
-        f"Measured with `python tools/probe_table.py --data DIR --imagenet DIR` in {minutes:.0f} "
-        f"minutes on {machine()}. SHA-256 of the built-in `model.safetensors`: `{digest}…`."
+        "Measured with `python -m research.pretrain.probe_table --data DIR --imagenet DIR` in "
+        f"{minutes:.0f} minutes on {machine()}. "
+        f"SHA-256 of the built-in `model.safetensors`: `{digest}…`."
     )
     fill(options.output, "probe table", "\n".join([*table, "", facts]))
 

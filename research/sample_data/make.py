@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from leaf_shapes import LEAVES, Array, Leaf, Rng
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+from research.sample_data.leaf_shapes import LEAVES, Array, Leaf, Rng
 
 Size = tuple[int, int]  # width, height, as Pillow has it
 

@@ -1,6 +1,6 @@
 """Writes a run's averaged weights as the built-in backbone.
 
-See `python -m tools.pretrain.export --help`.
+See `python -m research.pretrain.export --help`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def config(model: nn.Module) -> dict[str, object]:
         "model_args": network.MODEL_ARGS,
         "pretrained_cfg": {
             "tag": "generated",
-            "description": "Pretrained by cnnft's tools/pretrain on generated images only.",
+            "description": "Pretrained by cnnft's research/pretrain on generated images only.",
             "license": "apache-2.0",
             "custom_load": False,
             "input_size": [3, size, size],

@@ -1,8 +1,8 @@
 """Methods measured on small draws of data sets; writes the tables of three documents.
 
-    python tools/draws.py --table modes --data DIR --weights DIR --results FILE
-    python tools/draws.py --table recipes --data DIR --weights DIR --results FILE
-    python tools/draws.py --table views --data DIR --weights DIR --results FILE
+    python -m research.draws --table modes --data DIR --weights DIR --results FILE
+    python -m research.draws --table recipes --data DIR --weights DIR --results FILE
+    python -m research.draws --table views --data DIR --weights DIR --results FILE
 
 For each data set, a number of images per class is drawn from train/ and split 80 : 20; every
 method trains on the one part, selects its best epoch on the other, and is scored on val/, which
@@ -15,7 +15,6 @@ that were not drawn instead, which is where recipes are developed, and prints th
 import argparse
 import hashlib
 import json
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -32,15 +31,14 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_calibration_error
 from torchvision.datasets import ImageFolder
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import tutorial
 from cnnft import Config, load
 from cnnft.config.recipes import RECIPES
 from cnnft.data.augmentation import training_transform
 from cnnft.data.images import read_image
-from cnnft.data.loading import view_batches
+from cnnft.data.loading import Loading, view_batches
 from cnnft.data.transforms import EvaluationViews, InputSpec
-from cnnft.inference.predict import infer_all
+from cnnft.inference.predict import collect, predict_batches
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import Plan, prepare
 from tools.document import fill
@@ -219,12 +217,13 @@ def classify(network: torch.nn.Module, spec: InputSpec, folder: Path) -> Row:
     """What a row says of every image below `folder`, in their order."""
     samples = ImageFolder(str(folder)).samples
     paths, labels = [Path(path) for path, _ in samples], [label for _, label in samples]
-    batches = view_batches(paths, EvaluationViews(spec), 32, 0)
-    highest, predicted = infer_all(network, batches, paths).max(dim=1)
+    batches = view_batches(paths, EvaluationViews(spec), Loading(32, 0))
+    logits = collect(predict_batches(network, batches), paths)
+    highest, predicted = logits.softmax(dim=1).max(dim=1)
     return {
         "chance": max(Counter(labels).values()) / len(labels),
         "correct": (predicted == torch.tensor(labels)).int().tolist(),
-        "confidence": [round(p, 4) for p in highest.exp().tolist()],
+        "confidence": [round(p, 4) for p in highest.tolist()],
     }
 
 

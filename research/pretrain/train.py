@@ -1,4 +1,4 @@
-"""Trains the backbone on the generated world: `python -m tools.pretrain.train --help`."""
+"""Trains the backbone on the generated world: `python -m research.pretrain.train --help`."""
 
 from __future__ import annotations
 
