@@ -14,6 +14,7 @@ from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import UsageError
 from cnnft.inference.predict import Ensemble, Inference, predict_files
 from cnnft.machine import distributed
+from cnnft.models.freezing import evaluating
 from cnnft.models.hub import Pin
 from cnnft.models.identity import Identity
 from cnnft.models.surgery.embed import Embed, find_embedding
@@ -67,20 +68,23 @@ class Classifier:
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> logits (B, C), in evaluation; gradients flow to the pixels."""
-        logits: Tensor = self.network.eval()(pixels.to(self.device))
+        with evaluating(self.network):
+            logits: Tensor = self.network(pixels.to(self.device))
         return logits
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> features (B, D), what enters the classifier layer; gradients flow.
+        """(B, 3, H, W) -> features (B, D), what enters the head; gradients flow to the pixels.
 
-        Of networks that vote, all their features one after the other.
+        Maps and tokens are averaged; of several heads (distilled networks) the mean of what enters
+        each. Of networks that vote, the features of all of them, concatenated.
         """
         network = self.network
         networks = list(network.networks) if isinstance(network, Ensemble) else [network]
         if self._embed is None:
             self._embed = find_embedding(networks[0], self.head, self.input_spec.size)
-        pixels = pixels.to(self.device)
-        return torch.cat([self._embed(network.eval(), pixels) for network in networks], dim=1)
+        with evaluating(network):
+            features = [self._embed(one, pixels.to(self.device)) for one in networks]
+        return torch.cat(features, dim=1)
 
     def predict(
         self, images: str | Path | Sequence[str | Path], *, top: int | None = None, **options: Any

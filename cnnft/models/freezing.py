@@ -1,6 +1,7 @@
 """Which parameters train, and what frozen layers do meanwhile."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -64,6 +65,17 @@ def restore_modes(network: nn.Module, modes: Modes) -> None:
         network.train()  # some networks forget here what they have cached
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """In eval mode meanwhile, then in the modes that it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        restore_modes(network, modes)
 
 
 def train_modes(network: nn.Module, keep_statistics: Iterable[nn.Module] = ()) -> Modes:

@@ -13,8 +13,8 @@ from cnnft.data.transforms import InputSpec
 from cnnft.machine import distributed
 from cnnft.models.backbones import Backbone
 from cnnft.models.heads import classifier_layer, initialise
-from cnnft.models.surgery.cut import Cut, find_cut_before
-from cnnft.models.surgery.embed import before_some_head
+from cnnft.models.surgery.cut import Cut
+from cnnft.models.surgery.embed import find_head
 from cnnft.models.weights import backbone_hash
 from cnnft.probe.solve import Probe, fit_probe
 
@@ -39,25 +39,21 @@ def probe(
     anew; what trains is as before.
     """
     network = backbone.network
-    initialise(network, backbone.head, "default")  # behind a head of zeros no cut can be seen
-    cut = distributed.broadcast_from_main(
-        lambda: find_cut_before(network, spec.size, _parameters(network, backbone.head))
-    )
-    tail = None if cut is None else cut.tail(network)
-    linear = isinstance(tail, nn.Linear) and tail.bias is not None
-    if not linear and not fitting.always:
+    initialise(
+        network, backbone.head, "default"
+    )  # where all logits are zero any layer seems to make them
+    place = distributed.broadcast_from_main(lambda: find_head(network, backbone.head, spec.size))
+    if place is None or not (place.linear or fitting.always):
         return None
     samples = samples.once()
     _log.info("probing the frozen features of %d training images", len(samples))
-    values = _features(
-        cut or before_some_head(backbone.head), backbone, spec, samples, loading, fitting
-    )
+    values = _features(place.cut, backbone, spec, samples, loading, fitting)
     labels = torch.tensor(samples.labels)
     weights = fitting.class_weights
     fitted = distributed.broadcast_from_main(
         lambda: fit_probe(values, labels, len(samples.classes), fitting.seed, weights)
     )
-    return Probed(fitted, linear)
+    return Probed(fitted, place.linear)
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,6 @@ def install(network: nn.Module, head: frozenset[str], fitted: Probe) -> None:
     with torch.no_grad():
         layer.weight.copy_(fitted.weight)
         layer.bias.copy_(fitted.bias)
-
-
-def _parameters(network: nn.Module, head: frozenset[str]) -> set[str]:
-    return {name for name, _ in network.named_parameters() if name in head}
 
 
 def _features(

@@ -65,20 +65,7 @@ def find_cut(network: nn.Module, size: int) -> Cut | None:
     """
     train_mode(network)
     varying = {m for m in network.modules() if m.training and _varies(m)}
-    trained = {name for name, p in network.named_parameters() if p.requires_grad}
-    return _search(network, size, trained, varying)
-
-
-def find_cut_before(network: nn.Module, size: int, names: Collection[str]) -> Cut | None:
-    """The last place before the parameters `names`, as the network computes in evaluation.
-
-    Like `find_cut` otherwise.
-    """
-    return _search(network, size, set(names), set())
-
-
-def _search(network: nn.Module, size: int, after: set[str], varying: set[nn.Module]) -> Cut | None:
-    """The last place before the parameters `after` and the modules `varying`."""
+    after = {name for name, p in network.named_parameters() if p.requires_grad}
     pixels = example(network, size)
     network.eval()
     with torch.inference_mode():

@@ -1,14 +1,16 @@
-"""What enters a network's classifier: its features, or pre-logits, of each image."""
+"""What enters a network's head: its features (timm: pre-logits) of each image."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cnnft.models.heads import classifier_layer
-from cnnft.models.surgery.cut import Cut, find_cut_before
-from cnnft.models.surgery.trace import example
+from cnnft.errors import CnnftError
+from cnnft.models.freezing import evaluating
+from cnnft.models.surgery.cut import Cut
+from cnnft.models.surgery.trace import example, trace
 
 _TOLERANCE = 1e-4
 
@@ -16,26 +18,50 @@ Embed = Callable[[nn.Module, Tensor], Tensor]
 """(network, pixels (B, 3, H, W)) -> features (B, D); gradients flow."""
 
 
+@dataclass(frozen=True)
+class HeadPlace:
+    """Where features enter the head, as an example showed."""
+
+    paths: tuple[str, ...]
+    """Of the modules that make logits of features: one, or several, whose logits the network
+    averages."""
+    linear: bool
+    """Whether the logits are one linear layer, with a bias, of the features."""
+
+    @property
+    def cut(self) -> Cut:
+        """Right before the head; of several the first."""
+        return Cut(self.paths[0], frozenset())
+
+
+def find_head(network: nn.Module, head: frozenset[str], size: int) -> HeadPlace | None:
+    """None where no module makes logits of features of images of size × size pixels."""
+    found = _trace_head(network, head, example(network, size))
+    return None if found is None else found[0]
+
+
 def find_embedding(network: nn.Module, head: frozenset[str], size: int) -> Embed:
     """How a network with this head is asked for its features of images of size × size pixels.
 
-    timm's networks say it themselves (`forward_head(pre_logits=True)`); of others the place before
-    the head is found on an example. Maps and tokens are averaged. The network is left in eval mode,
-    its parameters as they were.
+    timm's networks say it themselves (`forward_head(pre_logits=True)`), which is believed where an
+    example agrees; of others they are taken where they enter the head. Maps and tokens are averaged
+    over their positions. Of several heads, where timm says so, they are the mean of what enters
+    each (class and distillation token), or concatenated where their widths differ (CrossViT); else
+    what enters the first.
+
+    Weights, buffers, `requires_grad` and train or eval mode stay as they are.
+
+    Raises:
+        CnnftError: no module makes logits of features.
     """
-    network.eval()
-    with torch.inference_mode():
-        if _says_itself(network, head, size):
-            return _pre_logits
-    parameters = {name for name, _ in network.named_parameters() if name in head}
-    cut = find_cut_before(network, size, parameters) or before_some_head(head)
-    return lambda network, pixels: pooled(cut.activations(network, pixels))
-
-
-def before_some_head(head: frozenset[str]) -> Cut:
-    """One of several heads on different features, which distilled networks have."""
-    layers = {name.rpartition(".")[0] for name in head}
-    return Cut(min(path for path in layers if "aux" not in path.lower()), frozenset())
+    pixels = example(network, size)
+    found = _trace_head(network, head, pixels)
+    if found is None:
+        raise CnnftError("this network has no module that makes logits of features")
+    place, entered = found
+    if _timm_agrees(network, pixels, entered):
+        return _pre_logits
+    return lambda network, pixels: pooled(place.cut.activations(network, pixels))
 
 
 def pooled(features: Tensor) -> Tensor:
@@ -45,24 +71,77 @@ def pooled(features: Tensor) -> Tensor:
     return features.mean(dim=(2, 3) if features.ndim == 4 else 1)
 
 
-def _pre_logits(network: Any, pixels: Tensor) -> Tensor:
-    features: Tensor = network.forward_head(network.forward_features(pixels), pre_logits=True)
-    return features
+@torch.no_grad()  # inference_mode would stay in what some networks cache of their weights
+def _trace_head(
+    network: nn.Module, head: frozenset[str], pixels: Tensor
+) -> tuple[HeadPlace, Tensor] | None:
+    """The place, and what entered there, (B, D)."""
+    with evaluating(network):
+        modules = _head_modules(network, head)
+        calls, logits = trace(network, pixels, modules)
+        calls = [call for call in calls if _is_logits(call.output, logits)]
+        if not calls:
+            return None
+        entered = _joined([pooled(call.entered) for call in calls])
+        layer = modules[calls[0].path]
+        linear = isinstance(layer, nn.Linear) and layer.bias is not None and len(calls) == 1
+        same = linear and _close(calls[0].output, logits)
+    return HeadPlace(tuple(call.path for call in calls), same), entered
 
 
-def _says_itself(network: nn.Module, head: frozenset[str], size: int) -> bool:
-    """Whether timm's pre-logits are what the classifier layer makes logits of."""
-    if not hasattr(network, "forward_head"):
+def _joined(features: list[Tensor]) -> Tensor:
+    """Of several heads, as timm joins them: the mean, or side by side where widths differ."""
+    if len({one.shape for one in features}) > 1:
+        return torch.cat(features, dim=1)
+    return torch.stack(features).mean(dim=0)
+
+
+def _head_modules(network: nn.Module, head: frozenset[str]) -> dict[str, nn.Module]:
+    """By path: modules of which all tensors are the head's, and which are not just wrapped."""
+    found: dict[str, nn.Module] = {}
+
+    def search(module: nn.Module, path: str) -> None:
+        names = {f"{path}.{name}" for name in module.state_dict()}
+        if not names or names.isdisjoint(head) or "aux" in path.lower():
+            return
+        holding = [(n, child) for n, child in module.named_children() if child.state_dict()]
+        if names <= head and len(holding) != 1 and not isinstance(module, nn.ModuleList):
+            found[path] = module
+        else:
+            for name, child in holding:
+                search(child, f"{path}.{name}")
+
+    for name, child in network.named_children():
+        search(child, name)
+    return found
+
+
+def _is_logits(output: object, logits: object) -> bool:
+    """Whether it has a value for each class, of each image or of each place in it."""
+    if not isinstance(output, Tensor) or not isinstance(logits, Tensor):
         return False
-    pixels = example(network, size)
+    return output.ndim >= 2 and output.shape[:2] == logits.shape[:2]
+
+
+def _timm_agrees(network: Any, pixels: Tensor, entered: Tensor) -> bool:
+    """Whether timm's pre-logits are what enters the head."""
+    if not hasattr(network, "forward_features") or not hasattr(network, "forward_head"):
+        return False
     try:
-        features = _pre_logits(network, pixels)
+        with torch.no_grad(), evaluating(network):
+            return _close(_pre_logits(network, pixels), entered)
     except TypeError:  # some networks take no pre_logits
         return False
-    layer = classifier_layer(network, head)[1]
-    if features.ndim != 2 or not isinstance(layer, nn.Linear):
+
+
+def _pre_logits(network: Any, pixels: Tensor) -> Tensor:
+    features: Tensor = network.forward_head(network.forward_features(pixels), pre_logits=True)
+    return pooled(features)
+
+
+def _close(found: object, expected: object) -> bool:
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
         return False
-    if layer.in_features != features.shape[1]:
+    if found.shape != expected.shape:
         return False
-    logits = network(pixels)
-    return torch.allclose(layer(features), logits, rtol=_TOLERANCE, atol=_TOLERANCE)
+    return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)

@@ -1,0 +1,179 @@
+"""What everything later stands on: preprocess, forward, embed, and one assembly of predictions."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cnnft.errors import CnnftError
+from cnnft.inference.classifier import Classifier
+from cnnft.inference.predict import Ensemble
+from cnnft.models.build import at_size, build
+from cnnft.models.heads import head_tensors, initialise, replace_by_mlp
+from cnnft.models.identity import Identity, input_spec
+from cnnft.models.registry import resolve
+from cnnft.models.surgery.embed import find_embedding, find_head
+
+# Architecture -> (side in pixels, the paths of the layers that make its logits).
+QUICK = {
+    "resnet10t": (32, ["fc"]),
+    "mobilenetv3_small_050": (32, ["classifier"]),
+    "convnext_atto": (32, ["head.fc"]),
+    "regnetx_002": (32, ["head.fc"]),
+    "levit_128s": (224, ["head", "head_dist"]),
+    "vit_tiny_patch16_224": (32, ["head"]),
+    "deit_tiny_distilled_patch16_224": (32, ["head", "head_dist"]),
+    "torchvision/squeezenet1_1": (32, ["classifier.1"]),
+    "torchvision/shufflenet_v2_x0_5": (32, ["fc"]),
+    "torchvision/mobilenet_v2": (32, ["classifier.1"]),
+}
+SLOW = {
+    "efficientnet_lite0": (64, ["classifier"]),
+    "densenet121": (64, ["classifier"]),
+    "vgg11": (64, ["head.fc"]),
+    "swin_tiny_patch4_window7_224": (224, ["head.fc"]),
+    "inception_v3": (96, ["fc"]),
+    "resnetv2_50": (64, ["head.fc"]),
+    "ghostnet_100": (64, ["classifier"]),
+    "mobilenetv4_conv_small": (64, ["classifier"]),
+    "efficientvit_b0": (64, ["head.classifier.4"]),
+    "fastvit_t8": (64, ["head.fc"]),
+    "crossvit_tiny_240": (240, ["head.0", "head.1"]),
+    "xcit_nano_12_p16_224": (64, ["head"]),
+    "visformer_tiny": (224, ["head"]),
+    "torchvision/alexnet": (64, ["classifier.6"]),
+    "torchvision/vgg11": (64, ["classifier.6"]),
+    "torchvision/densenet121": (64, ["classifier"]),
+    "torchvision/googlenet": (64, ["fc"]),
+    "torchvision/inception_v3": (96, ["fc"]),
+    "torchvision/convnext_tiny": (64, ["classifier.2"]),
+    "torchvision/vit_b_16": (32, ["heads.head"]),
+    "torchvision/swin_t": (64, ["head"]),
+    "torchvision/regnet_x_400mf": (64, ["fc"]),
+    "torchvision/mobilenet_v3_small": (64, ["classifier.3"]),
+    "torchvision/mnasnet0_5": (64, ["classifier.1"]),
+}
+SAMPLE = [
+    *(pytest.param(name, *row, id=name) for name, row in QUICK.items()),
+    *(pytest.param(name, *row, id=name, marks=pytest.mark.slow) for name, row in SLOW.items()),
+]
+
+
+def opened(name: str, size: int) -> Classifier:
+    """With random weights, and an image size of its own."""
+    torch.manual_seed(0)
+    identity = resolve(name)
+    if size != input_spec(identity).size:
+        identity = at_size(identity, size)
+    network = build(identity, 5)
+    head = head_tensors(network, lambda classes: build(identity, classes))
+    initialise(network, head, "default")  # some begin with zeros
+    return classifier_of(network, head, identity, size)
+
+
+def classifier_of(
+    network: nn.Module, head: frozenset[str], identity: Identity, size: int
+) -> Classifier:
+    from cnnft.data.transforms import InputSpec
+
+    spec = InputSpec(size, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    return Classifier(network, tuple("abcde"), spec, identity, head, "linear", None, (), "")
+
+
+def entering(network: nn.Module, paths: list[str], pixels: Tensor) -> Tensor:
+    """The oracle: what hooks see, pooled; of several heads the mean, or of all widths all."""
+    seen: list[Tensor] = []
+    hooks = [
+        network.get_submodule(path).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for path in paths
+    ]
+    network(pixels)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(paths)
+    rows = [
+        features.flatten(2).mean(dim=2) if features.ndim == 4 else features for features in seen
+    ]
+    alike = len({row.shape for row in rows}) == 1
+    return torch.stack(rows).mean(dim=0) if alike else torch.cat(rows, dim=1)
+
+
+@pytest.mark.parametrize(("name", "size", "paths"), SAMPLE)
+def test_embed_is_what_enters_the_head(name: str, size: int, paths: list[str]) -> None:
+    classifier = opened(name, size)
+    network = classifier.network.eval()
+    place = find_head(network, classifier.head, size)
+    assert place is not None and list(place.paths) == paths
+    layer = network.get_submodule(paths[0])
+    assert place.linear == (isinstance(layer, nn.Linear) and len(paths) == 1)
+    pixels = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        expected = entering(network, paths, pixels)
+        found = classifier.embed(pixels)
+        if place.linear:
+            torch.testing.assert_close(
+                layer(found), classifier.forward(pixels), rtol=1e-4, atol=1e-5
+            )
+    assert found.ndim == 2 and expected.std() > 0
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "size", "paths"), SAMPLE)
+def test_looking_changes_nothing_and_gradients_reach_the_pixels(
+    name: str, size: int, paths: list[str]
+) -> None:
+    classifier = opened(name, size)
+    network = classifier.network.train()
+    for position, parameter in enumerate(network.parameters()):
+        parameter.requires_grad_(position % 2 == 0)
+    before = copy.deepcopy(network.state_dict())
+    modes = [module.training for module in network.modules()]
+    trained = [parameter.requires_grad for parameter in network.parameters()]
+    for look in (classifier.embed, classifier.forward):
+        gradients = []
+        for _ in range(2):
+            pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+            pixels.requires_grad_()
+            look(pixels).square().sum().backward()
+            assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+            gradients.append(pixels.grad)
+        assert torch.equal(*gradients)  # nothing is drawn
+    assert [module.training for module in network.modules()] == modes
+    assert [parameter.requires_grad for parameter in network.parameters()] == trained
+    after = network.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_embed_of_an_mlp_head_and_of_networks_that_vote() -> None:
+    classifier = opened("resnet10t", 32)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        plain = classifier.embed(pixels)
+        head = replace_by_mlp(classifier.network, classifier.head)
+        mlp = classifier_of(classifier.network, head, classifier.identity, 32)
+        assert torch.equal(mlp.embed(pixels), plain)
+        other = opened("resnet10t", 32).network
+        nn.init.constant_(other.conv1[0].weight, 0.1)
+        voting = classifier_of(
+            Ensemble([opened("resnet10t", 32).network, other]),
+            classifier.head, classifier.identity, 32,
+        )  # fmt: skip
+        both = voting.embed(pixels)
+    assert both.shape == (2, 1024)
+    assert torch.equal(both[:, :512], plain) and not torch.equal(both[:, 512:], plain)
+
+
+def test_a_head_that_no_module_computes_is_one_sentence() -> None:
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            return pixels.mean(dim=(2, 3)) @ self.fc.weight.T
+
+    head = frozenset({"fc.weight", "fc.bias"})
+    assert find_head(Functional(), head, 8) is None
+    with pytest.raises(CnnftError, match="no module that makes logits"):
+        find_embedding(Functional(), head, 8)
