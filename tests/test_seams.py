@@ -1,19 +1,30 @@
 """What everything later stands on: preprocess, forward, embed, and one assembly of predictions."""
 
 import copy
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import draw_folder
 from torch import Tensor, nn
 
+from cnnft import load
+from cnnft.analysis.evaluate import Seen, evaluate
+from cnnft.analysis.export import export_run
+from cnnft.data.dataset import Dataset, Samples
+from cnnft.data.images import read_image
+from cnnft.data.reading import read_dataset
 from cnnft.errors import CnnftError
 from cnnft.inference.classifier import Classifier
-from cnnft.inference.predict import Ensemble
+from cnnft.inference.predict import Ensemble, Inference, predict
 from cnnft.models.build import at_size, build
 from cnnft.models.heads import head_tensors, initialise, replace_by_mlp
 from cnnft.models.identity import Identity, input_spec
 from cnnft.models.registry import resolve
 from cnnft.models.surgery.embed import find_embedding, find_head
+from cnnft.runs.run import Run
+from cnnft.training.distillation import make_soft_targets
 
 # Architecture -> (side in pixels, the paths of the layers that make its logits).
 QUICK = {
@@ -177,3 +188,96 @@ def test_a_head_that_no_module_computes_is_one_sentence() -> None:
     assert find_head(Functional(), head, 8) is None
     with pytest.raises(CnnftError, match="no module that makes logits"):
         find_embedding(Functional(), head, 8)
+
+
+# ---------------------------------------------------------------- one assembly of predictions
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+    """Labelled images that the model of `trained` has not seen; 10 of each class."""
+    folder = tmp_path_factory.mktemp("new")
+    return read_dataset(draw_folder(folder, ("ants", "bees"), 10, first_seed=300)).train
+
+
+@pytest.fixture
+def classifier(trained: Path) -> Classifier:
+    return load(trained, device="cpu")
+
+
+def test_a_prediction_does_not_depend_on_how_many_files_are_asked_for(
+    classifier: Classifier, images: Samples
+) -> None:
+    """To the bit where the batches hold as many images, whoever else is in them."""
+
+    def logits(samples: Samples, batch_size: int, workers: int = 0) -> Tensor:
+        inference = Inference(batch_size=batch_size, workers=workers)
+        return predict(classifier, samples, inference, "test").logits
+
+    many = logits(images, 6)  # 6, 6, 6 and 2
+    assert torch.equal(logits(images, 6, workers=2), many)
+    for start in range(0, 20, 6):
+        batch = images.take(range(start, min(start + 6, 20)))
+        for workers in (0, 2):  # one batch is read without them
+            assert torch.equal(logits(batch, 6, workers), many[start : start + 6])
+    assert torch.equal(logits(images.take(reversed(range(6))), 6), many[:6].flip(0))
+    each = logits(images, 1)
+    assert torch.equal(logits(images.take([11]), 1), each[11:12])
+    assert torch.equal(logits(images.take([11]), 32), each[11:12])
+    torch.testing.assert_close(each, many, rtol=0, atol=1e-5)
+
+
+def test_predict_evaluate_teachers_and_onnx_agree(
+    classifier: Classifier, images: Samples, trained: Path, tmp_path: Path
+) -> None:
+    inference = Inference(batch_size=8, workers=0)
+    found = predict(classifier, images, inference, "test")
+    probabilities = found.logits.softmax(dim=1).tolist()
+    for row, one in zip(
+        probabilities, classifier.predict(images.paths, batch_size=8, workers=0), strict=True
+    ):
+        assert dict(one.top) == dict(zip(classifier.classes, row, strict=True))
+
+    dataset = Dataset("new", {"train": images}, ())
+    evaluation = evaluate(classifier, dataset, inference, Seen())
+    assert evaluation.overall == found.score()
+
+    spec = classifier.input_spec
+    targets = make_soft_targets([classifier], spec, images, inference, same_views=True)
+    assert torch.equal(targets(torch.empty(0), range(20)), found.logits)
+
+    pixels = torch.stack([classifier.preprocess(read_image(path)) for path in images.paths])
+    with torch.no_grad():
+        torch.testing.assert_close(classifier.forward(pixels), found.logits, rtol=0, atol=1e-5)
+
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs cnnft[onnx]")
+    file = export_run(Run.open(trained), "onnx", tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    (exported,) = session.run(None, {"pixels": pixels.numpy()})
+    torch.testing.assert_close(torch.from_numpy(exported), found.logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("run", ["trained", "finetuned"])
+def test_what_validation_kept_is_what_predict_says(
+    run: str, request: pytest.FixtureRequest
+) -> None:
+    """In the feature extractor validation reads features that the cache holds."""
+    path = request.getfixturevalue(run)
+    kept = Run.open(path).predictions()
+    assert kept is not None and kept.role == "val" and len(kept.samples) == 4
+    found = predict(load(path, device="cpu"), kept.samples, Inference(workers=0), "val")
+    torch.testing.assert_close(kept.logits, found.logits, rtol=0, atol=1e-5)
+
+
+def test_predictions_are_of_every_sample_in_order_and_a_file_that_is_gone_is_told(
+    classifier: Classifier, images: Samples
+) -> None:
+    seen: list[None] = []
+    found = predict(
+        classifier, images, Inference(batch_size=7, workers=0), "test", lambda: seen.append(None)
+    )
+    assert len(seen) == len(images) == len(found.logits) and found.samples is images
+    assert (found.predicted == found.labels).float().mean() > 0.8
+    gone = replace(images, paths=(*images.paths[:-1], "gone.png"))
+    with pytest.raises(CnnftError, match=r"gone.png cannot be read .*the data changed meanwhile"):
+        predict(classifier, gone, Inference(workers=0), "test")

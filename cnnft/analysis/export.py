@@ -8,7 +8,6 @@ import torch
 
 from cnnft.config.choices import ExportFormat
 from cnnft.data.images import ImageError, read_image
-from cnnft.data.transforms import EvaluationViews
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.description import describe
@@ -114,7 +113,7 @@ def _onnx(classifier: Classifier, run: Run) -> bytes:
     content: bytes = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     with torch.inference_mode():
-        expected = classifier.network(pixels).softmax(dim=1)
+        expected = classifier.forward(pixels).softmax(dim=1)
     (logits,) = session.run(None, {"pixels": pixels.numpy()})
     difference = float((torch.from_numpy(logits).softmax(dim=1) - expected).abs().max())
     if not difference <= ONNX_TOLERANCE:
@@ -127,11 +126,10 @@ def _onnx(classifier: Classifier, run: Run) -> bytes:
 
 def _real_pixels(classifier: Classifier, run: Run) -> torch.Tensor:
     """Some of the run's validation images, preprocessed: (N, 3, H, W), 2 <= N <= ONNX_IMAGES."""
-    views = EvaluationViews(classifier.input_spec)
     found = []
     for path in run.files("val") + run.files("train"):
         try:
-            found.append(views(read_image(path))[0])
+            found.append(classifier.preprocess(read_image(path)))
         except ImageError:
             continue  # moved since; others will do
         if len(found) == ONNX_IMAGES:

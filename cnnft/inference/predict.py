@@ -43,7 +43,8 @@ class Inference:
 
     tta: TestTimeViews = "none"
     batch_size: int | Literal["auto"] = 32
-    """Images that are computed at once."""
+    """Images that are computed at once. An image's logits depend on how many images its batch holds
+    (in the last digits: kernels add in another order), and on nothing else about the others."""
     workers: int | None = None
     """None: half of the processors, at most 8."""
     precision: Precision = "float32"
@@ -70,7 +71,11 @@ class Inference:
 def predict_files(
     classifier: "Classifier", paths: Sequence[str | Path], inference: Inference
 ) -> Iterator[tuple[Views, Tensor]]:
-    """Yields batches of this process's share as they are done: see `predict_batches`."""
+    """Yields batches of this process's share as they are done: see `predict_batches`.
+
+    BatchNorm is folded however few the files are, so that the same batch gives the same bits
+    whatever else is predicted, by however many workers.
+    """
     device = classifier.device
     precision = choose_precision(inference.precision, device)
     network = folded(classifier.network, classifier.input_spec.size)

@@ -6,6 +6,7 @@ example, and what changes the example's logits is left as it is.
 """
 
 from collections.abc import Collection
+from contextlib import suppress
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -18,6 +19,9 @@ from cnnft.models.surgery.trace import Call, example, trace
 
 _TOLERANCE = 1e-4
 """Of the largest logit."""
+_SIDE = 64
+"""Pixels of the example: layers follow each other alike at any size, and whoever predicts a single
+image is not to wait longer for this than for the image."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
@@ -30,8 +34,6 @@ def folded(network: nn.Module, size: int, changing: Collection[str] = ()) -> nn.
     return substituted(network, folds(network, size, changing)).eval()
 
 
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU's would hide what is compared
-@torch.no_grad()
 def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict[str, nn.Module]:
     """Path of a module -> what takes its place; empty where nothing can be folded.
 
@@ -42,7 +44,15 @@ def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict
     trained = {name.rpartition(".")[0] for name in changing}
     if not any(_is_norm(m) for path, m in network.named_modules() if path not in trained):
         return {}
-    pixels = example(network, size)
+    if size > _SIDE:
+        with suppress(Exception):  # whatever a network says that is built for one size
+            return _folds(network, trained, example(network, _SIDE))
+    return _folds(network, trained, example(network, size))
+
+
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU's would hide what is compared
+@torch.no_grad()
+def _folds(network: nn.Module, trained: set[str], pixels: Tensor) -> dict[str, nn.Module]:
     pairs, expected = _watch(network, pixels)
     modules: dict[str, nn.Module] = {}
     for layer, norm in pairs:
