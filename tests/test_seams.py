@@ -1,15 +1,17 @@
 """What everything later stands on: preprocess, forward, embed, and one assembly of predictions."""
 
 import copy
+import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw_folder
 from torch import Tensor, nn
 
-from cnnft import load
+from cnnft import Config, finetune, load
 from cnnft.analysis.evaluate import Seen, evaluate
 from cnnft.analysis.export import export_run
 from cnnft.data.dataset import Dataset, Samples
@@ -18,6 +20,7 @@ from cnnft.data.reading import read_dataset
 from cnnft.errors import CnnftError
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.predict import Ensemble, Inference, predict
+from cnnft.models.backbones import open_backbone
 from cnnft.models.build import at_size, build
 from cnnft.models.heads import head_tensors, initialise, replace_by_mlp
 from cnnft.models.identity import Identity, input_spec
@@ -25,6 +28,9 @@ from cnnft.models.registry import resolve
 from cnnft.models.surgery.embed import find_embedding, find_head
 from cnnft.runs.run import Run
 from cnnft.training.distillation import make_soft_targets
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.session import Finished
 
 # Architecture -> (side in pixels, the paths of the layers that make its logits).
 QUICK = {
@@ -281,3 +287,29 @@ def test_predictions_are_of_every_sample_in_order_and_a_file_that_is_gone_is_tol
     gone = replace(images, paths=(*images.paths[:-1], "gone.png"))
     with pytest.raises(CnnftError, match=r"gone.png cannot be read .*the data changed meanwhile"):
         predict(classifier, gone, Inference(workers=0), "test")
+
+
+# ---------------------------------------------------------------- a guest in the caller's process
+
+
+def test_the_callers_random_generators_stay_as_they_are(tmp_path: Path, flat: Path) -> None:
+    def states() -> tuple[object, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    before = states()
+    settings = {"backbone": "builtin", "runs_dir": tmp_path, "epochs": 1, "dropout": 0.5}
+    config = Config.of(flat, batch_size=8, mixup=0.2, workers=1, device="cpu", **settings)
+    plan = prepare(config)
+    assert states() == before
+    for event in run_plan(plan):
+        assert states() == before, event
+    assert isinstance(event, Finished)
+    classifier = load(event.run.path, device="cpu")
+    assert states() == before
+    for workers in (0, 1):
+        classifier.predict([flat / "ants" / "0.png"] * 3, batch_size=2, workers=workers)
+        assert states() == before
+    classifier.embed(torch.zeros(1, 3, 32, 32))
+    open_backbone("resnet10t", 3, pretrained=False)
+    run = finetune(flat, mode="feature-extractor", pretrained=False, workers=0, **settings)
+    assert states() == before and run.path.is_dir()

@@ -37,9 +37,12 @@ def command(
     from cnnft.data.sources import open_source
     from cnnft.inference.predict import Inference
     from cnnft.inference.storage import load
+    from cnnft.machine.devices import keep_freed_memory
     from cnnft.runs.run import Run
 
     classifier = load(model, weights=weights, device=device)
+    if classifier.device.type == "cpu":
+        keep_freed_memory()
     run = Run.open(model) if Run.is_run(model) else None
     if run is None:
         console.warn(f"{model} does not say what it was trained on: no image is left out")

@@ -86,8 +86,11 @@ def command(
         require_plot(plot_schedule)
     run, chosen = _started(given, config) if resume is None else _resumed(given, resume)
 
+    from cnnft.machine.devices import choose_device, keep_freed_memory
     from cnnft.training.plan import prepare
 
+    if choose_device(chosen.machine.device).type == "cpu":
+        keep_freed_memory()
     with console.progress() as bar:
         checkpoint = run.load_checkpoint() if run is not None else None
         plan = prepare(chosen, checkpoint, on_files=console.reading_images(bar))

@@ -55,8 +55,11 @@ def command(
     files, skipped = _expand(images)
 
     from cnnft.inference.storage import load
+    from cnnft.machine.devices import keep_freed_memory
 
     classifier = load(model, weights=weights, device=device)
+    if classifier.device.type == "cpu":
+        keep_freed_memory()
     stream = classifier.stream(
         files,
         tta=tta,

@@ -105,6 +105,7 @@ def training_batches(
         batch_sampler=keys,
         num_workers=loading.workers,
         pin_memory=loading.pinned,
+        generator=torch.Generator(),  # else it draws from the caller's
         collate_fn=_stack_training,
         worker_init_fn=_leave_signals_alone,
     ):
@@ -171,6 +172,7 @@ def view_batches(
         num_workers=loading.workers,
         persistent_workers=loading.workers > 0,
         pin_memory=loading.pinned,
+        generator=torch.Generator(),
         collate_fn=_stack_views,
         worker_init_fn=_leave_signals_alone,
     )

@@ -34,7 +34,8 @@ def keep_freed_memory() -> None:
     """For the rest of the process memory that is freed is used again, not given back.
 
     Otherwise glibc asks the system for every large tensor anew, which fills it with zeros page by
-    page (docs/speed.md has what that takes).
+    page (docs/speed.md has what that takes). Commands that compute on a CPU do this; a library
+    leaves the process that uses it alone.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
@@ -117,8 +118,6 @@ def choose_device(name: str) -> torch.device:
         if device.index is not None and device.type == "cuda":
             torch.cuda.set_device(device)
         torch.empty(1, device=device).cpu()
-        if device.type == "cpu":
-            keep_freed_memory()
     except Exception as error:  # torch raises a different kind for every backend it lacks
         raise UsageError(
             f"--device {name} cannot be used here ({first_line(error)}); try --device cpu"

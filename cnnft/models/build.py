@@ -19,8 +19,10 @@ _MOST_TENSORS = 5_000
 """Of parameters; the libraries' deepest network has fewer than 2,000."""
 
 
+@torch.random.fork_rng(devices=[])
 def build(identity: Identity, classes: int) -> nn.Module:
-    """The network with random weights and a head for `classes` classes.
+    """The network with random weights, a function of torch's CPU generator, which stays as it is,
+    and a head for `classes` classes.
 
     Raises:
         Exception: whatever the library says of arguments that it does not know.

@@ -105,6 +105,7 @@ class Plan:
         return _freezes_statistics(self.config, len(self.train))
 
 
+@torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def prepare(
     config: Config,
     checkpoint: Checkpoint | None = None,
@@ -273,7 +274,8 @@ def _batches(config: Config, train: Samples) -> KeyedBatches:
 
 
 def _open(config: Config, classes: int, device: torch.device) -> Backbone:
-    torch.manual_seed(keyed_seed("backbone", config.training.seed))  # where weights are random
+    # Where weights are random.
+    torch.default_generator.manual_seed(keyed_seed("backbone", config.training.seed))
     backbone = open_backbone(
         config.network.backbone,
         classes,
@@ -345,7 +347,7 @@ def _new_head(config: Config, backbone: Backbone) -> frozenset[str]:
     network.cpu()  # each device draws numbers of its own
     if config.network.head == "mlp":
         head = replace_by_mlp(network, head)
-    torch.manual_seed(keyed_seed("head", config.training.seed))
+    torch.default_generator.manual_seed(keyed_seed("head", config.training.seed))
     initialise(network, head, config.network.head_init)
     network.to(device)
     return head
