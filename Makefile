@@ -2,17 +2,28 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAINTS))
+# A worker needs up to 2 GB.
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all test-oldest test-gpu lint format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tools.demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
+
+# With the oldest releases that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=tests/oldest.txt
+
+# On a machine with CUDA; installs nothing. GPU="--output docs/gpu.md": see docs/gpu.md.
+test-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m tools.gpu $(GPU)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
@@ -31,12 +42,12 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cnnft needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/installed: $(BIN)/python pyproject.toml $(CONSTRAINTS)
+	$(PIP) --editable .
 	touch $@
 
 $(VENV)/installed-%: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(PIP) --editable ".[$*]"
 	touch $@
 
 # A peer that wants another torch than the one that is here stays absent.
@@ -47,4 +58,4 @@ $(VENV)/peers: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-oldest runs .pytest_cache .mypy_cache .ruff_cache
