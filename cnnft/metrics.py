@@ -91,7 +91,7 @@ def score(log_probs: Tensor, labels: Tensor) -> Score:
 
 
 def _counts(log_probs: Tensor, labels: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """Of each class, how many images: that are of it, that are said to be, that are both."""
+    """Per class: images of it (support), predictions of it, and true positives."""
     predicted = log_probs.argmax(dim=1)
     parts = (labels, predicted, labels[predicted == labels])
     true, said, hits = (torch.bincount(p, minlength=log_probs.shape[1]).tolist() for p in parts)
@@ -139,7 +139,7 @@ def class_scores(
 
 @dataclass(frozen=True)
 class MacroScore:
-    """Means over the classes that have images, so that all of these count alike."""
+    """Unweighted means over the classes that have images (macro average)."""
 
     precision: float
     """A class that is never predicted has 0."""

@@ -30,7 +30,7 @@ def running_average(network: nn.Module, decay: float) -> AveragedModel:
 
 
 def equal_average(network: nn.Module) -> AveragedModel:
-    """Stochastic weight averaging: all updates count alike (Izmailov et al., 2018)."""
+    """Stochastic weight averaging: the mean of all updates (Izmailov et al., 2018)."""
     return AveragedModel(network)
 
 

@@ -63,7 +63,7 @@ def run_plan(
 
 @contextmanager
 def _explained(plan: Plan) -> Iterator[None]:
-    """What stops training is told with the images it is about, and the likely cause."""
+    """Errors that stop training name their images and the likely cause."""
     try:
         yield
     except NonFiniteLossError as error:

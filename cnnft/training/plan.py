@@ -297,7 +297,7 @@ def _auxiliary(config: Config) -> bool:
 def _input_spec(
     config: InputConfig, spec: InputSpec, samples: Samples, loading: Loading
 ) -> InputSpec:
-    """The backbone's, but for what the user asked to be otherwise."""
+    """The backbone's, with the user's `fit` and `normalize`."""
     spec = spec if config.fit is None else replace(spec, fit=config.fit)
     if config.normalize == "dataset":
         mean, std = channel_statistics(samples.paths, spec, loading)
@@ -341,7 +341,7 @@ def _advice(train: Samples, probed: Probed) -> Advice:
 
 
 def _new_head(config: Config, backbone: Backbone) -> frozenset[str]:
-    """Give the backbone the head that is asked for, drawn by the seed alone; its tensors' names."""
+    """Put the new head on the backbone, initialised by the seed alone; its tensors' names."""
     network, head = backbone.network, backbone.head
     device = next(network.parameters()).device
     network.cpu()  # each device draws numbers of its own

@@ -58,14 +58,14 @@ class Finished:
     val: Score
     """Of the model, which chose it too."""
     model: str
-    """Which one it is: "best epoch 7", or the average or vote that was asked for."""
+    """Which one it is: "best epoch 7", or an average or ensemble."""
     selected: bool = True
     """Whether it was chosen on val, so that its score is optimistic."""
 
 
 @dataclass(frozen=True)
 class Stopped:
-    """The last event where the caller asked to stop: `resume` goes on after this step."""
+    """The last event where the caller stopped training: a resumed run goes on after this step."""
 
     run: Run
     step: int
@@ -76,7 +76,7 @@ class DivergedError(CnnftError):
 
 
 class Session:
-    """A run in the making: what is kept between its steps, and what happens at their ends."""
+    """A run in training: its state, and what happens at the end of steps and epochs."""
 
     def __init__(self, plan: Plan, run: Run, board: Board) -> None:
         self.plan, self.run, self.board = plan, run, board
@@ -225,7 +225,7 @@ class Session:
         return predictions, score
 
     def _finish(self) -> Finished:
-        """The best epoch is the run's model, unless another was asked for that is as good."""
+        """The best epoch is the run's model, or an average or ensemble that is as good."""
         plan, run, best = self.plan, self.run, best_epoch(self.history)
         assert best is not None
         model, val = f"best epoch {best.epoch}", score_of(plan, best)
@@ -251,7 +251,7 @@ class Session:
         return Finished(run, best, other_val, what, selected)
 
     def _other_model(self) -> tuple[str, Classifier] | None:
-        """(what it is, the classifier) of the average or vote that was asked for."""
+        """(what it is, the classifier) of an average or ensemble, where the settings have one."""
         config, classifier, average = self.plan.config, self.plan.classifier, self.state.average
         if config.averaging.snapshots is not None:
             what = f"the vote of {config.averaging.snapshots} snapshots"
