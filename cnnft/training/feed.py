@@ -115,7 +115,9 @@ class Feed:
         size = classifier.input_spec.size
         cut = distributed.broadcast_from_main(lambda: find_cut(classifier.network, size))
         if cut is None:
-            _log.info("this backbone cannot be cut where its frozen layers end: no features are cached")
+            _log.info(
+                "this backbone cannot be cut where its frozen layers end: no features are cached"
+            )
             return None
         frozen = FeatureExtractor.before(
             cut,
@@ -127,7 +129,9 @@ class Feed:
         )
         count = views * len(plan.train) + len(plan.val)
         if distributed.any_rank(not fits(frozen, size, count))[0]:
-            _log.warning("the features of the frozen layers do not fit in memory: they are not cached")
+            _log.warning(
+                "the features of the frozen layers do not fit in memory: they are not cached"
+            )
             return None
         return frozen
 
