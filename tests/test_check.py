@@ -2,15 +2,22 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Outcome, draw
-from PIL import Image
+from PIL import Image, ImageFile
 
-from cnnft.data.checks import NEAR, fingerprint
+from cnnft.data.checks import NEAR, PLAIN, Inspector, fingerprint
+from cnnft.data.loading import Loading
+from cnnft.data.reading import read_dataset
+from cnnft.data.statistics import channel_statistics
+from cnnft.models.identity import input_spec
+from cnnft.models.registry import resolve
 
 Cli = Callable[..., Outcome]
 
@@ -116,6 +123,54 @@ def test_advice_is_that_of_mode_auto(cnnft: Cli, check, flat: Path, tmp_path: Pa
         ).out
     )  # fmt: skip
     assert advice == told["advice"]
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_every_file_is_read_and_decoded_once(
+    check, photos: Path, monkeypatch: pytest.MonkeyPatch, fit: str
+) -> None:
+    reads: Counter[str] = Counter()
+    decodes: list[object] = []
+    read, prepare = Path.read_bytes, ImageFile.ImageFile.load_prepare
+    shutil.copy(photos / "train/ants/0.png", photos / "train/bees/copy.png")
+    Image.open(photos / "train/ants/1.png").save(photos / "val/ants/resaved.jpg")
+    (photos / "train/bees/broken.jpg").write_bytes(b"no image")
+
+    def reading(path: Path) -> bytes:
+        reads[str(path)] += 1
+        return read(path)
+
+    def decoding(image: ImageFile.ImageFile) -> None:
+        decodes.append(image)
+        prepare(image)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", decoding)
+    found = check(photos, "--backbone", "builtin", "--fit", fit)
+    assert found["advice"]["images_per_class"] == 4
+    files = {str(path) for path in photos.glob("*/*/*")}
+    assert {path: n for path, n in reads.items() if path in files} == dict.fromkeys(files, 1)
+    assert len(decodes) == len(files) - 1  # all but the broken one
+
+
+def test_crops_beyond_the_room_are_decoded_again_and_the_advice_is_the_same(
+    check, flat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = PLAIN
+    advice = check(flat, "--backbone", "builtin")["advice"]
+    assert Inspector(spec, keep_crops=False)(Image.new("RGB", (9, 9)), "L").crop is None
+    monkeypatch.setattr("cnnft.data.checks.available", lambda device: 5 * 4 * 3 * 64**2)
+    monkeypatch.setenv("CNNFT_CACHE", str(flat.parent / "another"))  # of features
+    assert check(flat, "--backbone", "builtin")["advice"] == advice
+
+
+def test_statistics_are_those_that_training_would_take(check, photos: Path) -> None:
+    dataset = read_dataset(photos)
+    for fit in ("crop", "squash", "pad"):
+        found = check(photos, "--backbone", "builtin", "--fit", fit)
+        spec = replace(input_spec(resolve("builtin")), fit=fit)
+        mean, std = channel_statistics(dataset.train.paths, spec, Loading(3, 0))
+        assert found["mean"] == pytest.approx(mean) and found["std"] == pytest.approx(std)
 
 
 def test_check_of_what_is_not_there(cnnft: Cli, tmp_path: Path, flat: Path) -> None:

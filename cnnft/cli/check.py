@@ -14,7 +14,12 @@ from cnnft.config.texts import Channels
 from cnnft.errors import CnnftError, UsageError
 
 if TYPE_CHECKING:
-    from cnnft.data.checks import DataCheck
+    from collections.abc import Mapping
+
+    from cnnft.data.checks import DataCheck, Look
+    from cnnft.data.dataset import Dataset
+    from cnnft.data.transforms import InputSpec
+    from cnnft.training.advice import Advice
 
 _MOST = 5  # groups and files shown of each finding; --json has all
 
@@ -53,14 +58,10 @@ def command(
 ) -> None:
     """Check a folder of images, and advise how much to train on it."""
     from cnnft.data.augmentation import augmentation
-    from cnnft.data.checks import PLAIN, check_dataset
+    from cnnft.data.checks import PLAIN, Inspector, check_dataset
     from cnnft.data.contactsheet import contact_sheet
-    from cnnft.data.loading import default_workers
-    from cnnft.data.reading import read_dataset
+    from cnnft.data.reading import inspect_dataset
     from cnnft.machine.files import write_whole
-    from cnnft.models.identity import input_spec
-    from cnnft.models.registry import resolve
-    from cnnft.training.plan import prepare
 
     if backbone is None and (weights is not None or fit is not None):
         raise UsageError("--weights and --fit are about a network: give --backbone too")
@@ -71,12 +72,18 @@ def command(
         show_augment.suffix.lower() != ".png" or show_augment.is_dir()
     ):
         raise UsageError(f"--show-augment {show_augment}: give the .png file to write")
-    spec = PLAIN if backbone is None else input_spec(resolve(backbone))
-    spec = spec if fit is None else dataclasses.replace(spec, fit=fit)
+    settings = None
+    if backbone is not None:
+        settings = Config.of(
+            data=data, backbone=backbone, weights=weights, mode="auto", fit=fit, layout=layout,
+            workers=workers, device=device,
+        )  # fmt: skip
+    spec = PLAIN if settings is None else _input_spec(settings)
     with console.progress() as bar:
-        dataset = read_dataset(data, layout=layout, on_files=console.reading_images(bar))
-        workers = default_workers() if workers is None else workers
-        found = check_dataset(dataset, spec, workers=workers)
+        inspector = Inspector(spec, keep_crops=settings is not None)
+        reading = console.reading_images(bar)
+        dataset, looks = inspect_dataset(data, inspector, layout=layout, on_files=reading)
+        found = check_dataset(dataset, looks)
     if sheet is not None and show_augment is not None:
         if backbone is None:
             spec = dataclasses.replace(spec, mean=found.mean, std=found.std)
@@ -85,13 +92,9 @@ def command(
         )
         console.say(f"wrote {show_augment}")
     advice = None
-    if backbone is not None:
-        settings = Config.of(
-            data=data, backbone=backbone, weights=weights, mode="auto", fit=fit, layout=layout,
-            workers=workers, device=device,
-        )  # fmt: skip
+    if settings is not None:
         try:
-            advice = prepare(settings).advice
+            advice = _advise(settings, spec, dataset, looks)
         except CnnftError as error:  # the findings are worth showing all the same
             console.warn(f"no advice: {error}")
     if json:
@@ -102,6 +105,48 @@ def command(
     if advice is not None:
         console.result("")
         show_advice(advice, console.result)
+
+
+def _input_spec(settings: Config) -> "InputSpec":
+    """How the backbone sees images; nothing is built or downloaded."""
+    from cnnft.models.identity import input_spec
+    from cnnft.models.registry import described_beside, resolve
+
+    weights, fit = settings.network.weights, settings.input.fit
+    identity = resolve(settings.network.backbone)
+    if weights is not None:
+        identity = described_beside(Path(weights), identity)
+    spec = input_spec(identity)
+    return spec if fit is None else dataclasses.replace(spec, fit=fit)
+
+
+def _advise(
+    settings: Config, spec: "InputSpec", dataset: "Dataset", looks: "Mapping[str, Look]"
+) -> "Advice":
+    """As `finetune --mode auto` does, on the images that were decoded already."""
+    from cnnft.data.loading import Loading, default_workers
+    from cnnft.data.split import train_and_val
+    from cnnft.machine.devices import choose_device, keep_freed_memory, place
+    from cnnft.models.backbones import open_backbone
+    from cnnft.probe.probe import Fitting, probe
+    from cnnft.training.advice import advise_on
+
+    device = choose_device(settings.machine.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    asked, network = settings.dataset, settings.network
+    train, _ = train_and_val(dataset, asked.val_fraction, asked.split_seed)
+    backbone = open_backbone(network.backbone, len(train.classes), weights=network.weights)
+    place(backbone.network, device)
+    crops = {path: looks[path].crop for path in train.paths}
+    kept = {path: crop for path, crop in crops.items() if crop is not None}
+    workers = settings.machine.workers
+    workers = default_workers() if workers is None else workers
+    loading = Loading(32, workers if len(kept) < len(train) else 0, pinned=device.type == "cuda")
+    fitting = Fitting(seed=settings.training.seed, always=True, about=Path(asked.data).name)
+    probed = probe(backbone, spec, train, loading, fitting, kept)
+    assert probed is not None
+    return advise_on(train, probed.probe.accuracy)
 
 
 def _sheet_settings(data: str, augment: Augment | None, config_file: str | None) -> Config:

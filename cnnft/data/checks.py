@@ -1,23 +1,24 @@
 """What is wrong with a dataset, found before training on it."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
 from cnnft.config.texts import Channels
-from cnnft.data import reading
 from cnnft.data.dataset import Dataset, Skipped, SplitName
-from cnnft.data.images import ImageError, decode, read_bytes
-from cnnft.data.loading import Loading
-from cnnft.data.statistics import channel_statistics
-from cnnft.data.transforms import InputSpec
+from cnnft.data.statistics import ChannelSums, without_padding
+from cnnft.data.transforms import InputSpec, evaluation_crop, to_tensor
 from cnnft.errors import CnnftError
+from cnnft.machine.memory import available
 
 NEAR = 6
 """Two images whose fingerprints differ in so many of 128 bits look the same."""
+_CROPS_SHARE = 0.25
+"""Of the free memory may be filled with crops."""
 _BANDS = 8  # of 16 bits: more than NEAR, so that near fingerprints agree in one of them
 
 PLAIN = InputSpec(224, 0.875, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -28,7 +29,7 @@ Group = tuple[str, ...]
 
 @dataclass(frozen=True)
 class DataCheck:
-    """Findings on the images of all splits; paths in the order of the folder."""
+    """Findings on the images of all splits; paths are sorted."""
 
     counts: dict[SplitName, dict[str, int]]
     """Split -> class -> images."""
@@ -38,9 +39,9 @@ class DataCheck:
     near_duplicates: tuple[Group, ...]
     """Files that look the same (resaved, resized), exact duplicates aside."""
     leaks: tuple[Group, ...]
-    """Groups of either kind that have an image in train and one in another split."""
+    """Data leaks: groups of either kind that have an image in train and one in another split."""
     contradictions: tuple[Group, ...]
-    """Groups of either kind whose images are in different classes."""
+    """Groups of either kind whose images are in different classes (label conflicts)."""
     sizes: dict[str, int]
     """Smallest, median and largest of the shorter sides, in pixels."""
     modes: dict[str, int]
@@ -56,8 +57,43 @@ class DataCheck:
         return max(counts) / max(min(counts), 1)
 
 
-def check_dataset(dataset: Dataset, spec: InputSpec, *, workers: int = 0) -> DataCheck:
-    """Look at every image of a dataset as the user has split it.
+@dataclass(frozen=True)
+class Look:
+    """What is found in one image while it is decoded."""
+
+    size: tuple[int, int]
+    mode: str
+    """Colour mode of the file."""
+    fingerprint: int
+    channels: ChannelSums
+    """Of what the network sees."""
+    crop: Image.Image | None
+    """What evaluation sees, where memory had room to keep it."""
+
+
+class Inspector:
+    """image -> `Look`, for `inspect_dataset`; threads may share one."""
+
+    def __init__(self, spec: InputSpec, keep_crops: bool) -> None:
+        self.spec = spec
+        self.room = _CROPS_SHARE * available(torch.device("cpu")) if keep_crops else 0.0
+
+    def __call__(self, image: Image.Image, mode: str) -> Look:
+        crop = evaluation_crop(image, self.spec)
+        plain = without_padding(self.spec)
+        seen = crop if plain == self.spec else evaluation_crop(image, plain)
+        self.room -= 3 * self.spec.size**2
+        return Look(
+            size=image.size,
+            mode=mode,
+            fingerprint=fingerprint(image),
+            channels=ChannelSums.of(to_tensor(seen).flatten(1)),
+            crop=crop if self.room >= 0 else None,
+        )
+
+
+def check_dataset(dataset: Dataset, looks: Mapping[str, Look]) -> DataCheck:
+    """Findings on a dataset as the user has split it; `looks`: path -> what was found in it.
 
     Raises:
         CnnftError: none of its training images can be read.
@@ -68,12 +104,13 @@ def check_dataset(dataset: Dataset, spec: InputSpec, *, workers: int = 0) -> Dat
     everything = dataset.samples
     split_of = {path: name for name, samples in splits.items() for path in samples.paths}
     class_of = dict(zip(everything.paths, everything.labels, strict=True))
-    looks = _look_at(everything.paths)
     exact = _groups(zip(everything.paths, everything.hashes, strict=True))
-    near = _near_groups({path: look.fingerprint for path, look in looks.items()}, exact)
+    near = _near_groups({path: looks[path].fingerprint for path in everything.paths}, exact)
     alike = [*exact, *near]
     shorter = sorted(min(look.size) for look in looks.values())
-    mean, std = channel_statistics(dataset.train.paths, spec, Loading(32, workers))
+    mean, std = ChannelSums.total(
+        looks[path].channels for path in dataset.train.paths
+    ).mean_and_std()
     return DataCheck(
         counts={name: samples.counts_by_class() for name, samples in splits.items()},
         skipped=dataset.skipped,
@@ -93,29 +130,10 @@ def check_dataset(dataset: Dataset, spec: InputSpec, *, workers: int = 0) -> Dat
             "median": shorter[len(shorter) // 2],
             "largest": shorter[-1],
         },
-        modes=dict(Counter(look.mode for look in looks.values())),
+        modes=dict(Counter(look.mode for look in looks.values()).most_common()),
         mean=mean,
         std=std,
     )
-
-
-@dataclass(frozen=True)
-class _Look:
-    size: tuple[int, int]
-    mode: str
-    fingerprint: int
-
-
-def _look_at(paths: Iterable[str]) -> dict[str, _Look]:
-    def look(path: str) -> tuple[str, _Look] | None:
-        try:
-            image = decode(path, read_bytes(path))
-            with Image.open(path) as file:
-                return path, _Look(image.size, file.mode, fingerprint(image))
-        except (ImageError, OSError):  # it was readable a moment ago
-            return None
-
-    return dict(found for found in reading.in_threads(look, paths) if found)
 
 
 def fingerprint(image: Image.Image) -> int:

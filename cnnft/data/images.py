@@ -98,6 +98,15 @@ def size_of(path: str | Path) -> tuple[int, int]:
     return _header(path, read_bytes(path)).size
 
 
+def mode_of(path: str | Path, content: bytes) -> str:
+    """The colour mode of the file (RGB, L, CMYK, …), which is not that of its pixels when read.
+
+    Raises:
+        ImageError: it has none.
+    """
+    return _header(path, content).mode
+
+
 def decoder_versions() -> tuple[str | None, ...]:
     """Of what turns bytes into pixels: another version may give other ones."""
     codecs = (features.version(name) for name in ("jpg", "webp", "avif", "libtiff", "zlib"))

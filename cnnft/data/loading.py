@@ -2,8 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -45,9 +45,12 @@ class ImageFiles:
     pixels: PixelSpec = FULL
     crop: InputSpec | None = None
     """Where given, the image is what evaluation sees of it, size × size."""
+    decoded: Mapping[str, Image.Image] = field(default_factory=dict)
+    """Path -> the image, where it was decoded before."""
 
     def __getitem__(self, index: int) -> Image.Image:
-        return self.cropped(read_image(self.paths[index], self.pixels))
+        path = self.paths[index]
+        return self.decoded.get(str(path)) or self.cropped(read_image(path, self.pixels))
 
     def cropped(self, image: Image.Image) -> Image.Image:
         return image if self.crop is None else evaluation_crop(image, self.crop)

@@ -1,4 +1,4 @@
-"""`read_dataset`: a source -> a `Dataset`; every file is read once, decoded and hashed."""
+"""A source -> a `Dataset`: every file is read once, decoded and hashed."""
 
 import hashlib
 from collections import deque
@@ -8,9 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from PIL import Image
+
 from cnnft.config.choices import Layout
 from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName
-from cnnft.data.images import ImageError, find_problem, ignoring_oddities, read_bytes
+from cnnft.data.images import (
+    ImageError,
+    decode,
+    find_problem,
+    ignoring_oddities,
+    mode_of,
+    read_bytes,
+)
 from cnnft.data.sources import OnFiles, Source, open_source
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed
@@ -42,19 +51,48 @@ def read_dataset(
         CnnftError: it holds no classes, or others than train, or a class without images.
     """
     opened = open_source(source, layout) if isinstance(source, str | Path) else source
-    known = _training_classes(opened) if classes is None else classes
+    found, skipped = _find(opened, splits, classes, on_files)
+    dataset, _ = _decode_all(opened.name, found, skipped, _require_decodable, on_files)
+    return dataset
+
+
+def inspect_dataset(
+    source: str | Path | Source,
+    inspect: Callable[[Image.Image, str], T],
+    splits: Sequence[SplitName] = ("train", "val", "test"),
+    *,
+    layout: Layout = "auto",
+    on_files: OnFiles = lambda count, total: None,
+) -> tuple[Dataset, dict[str, T]]:
+    """`read_dataset`, and what `inspect` finds in each image, by path: decoded once for both.
+
+    `inspect` is called in threads, with the upright RGB image and the colour mode of its file.
+    """
+
+    def look(path: str, content: bytes) -> T:
+        return inspect(decode(path, content), mode_of(path, content))
+
+    opened = open_source(source, layout) if isinstance(source, str | Path) else source
+    found, skipped = _find(opened, splits, None, on_files)
+    return _decode_all(opened.name, found, skipped, look, on_files)
+
+
+def _find(
+    source: Source,
+    splits: Sequence[SplitName],
+    classes: tuple[str, ...] | None,
+    on_files: OnFiles,
+) -> tuple[dict[SplitName, Samples], list[Skipped]]:
+    """The files of each split, and those that are no images by their name."""
+    known = _training_classes(source) if classes is None else classes
     skipped: list[Skipped] = []
     found: dict[SplitName, Samples] = {}
-    for split in (name for name in opened.splits if name in splits):
-        found[split], others = opened.files(split, known, on_files)
+    for split in (name for name in source.splits if name in splits):
+        found[split], others = source.files(split, known, on_files)
         skipped += others
         if classes is None and split != "test":
-            _require_images(found[split], opened, split)
-    total = sum(map(len, found.values()))
-    for split, samples in found.items():
-        found[split], unreadable = _decode_all(samples, lambda: on_files(1, total))
-        skipped += unreadable
-    return Dataset(opened.name, found, tuple(sorted(skipped, key=lambda file: file.path)))
+            _require_images(found[split], source, split)
+    return found, skipped
 
 
 def _training_classes(source: Source) -> tuple[str, ...]:
@@ -83,18 +121,46 @@ def _require_images(samples: Samples, source: Source, split: SplitName) -> None:
             )
 
 
-def _decode_all(samples: Samples, on_file: Callable[[], object]) -> tuple[Samples, list[Skipped]]:
-    """Those that can be decoded, with their hashes; and the others. Processes share the work."""
-    found: list[str | Skipped] = []
-    share = distributed.shard(len(samples))
-    for inspected in in_threads(_inspect, samples.paths[share.start : share.stop]):
-        found.append(inspected)
-        on_file()
-    found = distributed.gather(found)
-    readable = samples.take(i for i, file in enumerate(found) if isinstance(file, str))
-    hashes = tuple(digest for digest in found if isinstance(digest, str))
-    skipped = [file for file in found if isinstance(file, Skipped)]
-    return replace(readable, hashes=hashes).in_order(), skipped
+def _decode_all(
+    name: str,
+    found: dict[SplitName, Samples],
+    skipped: list[Skipped],
+    look: Callable[[str, bytes], T],
+    on_files: OnFiles,
+) -> tuple[Dataset, dict[str, T]]:
+    """Those that can be decoded, with their hashes and what `look` gives; processes share the
+    work. `look(path, content)` raises `ImageError` where they cannot.
+    """
+
+    def read(path: str) -> tuple[str, T] | Skipped:
+        try:
+            content = read_bytes(path)
+            return hashlib.sha256(content).hexdigest(), look(path, content)
+        except ImageError as error:
+            return Skipped(path, error.reason)
+
+    total = sum(map(len, found.values()))
+    splits: dict[SplitName, Samples] = {}
+    facts: dict[str, T] = {}
+    for split, samples in found.items():
+        files: list[tuple[str, T] | Skipped] = []
+        share = distributed.shard(len(samples))
+        for file in in_threads(read, samples.paths[share.start : share.stop]):
+            files.append(file)
+            on_files(1, total)
+        files = distributed.gather(files)
+        good = {i: file for i, file in enumerate(files) if not isinstance(file, Skipped)}
+        skipped = skipped + [file for file in files if isinstance(file, Skipped)]
+        hashes = tuple(digest for digest, _ in good.values())
+        splits[split] = replace(samples.take(good), hashes=hashes).in_order()
+        facts |= {samples.paths[i]: fact for i, (_, fact) in good.items()}
+    by_path = tuple(sorted(skipped, key=lambda file: file.path))
+    return Dataset(name, splits, by_path), facts
+
+
+def _require_decodable(path: str, content: bytes) -> None:
+    if problem := find_problem(path, content):
+        raise ImageError(path, problem)
 
 
 def in_threads(
@@ -113,13 +179,3 @@ def in_threads(
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _inspect(path: str) -> str | Skipped:
-    """Its hash, or why it cannot be decoded."""
-    try:
-        content = read_bytes(path)
-    except ImageError as error:
-        return Skipped(path, error.reason)
-    problem = find_problem(path, content)
-    return Skipped(path, problem) if problem else hashlib.sha256(content).hexdigest()

@@ -1,9 +1,32 @@
-"""The stratified train/val split."""
+"""train and val: as the source separates them, or a stratified split."""
 
 import hashlib
 
-from cnnft.data.dataset import Samples
+from cnnft.data.dataset import Dataset, Samples
 from cnnft.errors import CnnftError
+
+
+def train_and_val(dataset: Dataset, val_fraction: float, seed: int) -> tuple[Samples, Samples]:
+    """What a model is trained and selected on; no content is in both.
+
+    Where the source has a val split, its images that are in train too are left out of val (data
+    leaks); otherwise part of train is split off.
+
+    Raises:
+        CnnftError: a class has no image in train, or nothing remains for val.
+    """
+    if dataset.val is None:
+        train, val = split(dataset.train, val_fraction, seed)
+    else:
+        train, val = dataset.train, dataset.val.without(dataset.train.hashes)
+    for name, count in train.counts_by_class().items():
+        if count == 0:
+            raise CnnftError(f"class {name} has no readable image in train")
+    if not len(val):
+        raise CnnftError(
+            f"{dataset.source}: no readable validation image remains that is not in train too"
+        )
+    return train, val
 
 
 def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Samples]:

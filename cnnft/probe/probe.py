@@ -1,15 +1,18 @@
 """The linear probe: what a linear classifier makes of a backbone's frozen features."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from cnnft.cache.features import FeatureExtractor, Features, evaluation_view_set
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import ImageFiles, Loading
 from cnnft.data.transforms import InputSpec
+from cnnft.errors import CnnftError
 from cnnft.machine import distributed
 from cnnft.models.backbones import Backbone
 from cnnft.models.heads import classifier_layer, initialise
@@ -31,23 +34,34 @@ class Probed:
 
 
 def probe(
-    backbone: Backbone, spec: InputSpec, samples: Samples, loading: Loading, fitting: "Fitting"
+    backbone: Backbone,
+    spec: InputSpec,
+    samples: Samples,
+    loading: Loading,
+    fitting: "Fitting",
+    crops: Mapping[str, Image.Image] | None = None,
 ) -> Probed | None:
     """Fit a linear classifier on frozen features of the training images, each content once.
 
     None where it could not be the head, and `fitting.always` is off. Afterwards the head is drawn
-    anew; what trains is as before.
+    anew; what trains is as before. `crops`: path -> what evaluation sees, where it was decoded
+    before.
+
+    Raises:
+        CnnftError: with `fitting.always`, no module makes logits of features.
     """
     network = backbone.network
-    initialise(
-        network, backbone.head, "default"
-    )  # where all logits are zero any layer seems to make them
+    # Behind a head of zeros any layer would seem to make the logits.
+    initialise(network, backbone.head, "default")
     place = distributed.broadcast_from_main(lambda: find_head(network, backbone.head, spec.size))
+    if place is None and fitting.always:
+        raise CnnftError(f"{backbone.identity.name} has no features that a probe could classify")
     if place is None or not (place.linear or fitting.always):
         return None
     samples = samples.once()
     _log.info("probing the frozen features of %d training images", len(samples))
-    values = _features(place.cut, backbone, spec, samples, loading, fitting)
+    images = ImageFiles(samples.paths, crop=spec, decoded=crops or {})
+    values = _features(place.cut, backbone, samples, images, loading, fitting)
     labels = torch.tensor(samples.labels)
     weights = fitting.class_weights
     fitted = distributed.broadcast_from_main(
@@ -83,12 +97,14 @@ def install(network: nn.Module, head: frozenset[str], fitted: Probe) -> None:
 def _features(
     cut: Cut,
     backbone: Backbone,
-    spec: InputSpec,
     samples: Samples,
+    images: ImageFiles,
     loading: Loading,
     fitting: Fitting,
 ) -> Tensor:
     """(N, D): what enters the head, of each image as evaluation sees it."""
+    spec = images.crop
+    assert spec is not None
     frozen = FeatureExtractor.before(
         cut,
         backbone.network,
@@ -98,7 +114,7 @@ def _features(
         about=f"{backbone.identity.name}, {len(samples)} of {fitting.about} (probe)",
         pooled=True,
     )
-    looks = evaluation_view_set(samples, spec, ImageFiles(samples.paths, crop=spec), loading)
+    looks = evaluation_view_set(samples, spec, images, loading)
     activations = Features(frozen, looks, fitting.on_disk)
     for _ in activations.compute():
         pass

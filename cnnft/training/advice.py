@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from cnnft.data.dataset import Samples
+
 SMALL = 40
 """Images per class below which a dataset counts as small."""
 SIMILAR = 0.7
@@ -75,6 +77,12 @@ def advise(images_per_class: float, probe_accuracy: float, chance: float) -> Adv
     similarity = "similar" if _learned(probe_accuracy, chance) >= SIMILAR else "different"
     (cell,) = (cell for cell in TABLE if (cell.size, cell.similarity) == (size, similarity))
     return Advice(cell, images_per_class, probe_accuracy, chance)
+
+
+def advise_on(train: Samples, probe_accuracy: float) -> Advice:
+    """`advise`, on training images of which each content counts once."""
+    counts = train.once().counts()
+    return advise(sum(counts) / len(counts), probe_accuracy, max(counts) / sum(counts))
 
 
 def _learned(accuracy: float, chance: float) -> float:

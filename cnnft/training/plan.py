@@ -21,7 +21,7 @@ from cnnft.data.loading import Loading, default_workers, forward_batch
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches, keyed_seed
 from cnnft.data.sources import OnFiles, require_folder
-from cnnft.data.split import split
+from cnnft.data.split import train_and_val
 from cnnft.data.statistics import channel_statistics
 from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError, UsageError
@@ -36,7 +36,7 @@ from cnnft.models.weights import LoadedWeights, backbone_hash
 from cnnft.probe.probe import Fitting, Probed, install, probe
 from cnnft.runs.checkpoints import Checkpoint
 from cnnft.runs.run import Run
-from cnnft.training.advice import Advice, advise
+from cnnft.training.advice import Advice, advise_on
 from cnnft.training.batchsize import largest_batch
 from cnnft.training.distillation import load_teachers
 from cnnft.training.losses import balanced_weights
@@ -129,7 +129,7 @@ def prepare(
     backbone = _open(config, len(classes), device)
     spec = _input_spec(config.input, backbone.input_spec, images.train, loading)
     probed = None if checkpoint else _probe(config, backbone, spec, images.train, loading)
-    advice = None if probed is None else _advice(images.train, probed)
+    advice = None if probed is None else advise_on(images.train, probed.probe.accuracy)
     if requested == "auto":
         assert advice is not None
         config = config.replace(**advice.cell.settings)
@@ -220,19 +220,8 @@ def _read(config: DataConfig, on_files: OnFiles) -> _Images:
     """Training and validation images; no file of val is in train too."""
     dataset = read_dataset(config.data, ("train", "val"), layout=config.layout, on_files=on_files)
     _refuse_skipped(dataset.skipped, config.strict)
-    if dataset.val is None:
-        train, val = split(dataset.train, config.val_fraction, config.split_seed)
-        leaked = 0
-    else:
-        train, val = dataset.train, dataset.val.without(dataset.train.hashes)
-        leaked = len(dataset.val) - len(val)
-    for name, count in train.counts_by_class().items():
-        if count == 0:
-            raise CnnftError(f"class {name} has no readable image in train")
-    if not len(val):
-        raise CnnftError(
-            f"{dataset.source}: no readable validation image remains that is not in train too"
-        )
+    train, val = train_and_val(dataset, config.val_fraction, config.split_seed)
+    leaked = 0 if dataset.val is None else len(dataset.val) - len(val)
     return _Images(train, val, dataset.skipped, leaked)
 
 
@@ -333,11 +322,6 @@ def _probe(
         about=Path(config.dataset.data).name,
     )
     return probe(backbone, spec, train, loading, fitting)
-
-
-def _advice(train: Samples, probed: Probed) -> Advice:
-    counts = train.once().counts()
-    return advise(sum(counts) / len(counts), probed.probe.accuracy, max(counts) / sum(counts))
 
 
 def _new_head(config: Config, backbone: Backbone) -> frozenset[str]:
