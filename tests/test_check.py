@@ -156,9 +156,8 @@ def test_every_file_is_read_and_decoded_once(
 def test_crops_beyond_the_room_are_decoded_again_and_the_advice_is_the_same(
     check, flat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = PLAIN
     advice = check(flat, "--backbone", "builtin")["advice"]
-    assert Inspector(spec, keep_crops=False)(Image.new("RGB", (9, 9)), "L").crop is None
+    assert Inspector(PLAIN, keep_crops=False)(Image.new("RGB", (9, 9)), "L").crop is None
     monkeypatch.setattr("cnnft.data.checks.available", lambda device: 5 * 4 * 3 * 64**2)
     monkeypatch.setenv("CNNFT_CACHE", str(flat.parent / "another"))  # of features
     assert check(flat, "--backbone", "builtin")["advice"] == advice
