@@ -6,6 +6,7 @@ Small things travel over gloo, gradients on GPUs over NCCL.
 
 import atexit
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -36,6 +37,19 @@ def launch() -> str:
     return str(Path(file).parents[2]) if _launched and len(Path(file).parents) > 3 else ""
 
 
+@contextmanager
+def _results_aside() -> Iterator[None]:
+    """Within it, standard output is standard error: torch 2.9's gloo greets there, from C++."""
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(results, 1)
+        os.close(results)
+
+
 def _dist() -> Any:
     """torch.distributed, where all processes have met."""
     from datetime import timedelta
@@ -47,13 +61,16 @@ def _dist() -> Any:
         store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
         # The store outlives processes that die; those after them must not read their addresses.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-            timeout=timedelta(days=1),  # one of them decodes for all; torchrun ends what is dead
-            store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=world_size,
-        )
+        with _results_aside():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                timeout=timedelta(
+                    days=1
+                ),  # one of them decodes for all; torchrun ends what is dead
+                store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
+                rank=rank,
+                world_size=world_size,
+            )
         atexit.register(dist.destroy_process_group)
     return dist
 

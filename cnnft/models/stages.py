@@ -25,6 +25,8 @@ def stages(network: nn.Module, head: frozenset[str]) -> tuple[tuple[str, ...], .
         named = [[name for name in group if name in backbone] for group in groups]
         found = _join([group for group in named if group], small)
     except (AttributeError, AssertionError, NotImplementedError):  # it does not group its layers
+        found = []
+    if len(found) < 2:  # LevIT's groups are those of another network, before timm 1.0.31
         found = _by_tree({name: p.numel() for name, p in backbone.items()}, small)
     return tuple(tuple(group) for group in found)
 

@@ -1,5 +1,6 @@
 """The learning-rate rule, parameter groups, optimizers by name."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -152,6 +153,8 @@ def make_optimizer(
     assert sorted(grouped + frozen) == sorted(id(p) for p in network.parameters())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+        if "buffer" in group:  # timm before 1.0.31: step sizes of radamlegacy, shared by all groups
+            group["buffer"] = copy.deepcopy(group["buffer"])
     return optimizer
 
 
