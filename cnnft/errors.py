@@ -10,12 +10,15 @@ class CnnftError(Exception):
     """Something about the data, a file or the machine stops the command."""
 
     exit_code = 1
+    met_by_main = False
+    """Of several processes, whether the main one meets it too, and so reports it for all."""
 
 
 class UsageError(CnnftError):
     """A wrong flag or argument: an unknown name, a missing path, an impossible combination."""
 
     exit_code = 2
+    met_by_main = True
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

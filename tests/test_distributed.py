@@ -15,8 +15,10 @@ from conftest import Outcome, draw_folder
 from safetensors.torch import load_file
 
 from cnnft import load
-from cnnft.analysis.evaluate import evaluate_folder
+from cnnft.analysis.evaluate import Seen, evaluate
+from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
+from cnnft.inference.predict import Inference
 from cnnft.machine import distributed
 from cnnft.runs.run import Run
 from tools.each_step import children, follow, start_torchrun
@@ -77,7 +79,7 @@ def test_every_step_is_that_of_one_process(data: Path, tmp_path: Path, processes
         assert (run.path / "data.csv").read_bytes() == (alone_run.path / "data.csv").read_bytes()
     # Where BatchNorm learns statistics, all processes evaluated what the main one saved.
     run = Run(tmp_path / "many" / "statistics" / "run")
-    found = evaluate_folder(load(run.path), data, workers=0)
+    found = evaluate(load(run.path), read_dataset(data, ("val",)), Inference(workers=0), Seen())
     assert found.overall.loss == pytest.approx(run.metrics()["val"]["loss"], abs=1e-5)
 
 
@@ -99,13 +101,37 @@ def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -
     together, alone = (list(csv.DictReader(file.open())) for file in csvs)
     assert len(alone) == 22 and [row["file"] for row in together] == [r["file"] for r in alone]
     assert [row["label"] for row in together] == [row["label"] for row in alone]
-    (runs / "photos").mkdir()
-    outcome = torchrun(
-        2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--runs-dir", runs, "--force",
-        "--name=photos", "--no-probe-first", "--device=cpu",
+
+
+def test_force_replaces_a_run_and_mistakes_are_told_once(data: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    command = (
+        2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--mode=feature-extractor",
+        "--epochs=1", "--workers=0", "--device=cpu", "--image-size=32", "--runs-dir", runs,
+        "--force",
     )  # fmt: skip
-    assert outcome.code != 0 and outcome.err.count("which is not a run") == 1, outcome.err
-    assert "this is a bug" not in outcome.err
+    for seed in (0, 1):
+        outcome = torchrun(*command, "--name=run", f"--seed={seed}")
+        assert outcome.code == 0, outcome.err
+    assert [path.name for path in runs.iterdir()] == ["run"]
+    assert Run(runs / "run").config().training.seed == 1
+    (runs / "photos").mkdir()
+    for more, words in (
+        ("--name=photos", "which is not a run"),  # the main process found it
+        ("--epochs=0", "out of range"),  # both found it
+        ("--epochs=many", "'--epochs'"),
+    ):
+        outcome = torchrun(*command, more)
+        assert outcome.code != 0 and outcome.err.count(words) == 1, outcome.err
+        assert "error: rank 1" not in outcome.err
+        assert "this is a bug" not in outcome.err
+
+
+def test_a_collective_where_the_main_process_is_alone_is_refused() -> None:
+    broadcast = distributed.broadcast_from_main
+    with pytest.raises(RuntimeError, match="collective within broadcast_from_main"):
+        broadcast(lambda: broadcast(lambda: 1))
+    assert broadcast(lambda: 1) == 1
 
 
 @pytest.mark.slow
@@ -161,7 +187,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 200) -> None:
 def test_shares_cover_everything_once_and_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     for world in (1, 2, 3, 7):
         for count in (0, 1, 2, 6, 20):
-            monkeypatch.setattr(distributed, "world", world)
+            monkeypatch.setattr(distributed, "world_size", world)
             parts = []
             for rank in range(world):
                 monkeypatch.setattr(distributed, "rank", rank)
@@ -174,7 +200,7 @@ def test_the_shares_of_a_batch_are_the_batch(
     monkeypatch: pytest.MonkeyPatch, draw: BalancedDraw | None
 ) -> None:
     whole = list(KeyedBatches(10, 3, 0, 2, draw=draw))
-    monkeypatch.setattr(distributed, "world", 4)
+    monkeypatch.setattr(distributed, "world_size", 4)
     shares = []
     for rank in range(4):
         monkeypatch.setattr(distributed, "rank", rank)

@@ -96,6 +96,7 @@ def test_a_full_disk_costs_the_log_and_not_the_run(
 
 
 def test_a_log_in_a_folder_that_is_gone_is_lost(tmp_path: Path) -> None:
-    console.begin(["x"])
-    console.log_to(tmp_path / "gone" / "run.log", "")
-    console.note("lost")
+    with console.speaking(["x"]):
+        console.log_to(tmp_path / "gone" / "run.log", "")
+        console.say("lost")
+    assert not (tmp_path / "gone").exists()

@@ -18,7 +18,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What is drawn on standard error, were it a terminal."""
     drawn = io.StringIO()
     monkeypatch.delenv("CI", raising=False)
-    monkeypatch.setattr(console, "_err", Console(file=drawn, force_terminal=True, width=100))
+    monkeypatch.setattr(console, "screen", Console(file=drawn, force_terminal=True, width=100))
     return drawn
 
 

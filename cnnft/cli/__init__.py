@@ -1,7 +1,6 @@
 """The command line: one file per command, each importing what it needs when it runs."""
 
 import sys
-import traceback
 
 from cnnft.cli import app, console
 from cnnft.errors import CnnftError
@@ -11,36 +10,39 @@ INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `arguments` (default: the process's) and exit; the one place where errors become text."""
+    """Run `arguments` (default: the process's) and exit."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
-    console.begin(sys.argv[1:] if arguments is None else arguments)
+    with console.speaking(sys.argv[1:] if arguments is None else arguments):
+        sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    """The exit code; the one place where errors become text."""
     try:
         # Typer vendors Click and exports few of its exceptions, so they are known by their shape.
-        code = app.app(arguments, prog_name="cnnft", standalone_mode=False) or 0
+        code: int = app.app(arguments, prog_name="cnnft", standalone_mode=False) or 0
         if code == INTERRUPTED:  # Typer turns the exception into this
             console.error("interrupted")
-        sys.exit(code)
+        return code
     except CnnftError as error:
         if app.debug:
-            console.note(traceback.format_exc())
             raise
-        console.error(str(error))
-        sys.exit(error.exit_code)
+        console.error(str(error), met_by_main=error.met_by_main)
+        return error.exit_code
     except KeyboardInterrupt:
         console.error("interrupted")
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # ClickException
             if message := error.format_message().replace("\n", " "):  # none after showing help
-                console.error(message)
-            sys.exit(error.exit_code)
-        console.note(traceback.format_exc())
+                console.error(message, met_by_main=True)
+            return int(error.exit_code)
         if app.debug:
             raise
-        console.error(_explain(error))
-        sys.exit(1)
+        console.error(_explain(error), traceback=True)
+        return 1
 
 
 def _explain(error: Exception) -> str:

@@ -9,7 +9,6 @@ from cnnft.cli import (
     backbones,
     cache,
     check,
-    console,
     diff,
     evaluate,
     export,
@@ -49,7 +48,6 @@ def options(
     """Turn a pretrained CNN and a folder of images into a classifier you can use."""
     global debug
     debug = show_tracebacks
-    console.relay_logs()
 
 
 app.command("finetune")(finetune.command)

@@ -1,16 +1,21 @@
-"""The one mouth: results to standard output, everything else to standard error and to a log."""
+"""The one mouth: results to standard output, everything else to standard error and to a log.
 
-import io
+What is said passes through the logger "cnnft", as what the library logs does; one handler shows it
+and another one writes it into the run's log.
+"""
+
 import json
 import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,93 +25,115 @@ from cnnft.machine import distributed
 if TYPE_CHECKING:
     from cnnft.data.dataset import Skipped
 
-quiet = False
-"""Set by --quiet: nothing but results, warnings and errors. Of several processes the main one
-speaks, and whoever fails."""
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+# A pipe does not fold lines.
+_out = Console(**_PLAIN, width=None if sys.stdout.isatty() else 1000)
+screen = Console(**_PLAIN, stderr=True)
+"""Standard error."""
+_page = Console(**_PLAIN, width=120, color_system=None, force_terminal=False)
+"""For what is drawn into the log."""
 
-_out = Console(
-    highlight=False,
-    markup=False,
-    emoji=False,
-    soft_wrap=True,
-    width=None if sys.stdout.isatty() else 1000,  # a pipe does not fold lines
-)
-_err = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+_log = logging.getLogger("cnnft")
+_FOR_MAIN_TO_SAY = 10.0  # seconds
 
 
-_unwritten: list[str] = []
-"""Lines of the log that wait for its file."""
-_log: Path | None = None
+def _spoken(record: logging.LogRecord) -> bool:
+    """Of several processes the main one speaks, and whoever fails."""
+    return distributed.is_main or record.levelno >= logging.ERROR
 
 
-def begin(arguments: list[str]) -> None:
-    """A command begins: its log holds what is said from here on, if it will have one."""
-    global _log
-    _log = None
-    _unwritten[:] = [_stamped(shlex.join(["cnnft", *arguments]))] if distributed.is_main else []
+class _Screen(logging.Handler):
+    """Shows what is said in the style of its level; INFO may be drawn, and have a style."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        drawn = getattr(record, "drawn", None)
+        style = {logging.WARNING: "yellow", logging.ERROR: "bold red"}.get(record.levelno)
+        what = _sentence(record) if drawn is None else drawn
+        screen.print(what, style=getattr(record, "style", style))
+
+
+class _LogFile(logging.FileHandler):
+    terminator = ""  # `_Lines` ends its lines
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """A full disk loses lines of the log: nothing that is worth the run."""
+
+
+class _Lines(logging.Formatter):
+    """Every line with the time; a traceback above what is said of it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        drawn = getattr(record, "drawn", None)
+        text = _sentence(record) if drawn is None else _as_text(drawn)
+        if record.exc_info:
+            text = f"{self.formatException(record.exc_info)}\n{text}"
+        stamp = datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
+        lines = [line.rstrip() for line in text.splitlines()]
+        return "".join(f"{stamp}  {line}\n" for line in lines if line)
+
+
+def _sentence(record: logging.LogRecord) -> str:
+    prefix = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
+    return prefix + printable(record.getMessage())
+
+
+def _as_text(what: RenderableType) -> str:
+    with _page.capture() as captured:
+        _page.print(what)
+    return captured.get()
+
+
+_shown = _Screen()
+
+
+@contextmanager
+def speaking(arguments: list[str]) -> Iterator[None]:
+    """A command runs: what it says is shown, and kept for its log, if it will have one."""
+    before = _log.handlers[:], _log.level, _log.propagate
+    waiting = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)  # until there is a file
+    set_quiet(False)
+    _log.handlers, _log.level, _log.propagate = [_shown, waiting], logging.DEBUG, False
+    for handler in _log.handlers:
+        handler.addFilter(_spoken)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else the hub prints its retries
+    _log.debug("%s", shlex.join(["cnnft", *arguments]))
+    try:
+        yield
+    finally:
+        for handler in _log.handlers:
+            with suppress(OSError):  # a full disk
+                handler.close()
+        _log.handlers, _log.level, _log.propagate = before
 
 
 def log_to(path: Path, environment: str) -> None:
     """Append what was said so far to `path`, below `environment`, and all that will be said."""
-    global _log
-    _log = path
-    if distributed.is_main:
-        _unwritten[0] += f"  ({environment})"
-    _write_log()
-
-
-def note(what: RenderableType) -> None:
-    """For the log alone."""
-    text = io.StringIO()
-    plain = Console(file=text, width=120, color_system=None, force_terminal=False, soft_wrap=True,
-                    highlight=False, markup=False, emoji=False)  # fmt: skip
-    plain.print(what)
-    _unwritten.extend(_stamped(line) for line in text.getvalue().splitlines() if line.strip())
-    _write_log()
-
-
-def _stamped(line: str) -> str:
-    return f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {line.rstrip()}"
-
-
-def _write_log() -> None:
-    if _log is None:
+    waiting = _log.handlers[-1]
+    assert isinstance(waiting, MemoryHandler)
+    try:
+        file = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    except OSError:
         return
-    # A full disk loses lines of the log: nothing that is worth the run.
-    with suppress(OSError), _log.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(f"{line}\n" for line in _unwritten)
-    _unwritten.clear()
+    file.setFormatter(_Lines())
+    file.addFilter(_spoken)
+    if waiting.buffer:
+        waiting.buffer[0].msg += f"  ({environment})"
+    waiting.setTarget(file)
+    waiting.close()
+    _log.handlers[-1] = file
 
 
-class _Say(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.WARNING:
-            warn(record.getMessage())
-        elif record.levelno >= logging.INFO:
-            say(printable(record.getMessage()))
-        else:
-            note(printable(record.getMessage()))
+def set_quiet(quiet: bool) -> None:
+    """With --quiet nothing but results, warnings and errors."""
+    _shown.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
-def relay_logs() -> None:
-    """What the library logs is said here; the hub's retries, which it would print, are not."""
-    log = logging.getLogger("cnnft")
-    log.handlers, log.level, log.propagate = [_Say()], logging.DEBUG, False
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its logger up when imported
-
-
-def say(text: RenderableType = "", style: str | None = None) -> None:
-    if not distributed.is_main:
-        return
-    note(text)
-    if not quiet:
-        _err.print(text, style=style)
+def say(what: RenderableType = "", style: str | None = None) -> None:
+    _log.info("", extra={"drawn": what, "style": style})
 
 
 def warn(text: str) -> None:
-    if distributed.is_main:
-        note(f"warning: {printable(text)}")
-        _err.print(f"warning: {printable(text)}", style="yellow")
+    _log.warning("%s", text)
 
 
 def warn_of_skipped(files: Sequence["Skipped"], elsewhere: str) -> None:
@@ -118,10 +145,17 @@ def warn_of_skipped(files: Sequence["Skipped"], elsewhere: str) -> None:
         warn(f"{len(files)} file(s) skipped" + (f": {elsewhere}" if len(files) > most else ""))
 
 
-def error(text: str) -> None:
-    note(f"error: {printable(text)}")
-    if distributed.says_first(text):
-        _err.print(f"error: {printable(text)}", style="bold red")
+def error(text: str, *, met_by_main: bool = False, traceback: bool = False) -> None:
+    """What ends the command; the log has the `traceback` too.
+
+    Of several processes the main one says what it meets too. torchrun ends the others when it has
+    ended; should it not, they say it themselves.
+    """
+    if not distributed.is_main:
+        if met_by_main:
+            time.sleep(_FOR_MAIN_TO_SAY)
+        text = f"rank {distributed.rank}: {text}"
+    _log.error("%s", text, exc_info=traceback)
 
 
 def printable(text: str) -> str:
@@ -150,16 +184,17 @@ def progress(*columns: str, beside_results: bool = False) -> Iterator[Progress]:
 
     `beside_results`: results are printed meanwhile; on the same terminal they are progress enough.
     """
-    shown = _err.is_terminal and not (beside_results and _out.is_terminal)
+    quiet = _shown.level > logging.INFO
+    shown = screen.is_terminal and not quiet and not (beside_results and _out.is_terminal)
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         *(TextColumn(column) for column in columns),
         TimeRemainingColumn(),
-        console=_err,
+        console=screen,
         transient=True,
-        disable=quiet or not distributed.is_main or not shown or "CI" in os.environ,
+        disable=not shown or not distributed.is_main or "CI" in os.environ,
     ) as bar:
         yield bar
 

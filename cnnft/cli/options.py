@@ -15,7 +15,7 @@ from cnnft.errors import UsageError
 
 
 def _set_quiet(value: bool) -> None:
-    console.quiet = value
+    console.set_quiet(value)
 
 
 Model = Annotated[

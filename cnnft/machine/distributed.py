@@ -30,6 +30,9 @@ local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _launched else 
 is_main = rank == 0
 """The one that writes and speaks."""
 
+_main_works_alone = False
+"""Whether this is the main process within `broadcast_from_main`."""
+
 
 def launch() -> str:
     """Names this call of torchrun, restarts of its processes included; empty without torchrun."""
@@ -52,6 +55,7 @@ def _results_aside() -> Iterator[None]:
 
 def _dist() -> Any:
     """torch.distributed, where all processes have met."""
+    _require_all()
     from datetime import timedelta
 
     import torch
@@ -75,21 +79,10 @@ def _dist() -> Any:
     return dist
 
 
-def says_first(text: str) -> bool:
-    """Whether no other process has asked this of `text`: a mistake that all meet is told once."""
-    if world_size == 1 or not os.environ.get("TORCHELASTIC_RUN_ID"):
-        return True
-    from datetime import timedelta
-
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:  # the store is torchrun's own
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"cnnft said {attempt} {text}", 1) == 1
-    except RuntimeError:
-        return True
+def _require_all() -> None:
+    """Raises `RuntimeError` in what the main process alone does, where the others wait for it."""
+    if _main_works_alone:
+        raise RuntimeError("a collective within broadcast_from_main: no other process enters it")
 
 
 def shard(count: int) -> range:
@@ -110,17 +103,26 @@ def gather(values: list[T]) -> list[T]:
 
 
 def broadcast_from_main(function: Callable[[], T]) -> T:
-    """What `function` gives in the main process, which alone calls it, or the error it raises."""
-    if world_size == 1:
-        return function()
+    """What `function` gives in the main process, which alone calls it, or the error it raises.
+
+    Raises:
+        RuntimeError: `function` calls for the other processes, also where there are none.
+    """
+    global _main_works_alone
+    _require_all()
     box: list[Any] = [None, None]
     if is_main:
+        _main_works_alone = True
         try:
             box[0] = function()
         except CnnftError as error:
             box[1] = error
-    _dist().broadcast_object_list(box, src=0)
+        finally:
+            _main_works_alone = False
+    if world_size > 1:
+        _dist().broadcast_object_list(box, src=0)
     if box[1] is not None:
+        box[1].met_by_main = True
         raise box[1]
     return box[0]
 

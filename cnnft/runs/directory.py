@@ -25,7 +25,7 @@ def make_directory(
     """`name`, or `name`-2, -3, ...; with `force` `name` itself.
 
     A directory is a run if it holds the file `is_run`, and of use if it holds `has_weights`. What
-    `force` replaces is kept, hidden, until `forget_replaced`.
+    `force` replaces is kept, hidden, until `forget_replaced`. The main process alone calls this.
 
     Raises:
         UsageError: `force` would replace something that is no run.
@@ -61,12 +61,16 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         CnnftError: somebody does.
     """
-    lock = FileLock(path / STATE / "lock")
+    lock = _lock_of(path)
     distributed.broadcast_from_main(lambda: _acquire(lock, path))
     try:
         yield
     finally:
         lock.release()
+
+
+def _lock_of(path: Path) -> BaseFileLock:
+    return FileLock(path / STATE / "lock")
 
 
 def _acquire(lock: BaseFileLock, path: Path) -> None:
@@ -84,8 +88,9 @@ def _acquire(lock: BaseFileLock, path: Path) -> None:
 def _put_aside(path: Path, is_run: str, has_weights: str) -> None:
     if not (path / is_run).is_file():
         raise UsageError(f"--force would delete {path}, which is not a run: choose another --name")
-    with locked(path):
-        pass  # nobody trains in it
+    lock = _lock_of(path)
+    _acquire(lock, path)  # nobody trains in it; not `locked`, as the main process is alone here
+    lock.release()
     if (path / has_weights).exists():
         forget_replaced(path)
     elif _replaced(path).exists():
