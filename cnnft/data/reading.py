@@ -97,10 +97,10 @@ def _find(
 
 def _training_classes(source: Source) -> tuple[str, ...]:
     if "train" not in source.splits:
-        other = Path(source.name, source.splits[0])
+        other = source.splits[0]
         raise CnnftError(
-            f"{source.name} has {other.name} but no train folder: put the training images into "
-            f"{other.parent / 'train'}, or give --layout flat if {other.name} is a class"
+            f"{source.name} has {other} but no train folder: add training images, or give --layout "
+            f"flat if {other} is a class"
         )
     classes = source.classes("train")
     if len(classes) < 2:

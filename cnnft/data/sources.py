@@ -31,6 +31,8 @@ OnFiles = Callable[[int, int | None], object]
 IGNORED = {"__macosx", "@eadir", "$recycle.bin", "thumbs.db", "ehthumbs.db", "desktop.ini"}
 """What systems leave in folders, in lower case; hidden files are ignored as well."""
 
+_KnownLayout = Literal["flat", "split", "class-split"]
+
 _SHOWN = 6  # names in a sentence
 
 
@@ -70,16 +72,21 @@ def open_source(source: str | Path, layout: Layout = "auto") -> Source:
 
     Raises:
         UsageError: it is not there, or no source.
+        CnnftError: its folders are not of that layout, or may be of none.
     """
     folder = require_folder(source)
     kind = _find_layout(folder) if layout == "auto" else layout
     if kind == "flat":
-        return FolderSource(folder, {"train": _by_name(class_folders(folder), folder)}, False)
+        return FolderSource(folder, kind, {"train": _by_name(class_folders(folder), folder)})
     if kind == "split":
         splits = _split_folders(folder)
         found = {split: _by_name(class_folders(path), path) for split, path in splits.items()}
-        return FolderSource(folder, found, True)
-    return FolderSource(folder, _class_splits(folder), True)
+    else:
+        found = _class_splits(folder)
+    if not found:
+        example = "train/cats" if kind == "split" else "cats/train"
+        raise CnnftError(f"{folder} has no folders of --layout {kind}, such as {folder / example}")
+    return FolderSource(folder, kind, found)
 
 
 def require_folder(data: str | Path) -> Path:
@@ -96,13 +103,17 @@ class FolderSource:
     """Class folders, in one of the layouts."""
 
     folder: Path
+    layout: _KnownLayout
     class_folders: Mapping[SplitName, Mapping[str, Path]]
     """Split -> class -> its folder."""
-    separated: bool
 
     @property
     def name(self) -> str:
         return str(self.folder)
+
+    @property
+    def separated(self) -> bool:
+        return self.layout != "flat"
 
     @property
     def splits(self) -> tuple[SplitName, ...]:
@@ -116,10 +127,9 @@ class FolderSource:
         """
         folders = self.class_folders[split]
         if not folders:
-            place = _split_folders(self.folder).get(split, self.folder)
             raise CnnftError(
-                f"{place} holds no class folders: put the images into one folder per class, "
-                f"such as {place / 'cats'} and {place / 'dogs'}"
+                f"{self.folder} holds no class folders: put the images into one folder per class, "
+                f"such as {self.folder / 'cats'} and {self.folder / 'dogs'}"
             )
         for name, folder in folders.items():
             try:
@@ -130,9 +140,12 @@ class FolderSource:
 
     def place(self, split: SplitName, name: str) -> str:
         folders = self.class_folders[split]
-        siblings = self.class_folders["train"] if name in self.class_folders["train"] else folders
-        above = next(iter(folders.values())).parent if folders else siblings[name].parent
-        return str(folders.get(name, above / name))
+        if name in folders:
+            return str(folders[name])
+        if self.layout == "class-split":
+            return str(self.folder / name / split)
+        sibling = next(iter(folders.values()), None)
+        return str((sibling.parent if sibling else self.folder) / name)
 
     def files(
         self, split: SplitName, classes: tuple[str, ...], on_files: OnFiles
@@ -158,7 +171,7 @@ class FolderSource:
 # ---------------------------------------------------------------- layouts
 
 
-def _find_layout(folder: Path) -> Literal["flat", "split", "class-split"]:
+def _find_layout(folder: Path) -> _KnownLayout:
     """split where a folder of a split's name holds class folders; else a class may have that name.
 
     Raises:
@@ -223,7 +236,7 @@ def _class_splits(folder: Path) -> dict[SplitName, dict[str, Path]]:
                     f"{folders[0]} and {folders[1]} are both a {split} folder: remove one"
                 )
             found[split][name] = folders[0]
-    return {split: classes for split, classes in found.items() if classes or split == "train"}
+    return {split: classes for split, classes in found.items() if classes}
 
 
 def _by_name(names: Sequence[str], folder: Path) -> dict[str, Path]:
