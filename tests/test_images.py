@@ -236,7 +236,7 @@ def test_quick_check_and_full_read_agree_on_a_jpeg_cut_anywhere(
 def test_what_is_no_image_has_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(images, "_opens_heic", lambda: False)
+    monkeypatch.setattr(images, "opens_heic", lambda: False)
     content, part = BAD[name]
     if "suffix" in part:
         assert suffix_problem(name) == part
@@ -276,9 +276,9 @@ def test_a_file_too_large_to_be_an_image_is_not_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def heic_anew():
-    images._opens_heic.cache_clear()
+    images.opens_heic.cache_clear()
     yield
-    images._opens_heic.cache_clear()
+    images.opens_heic.cache_clear()
 
 
 @pytest.mark.usefixtures("heic_anew")

@@ -27,7 +27,7 @@ def put(path: Path, content: bytes) -> Path:
 @pytest.fixture
 def wild(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[set[Path], dict[Path, str]]:
     """(the images, the others with a part of their reason); all in tmp_path / "photos"."""
-    monkeypatch.setattr(images, "_opens_heic", lambda: False)
+    monkeypatch.setattr(images, "opens_heic", lambda: False)
     data = draw_folder(tmp_path / "photos", ("ants", "bees"), 3)
     good = set(data.glob("*/*.png"))
     for seed, (name, make) in enumerate(GOOD.items()):

@@ -16,7 +16,7 @@ from cnnft.errors import CnnftError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from cnnft.data.checks import DataCheck, Look
+    from cnnft.data.checks import DataCheck, ImageFacts
     from cnnft.data.dataset import Dataset
     from cnnft.data.transforms import InputSpec
     from cnnft.training.advice import Advice
@@ -82,8 +82,8 @@ def command(
     with console.progress() as bar:
         inspector = Inspector(spec, keep_crops=settings is not None)
         reading = console.reading_images(bar)
-        dataset, looks = inspect_dataset(data, inspector, layout=layout, on_files=reading)
-        found = check_dataset(dataset, looks)
+        dataset, facts = inspect_dataset(data, inspector, layout=layout, on_files=reading)
+        found = check_dataset(dataset, facts)
     if sheet is not None and show_augment is not None:
         if backbone is None:
             spec = dataclasses.replace(spec, mean=found.mean, std=found.std)
@@ -94,7 +94,7 @@ def command(
     advice = None
     if settings is not None:
         try:
-            advice = _advise(settings, spec, dataset, looks)
+            advice = _advise(settings, spec, dataset, facts)
         except CnnftError as error:  # the findings are worth showing all the same
             console.warn(f"no advice: {error}")
     if json:
@@ -121,7 +121,7 @@ def _input_spec(settings: Config) -> "InputSpec":
 
 
 def _advise(
-    settings: Config, spec: "InputSpec", dataset: "Dataset", looks: "Mapping[str, Look]"
+    settings: Config, spec: "InputSpec", dataset: "Dataset", facts: "Mapping[str, ImageFacts]"
 ) -> "Advice":
     """As `finetune --mode auto` does, on the images that were decoded already."""
     from cnnft.data.loading import Loading, default_workers
@@ -138,7 +138,7 @@ def _advise(
     train, _ = train_and_val(dataset, asked.val_fraction, asked.split_seed)
     backbone = open_backbone(network.backbone, len(train.classes), weights=network.weights)
     place(backbone.network, device)
-    crops = {path: looks[path].crop for path in train.paths}
+    crops = {path: facts[path].crop for path in train.paths}
     kept = {path: crop for path, crop in crops.items() if crop is not None}
     workers = settings.machine.workers
     workers = default_workers() if workers is None else workers

@@ -1,7 +1,7 @@
-"""What training does to images, and to batches of them, at random; docs/augmentation.md shows it.
+"""Data augmentation of training images, and of batches (mixup, CutMix); see docs/augmentation.md.
 
-All of it draws from torch's generator on the CPU, which is seeded for one sample
-(`batches.TrainingImages`) or for one step (`training`), so it depends on nothing that came before.
+All of it draws from torch's CPU generator, which is seeded for one sample
+(`loading.TrainingImages`) or one step (`training.step`), so it depends on nothing that came before.
 """
 
 import math
@@ -20,15 +20,16 @@ from cnnft.config.pixels import AugmentationConfig
 from cnnft.data.transforms import InputSpec, evaluation_crop, to_tensor
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(pixels (B, 3, H, W), labels (B,)) -> pixels alike, labels or shares of the classes (B, C)."""
+"""(pixels (B, 3, H, W), labels (B,)) -> pixels of the same shape, labels or soft targets (B, C)."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a training image; a part that is 0 is left out. `Config` has the units."""
+    """What augments a training image; a part that is 0 is left out. `Config` has the units."""
 
     crop: bool = False
-    """A random one, of 8-100 % of the area and an aspect of 3/4 to 4/3, instead of evaluation's."""
+    """RandomResizedCrop, of 8-100 % of the area and an aspect ratio of 3/4 to 4/3 (Szegedy et al.,
+    2015), instead of the centre crop of evaluation."""
     hflip: bool = False
     vflip: bool = False
     crop_and_pad: float = 0.0
@@ -69,12 +70,12 @@ PRESETS: dict[Augment, Augmentation] = {
 
 
 def augmentation(config: AugmentationConfig) -> Augmentation:
-    """The preset, with the parts that the user wants otherwise."""
+    """The preset, with the parts that the user overrides."""
     return replace(PRESETS[config.augment], **changes(config))
 
 
 def changes(config: AugmentationConfig) -> dict[str, Any]:
-    """The parts in which the user wants another value than the preset's."""
+    """The parts that the user overrides."""
     given = {part.name: getattr(config, part.name, None) for part in fields(Augmentation)}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -149,7 +150,7 @@ class Lighting:
 def mixing(config: AugmentationConfig, classes: int) -> Mix:
     """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), of each image with its neighbour.
 
-    The labels (B,) become shares of the classes (B, C). With both, one is drawn for each batch.
+    The labels (B,) become soft targets (B, C). With both, one is drawn for each batch.
     """
     mixes = [
         mix(alpha=float(alpha), num_classes=classes)  # Beta takes no integers

@@ -58,7 +58,7 @@ class DataCheck:
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageFacts:
     """What is found in one image while it is decoded."""
 
     size: tuple[int, int]
@@ -72,18 +72,18 @@ class Look:
 
 
 class Inspector:
-    """image -> `Look`, for `inspect_dataset`; threads may share one."""
+    """image -> `ImageFacts`, for `inspect_dataset`; threads may share one."""
 
     def __init__(self, spec: InputSpec, keep_crops: bool) -> None:
         self.spec = spec
         self.room = _CROPS_SHARE * available(torch.device("cpu")) if keep_crops else 0.0
 
-    def __call__(self, image: Image.Image, mode: str) -> Look:
+    def __call__(self, image: Image.Image, mode: str) -> ImageFacts:
         crop = evaluation_crop(image, self.spec)
         plain = without_padding(self.spec)
         seen = crop if plain == self.spec else evaluation_crop(image, plain)
         self.room -= 3 * self.spec.size**2
-        return Look(
+        return ImageFacts(
             size=image.size,
             mode=mode,
             fingerprint=fingerprint(image),
@@ -92,8 +92,8 @@ class Inspector:
         )
 
 
-def check_dataset(dataset: Dataset, looks: Mapping[str, Look]) -> DataCheck:
-    """Findings on a dataset as the user has split it; `looks`: path -> what was found in it.
+def check_dataset(dataset: Dataset, facts: Mapping[str, ImageFacts]) -> DataCheck:
+    """Findings on a dataset as the user has split it; `facts`: path -> what was found in it.
 
     Raises:
         CnnftError: none of its training images can be read.
@@ -105,11 +105,11 @@ def check_dataset(dataset: Dataset, looks: Mapping[str, Look]) -> DataCheck:
     split_of = {path: name for name, samples in splits.items() for path in samples.paths}
     class_of = dict(zip(everything.paths, everything.labels, strict=True))
     exact = _groups(zip(everything.paths, everything.hashes, strict=True))
-    near = _near_groups({path: looks[path].fingerprint for path in everything.paths}, exact)
+    near = _near_groups({path: facts[path].fingerprint for path in everything.paths}, exact)
     alike = [*exact, *near]
-    shorter = sorted(min(look.size) for look in looks.values())
+    shorter = sorted(min(fact.size) for fact in facts.values())
     mean, std = ChannelSums.total(
-        looks[path].channels for path in dataset.train.paths
+        facts[path].channels for path in dataset.train.paths
     ).mean_and_std()
     return DataCheck(
         counts={name: samples.counts_by_class() for name, samples in splits.items()},
@@ -130,7 +130,7 @@ def check_dataset(dataset: Dataset, looks: Mapping[str, Look]) -> DataCheck:
             "median": shorter[len(shorter) // 2],
             "largest": shorter[-1],
         },
-        modes=dict(Counter(look.mode for look in looks.values()).most_common()),
+        modes=dict(Counter(fact.mode for fact in facts.values()).most_common()),
         mean=mean,
         std=std,
     )

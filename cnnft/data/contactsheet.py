@@ -1,4 +1,4 @@
-"""What training sees of a few images, on one sheet to look at."""
+"""The contact sheet: augmented training images, to look at."""
 
 import io
 

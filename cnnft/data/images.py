@@ -1,4 +1,4 @@
-"""From the bytes of a file to upright RGB pixels, or one sentence about why not."""
+"""Decoding: the bytes of a file -> upright RGB pixels, or one sentence about why not."""
 
 import io
 import re
@@ -110,7 +110,7 @@ def mode_of(path: str | Path, content: bytes) -> str:
 def decoder_versions() -> tuple[str | None, ...]:
     """Of what turns bytes into pixels: another version may give other ones."""
     codecs = (features.version(name) for name in ("jpg", "webp", "avif", "libtiff", "zlib"))
-    heic = version("pillow-heif") if _opens_heic() else None
+    heic = version("pillow-heif") if opens_heic() else None
     return (version("pillow"), *codecs, heic)
 
 
@@ -177,7 +177,7 @@ def _header(path: str | Path, content: bytes) -> Image.Image:
         raise ImageError(path, "is empty (0 bytes)")
     formats: tuple[str, ...] = _FORMATS
     if _HEIC.match(content):
-        if not _opens_heic():
+        if not opens_heic():
             raise ImageError(
                 path,
                 "is a HEIC photo, which needs the package pillow-heif: pip install 'cnnft[heic]'",
@@ -208,7 +208,7 @@ def _explained(path: str | Path) -> Iterator[None]:
 
 
 @cache
-def _opens_heic() -> bool:
+def opens_heic() -> bool:
     """Whether the plugin is installed; it is loaded when the first such photo is met."""
     try:
         from pillow_heif import register_heif_opener

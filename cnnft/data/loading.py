@@ -23,12 +23,12 @@ from cnnft.machine import distributed
 
 @dataclass(frozen=True)
 class Loading:
-    """How images reach the network."""
+    """Batch size and worker processes of a data loader."""
 
     batch_size: int
     workers: int
     pinned: bool = False
-    """In memory that a GPU copies from while it computes."""
+    """In page-locked memory, which a GPU copies from while it computes."""
 
 
 class Images(Protocol):
@@ -132,7 +132,7 @@ def _stack_training(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tens
 
 
 class Views(NamedTuple):
-    """A batch of images, each seen in V ways, that knows which images they are."""
+    """A batch of images, each in V views (test-time augmentation), with their positions."""
 
     indices: list[int]
     """Positions of the readable images in the list of files."""
@@ -164,7 +164,7 @@ def view_batches(
     loading: Loading,
     images: Images | None = None,
 ) -> ViewLoader:
-    """This process's share of the files, each once, in order; or of `images` made from them.
+    """This process's shard of the files, each once, in order; or of `images` made from them.
 
     May be iterated again; workers stay alive in between.
     """

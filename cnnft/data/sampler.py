@@ -1,4 +1,4 @@
-"""The keyed sampler: which images make up which step, a pure function of the seed."""
+"""The batch sampler: which images make up which step, a pure function of the seed."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,16 @@ from cnnft.machine import distributed
 
 Key = tuple[int, ...]
 """(epoch, index): names one random view of one training image; (epoch, index, place in the epoch)
-where an epoch may have the image again. ~index stands for the same image where it is not to
-count."""
+where sampling with replacement may repeat it. ~index stands for the same image as padding, which
+the loss ignores."""
 
 IGNORED = -100
-"""The label of an image that does not count, as `torch.nn.functional.cross_entropy` has it."""
+"""The label of an image that does not count: `ignore_index` of cross_entropy."""
 
 
 class BalancedDraw:
-    """Draws images with replacement, each class as likely as any other: first a class, then one
-    of its images. (torch.multinomial takes weights of images, but of 2^24 at most.)
+    """Class-balanced sampling with replacement: draws first a class, then one of its images.
+    (torch.multinomial, behind WeightedRandomSampler, takes 2^24 images at most.)
     """
 
     def __init__(self, labels: Sequence[int]) -> None:
@@ -45,8 +45,8 @@ class KeyedBatches(Sampler[list[Key]]):
 
     Every image occurs once an epoch, unless a `draw` says which do. The last batch may be smaller,
     but never a single image, which BatchNorm cannot train on: that one joins the batch before it.
-    Iteration gives this process's share of each batch, and an image that does not count where the
-    share is empty.
+    Iteration gives this process's shard of each batch, and an ignored image where the shard is
+    empty.
     """
 
     images: int
@@ -57,7 +57,7 @@ class KeyedBatches(Sampler[list[Key]]):
     """Where iteration begins: the steps before it were taken by a run that was interrupted."""
     draw: BalancedDraw | None = None
     views: int | None = None
-    """Of each image; the keys have them for epochs. None: a new one in every epoch."""
+    """How many of each image there are, in place of epochs. None: a new one in every epoch."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -71,7 +71,7 @@ class KeyedBatches(Sampler[list[Key]]):
         return map(self.part, range(self.first_step, len(self)))
 
     def part(self, step: int) -> list[Key]:
-        """This process's keys of a step; one that does not count where there is none."""
+        """This process's keys of a step; one that is ignored where there is none."""
         epoch, within = divmod(step, self.steps_per_epoch)
         batch, places = self.at(step), self._places(within)
         share = distributed.shard(len(batch))

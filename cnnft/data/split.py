@@ -32,9 +32,9 @@ def train_and_val(dataset: Dataset, val_fraction: float, seed: int) -> tuple[Sam
 def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Samples]:
     """Stratified (train, val), a function of file contents, `val_fraction` and `seed` alone.
 
-    Files rank by a hash of (seed, content), so names, order and the training seed do not matter.
-    Exact duplicates share that hash and stay on one side, also across classes: a content counts
-    for the class in which it is first seen.
+    Files are ranked by a hash of (seed, content), so names, order and the training seed do not
+    matter. Exact duplicates share that hash and stay on one side, also across classes: a content
+    counts for the class in which it is first seen.
 
     Raises:
         CnnftError: a class has fewer than two different images.

@@ -92,7 +92,7 @@ class EvaluationViews:
         return torch.stack([self.normalize(crop) for crop in self._views(image)])
 
     def as_bytes(self, image: Image.Image) -> Tensor:
-        """The same before its pixels become numbers, for a `Normalizing` network: uint8, in memory
+        """The same before normalisation, for a `Normalizing` network: uint8, in memory
         channels last.
         """
         crops = [torch.from_numpy(np.array(crop)) for crop in self._views(image)]
@@ -120,9 +120,9 @@ class EvaluationViews:
 
 
 class Normalizing(nn.Module):
-    """A network of images as bytes, uint8 (B, 3, H, W), which it makes what `EvaluationViews` does.
+    """A network of images as bytes, uint8 (B, 3, H, W), which it normalises as `EvaluationViews`.
 
-    So a quarter of the memory goes through the hands of the processes that decode.
+    So data-loader workers hand over a quarter of the memory.
     """
 
     def __init__(self, network: nn.Module, spec: InputSpec) -> None:
@@ -144,7 +144,7 @@ class Normalizing(nn.Module):
 
 
 def evaluation_crop(image: Image.Image, spec: InputSpec) -> Image.Image:
-    """What evaluation sees of an image, size × size, before its pixels become numbers."""
+    """What evaluation sees of an image, size × size, before normalisation."""
     return F.center_crop(_resize(image, spec, spec.resize), [spec.size, spec.size])
 
 

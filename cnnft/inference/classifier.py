@@ -53,7 +53,7 @@ class Classifier:
     pretrained_hash: str
     """`backbone_hash` before training."""
     snapshots: int = 0
-    """How many networks vote in `network`; 0: it is a single one."""
+    """How many networks of a snapshot ensemble `network` holds; 0: it is a single one."""
     pin: Pin | None = None
     """The file of the pretrained weights; None: there was none, or an older cnnft kept no pin."""
     _embed: Embed | None = field(default=None, init=False, repr=False)
@@ -76,7 +76,7 @@ class Classifier:
         """(B, 3, H, W) -> features (B, D), what enters the head; gradients flow to the pixels.
 
         Maps and tokens are averaged; of several heads (distilled networks) the mean of what enters
-        each. Of networks that vote, the features of all of them, concatenated.
+        each. Of a snapshot ensemble, the features of all its networks, concatenated.
         """
         network = self.network
         networks = list(network.networks) if isinstance(network, Ensemble) else [network]
@@ -101,7 +101,7 @@ class Classifier:
     def stream(
         self, images: str | Path | Sequence[str | Path], *, top: int | None = None, **options: Any
     ) -> Iterator[Prediction]:
-        """`predict`, yielding as batches are done; of several processes each gives its share."""
+        """`predict`, yielding as batches are done; each of several processes gives its shard."""
         paths = [images] if isinstance(images, str | Path) else images
         if top is not None and top < 1:
             raise UsageError(f"--top {top} is out of range: it must be at least 1")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cnnft.inference.classifier import Classifier
 
 _AUTO = {"cuda": 256, "cpu": 32}
-"""Views that are computed at once with --batch-size auto; more are not faster (docs/speed.md)."""
+"""Views in a batch with --batch-size auto; more are not faster (docs/speed.md)."""
 
 
 class NotANumberError(CnnftError):
@@ -49,7 +49,7 @@ class Inference:
     """None: half of the processors, at most 8."""
     precision: Precision = "float32"
     compile: bool = False
-    """With torch.compile, which takes as long as some thousand images."""
+    """torch.compile, which takes as long as predicting some thousand images."""
 
     def __post_init__(self) -> None:
         if self.tta not in get_args(TestTimeViews):
@@ -71,7 +71,7 @@ class Inference:
 def predict_files(
     classifier: "Classifier", paths: Sequence[str | Path], inference: Inference
 ) -> Iterator[tuple[Views, Tensor]]:
-    """Yields batches of this process's share as they are done: see `predict_batches`.
+    """Yields batches of this process's shard as they are done: see `predict_batches`.
 
     BatchNorm is folded however few the files are, so that the same batch gives the same bits
     whatever else is predicted, by however many workers.
@@ -143,7 +143,7 @@ def predict_batches(
 
 
 class _Compute:
-    """(B, V, 3, H, W) -> (B, C); in parts, from the batch on that did not fit a GPU's memory."""
+    """(B, V, 3, H, W) -> (B, C); in smaller parts from the first out-of-memory error on."""
 
     def __init__(self, network: nn.Module, precision: Precision) -> None:
         self.network, self.precision = network, precision

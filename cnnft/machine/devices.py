@@ -1,4 +1,4 @@
-"""How a device computes quickest what is to be computed, whatever it is."""
+"""Devices: which one, its precision (autocast), memory formats, torch.compile."""
 
 import ctypes
 import sys
@@ -17,9 +17,9 @@ _LARGEST_INT = 2**31 - 1
 
 
 def place(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move `network` to `device`, its convolutions' weights channels last.
+    """Move `network` to `device`, its convolutions' weights in channels-last memory format.
 
-    Features take that order from the weights; kernels need not rearrange them then
+    Activations take that format from the weights, so that kernels need not rearrange them
     (docs/speed.md). Apple's have no use for it.
     """
     network.to(device)

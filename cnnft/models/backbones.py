@@ -57,8 +57,8 @@ def open_backbone(
         weights: a file to take the backbone's weights from, .safetensors or .pth.
         image_size: side in pixels, if another than the one of the pretraining.
         auxiliary: with the auxiliary classifiers that were pretrained, if there are any.
-        drop_path: share of images that skip the last block in training, fewer the earlier ones
-            (Huang et al., 2016).
+        drop_path: stochastic depth: the probability that an image skips the last block in
+            training, falling linearly towards the first (Huang et al., 2016).
 
     Raises:
         UsageError: an unknown name, a missing file, weights asked for where there are none.

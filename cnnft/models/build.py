@@ -1,4 +1,4 @@
-"""An `Identity` -> a network, within bounds."""
+"""An `Identity` -> a network, of bounded size."""
 
 from dataclasses import replace
 from itertools import count
@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torchvision.ops import StochasticDepth
 
 from cnnft.models.identity import Identity
-from cnnft.models.registry import _ONE_SIZE
+from cnnft.models.registry import ONE_SIZE
 
 _PRETRAINED_AUXILIARY = {"inception_v3"}
 """torchvision's weights of GoogLeNet come with auxiliary classifiers that were never trained."""
@@ -51,7 +51,7 @@ def try_out(network: nn.Module, size: int) -> None:
 
 
 def numbers_held(identity: Identity, classes: int) -> int:
-    """How many numbers the network's tensors hold, found without making them; 0: not known.
+    """The number of parameters and of elements in buffers, found on the meta device; 0: not known.
 
     Raises:
         ValueError: more than this machine has memory for, or tensors without end.
@@ -82,7 +82,7 @@ def numbers_held(identity: Identity, classes: int) -> int:
 def at_size(identity: Identity, size: int) -> Identity:
     """The same backbone for images of `size` pixels: some networks are built for one size."""
     if identity.library == "torchvision":
-        fixed, name = identity.architecture.startswith(_ONE_SIZE), "image_size"
+        fixed, name = identity.architecture.startswith(ONE_SIZE), "image_size"
     else:
         fixed, name = bool(identity.pretrained_cfg.get("fixed_input_size")), "img_size"
     return replace(identity, model_args=identity.model_args | {name: size}) if fixed else identity
@@ -96,7 +96,7 @@ def with_auxiliary(identity: Identity) -> Identity:
 
 
 def with_drop_path(identity: Identity, share: float) -> Identity:
-    """With blocks that are skipped at random; networks that know no such argument stay as is."""
+    """With stochastic depth (drop path); networks that know no such argument stay as they are."""
     name = "drop_path_rate" if identity.library == "timm" else "stochastic_depth_prob"
     changed = replace(identity, model_args=identity.model_args | {name: share})
     try:

@@ -1,4 +1,4 @@
-"""Which parameters train, and what frozen layers do meanwhile."""
+"""Which parameters train, and in which mode (train or eval) frozen layers run meanwhile."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -60,7 +60,7 @@ def classifier_layer(network: nn.Module, head: frozenset[str]) -> tuple[str, nn.
 
 
 def replace_by_mlp(network: nn.Module, head: frozenset[str]) -> frozenset[str]:
-    """Put a hidden layer, as wide as its input, before the classifier; returns the new head.
+    """Put a hidden layer, as wide as the features, before the classifier; returns the new head.
 
     Raises:
         UsageError: the classifier is no linear layer.

@@ -58,7 +58,7 @@ class Identity:
 def _is_known(library: str, architecture: str) -> bool:
     """Whether it is one of the names that are built here: others would be fetched from a hub."""
     if library == "torchvision":
-        return architecture in _torchvision_names()
+        return architecture in torchvision_names()
     return library == "timm" and timm.is_model(architecture)
 
 
@@ -71,7 +71,7 @@ def _numbers(value: object) -> Iterator[float]:
         yield value
 
 
-def _torchvision_names() -> list[str]:
+def torchvision_names() -> list[str]:
     import torchvision.models
 
     names: list[str] = torchvision.models.list_models(module=torchvision.models)

@@ -11,7 +11,7 @@ import timm
 from cnnft.errors import CnnftError, UsageError, did_you_mean, first_line
 from cnnft.machine.files import parse_json
 from cnnft.models.hub import Remote
-from cnnft.models.identity import Identity, _torchvision_names, input_spec
+from cnnft.models.identity import Identity, input_spec, torchvision_names
 
 _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     # The weights were trained on TensorFlow's normalisation, which transform_input restores.
@@ -19,7 +19,7 @@ _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     for name in ("googlenet", "inception_v3")
 }
 
-_ONE_SIZE = "vit_"
+ONE_SIZE = "vit_"
 """torchvision's networks that are built for one size of image."""
 
 
@@ -54,7 +54,7 @@ def resolve(name: str) -> Identity:
 
 def names() -> list[str]:
     """Every architecture of timm, then every classifier of torchvision, as resolve takes them."""
-    return [*timm.list_models(), *(f"torchvision/{name}" for name in _torchvision_names())]
+    return [*timm.list_models(), *(f"torchvision/{name}" for name in torchvision_names())]
 
 
 def local_folder(name: str) -> Path | None:
@@ -134,8 +134,8 @@ def _from_torchvision(name: str) -> Identity:
     from torchvision.models import get_model_weights
 
     architecture, _, tag = name.removeprefix("torchvision/").partition("@")
-    if architecture not in _torchvision_names():
-        known = [f"torchvision/{other}" for other in _torchvision_names()]
+    if architecture not in torchvision_names():
+        known = [f"torchvision/{other}" for other in torchvision_names()]
         raise UsageError(f"unknown backbone {name!r}{did_you_mean(name, known)}")
     options = get_model_weights(architecture)
     if tag and tag not in options.__members__:
@@ -144,7 +144,7 @@ def _from_torchvision(name: str) -> Identity:
     tag = options[tag or "DEFAULT"].name
     full = f"torchvision/{architecture}@{tag}"
     model_args = _TORCHVISION_ARGS.get(architecture, {})
-    if architecture.startswith(_ONE_SIZE):
+    if architecture.startswith(ONE_SIZE):
         model_args = {"image_size": options[tag].transforms().crop_size[0]}
     return Identity(full, "torchvision", architecture, tag, model_args)
 

@@ -1,4 +1,4 @@
-"""Where a network can be cut: what is frozen comes before, what trains comes after.
+"""Where a network can be cut into a feature extractor, which is frozen, and what trains after it.
 
 Nothing asks which architecture it is: what computes when is seen on an example, and a cut that
 changes the example's logits is none.

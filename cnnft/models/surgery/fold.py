@@ -1,8 +1,8 @@
-"""BatchNorm that directly follows a convolution, computed by the convolution.
+"""BatchNorm folding: fused into the convolution or linear layer that it directly follows.
 
-Both are linear where the statistics are fixed, so the convolution with other weights does for both
-(but for rounding), and activations pass through memory once less. Which follows which is seen on an
-example, and what changes the example's logits is left as it is.
+Both are linear where the running statistics are fixed, so the layer with other weights does for
+both (but for rounding), and activations pass through memory once less. Which follows which is seen
+on an example, and what changes the example's logits is left as it is.
 """
 
 from collections.abc import Collection

@@ -1,4 +1,4 @@
-"""Which modules compute when: seen on an example, whatever the architecture."""
+"""Tracing with forward hooks: which modules compute when, seen on an example."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
