@@ -17,9 +17,9 @@ from cnnft.models.backbones import open_backbone
 from cnnft.models.freezing import freeze, train_mode
 from cnnft.models.surgery.cut import find_cut
 from cnnft.runs.run import Run
+from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
-from cnnft.training.session import Stopped
 from cnnft.training.step import StepDone
 
 

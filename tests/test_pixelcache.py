@@ -27,9 +27,9 @@ from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import UsageError
 from cnnft.runs.run import Run
 from cnnft.training import batchsize as memory
+from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
-from cnnft.training.session import Stopped
 
 Cli = Callable[..., Outcome]
 SPEC = InputSpec(24, 0.75, "bicubic", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))

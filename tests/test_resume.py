@@ -15,9 +15,9 @@ from cnnft import CnnftError, Config
 from cnnft.runs.checkpoints import Checkpoint, save_checkpoint
 from cnnft.runs.run import Epoch, Run
 from cnnft.training import schedules
+from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
-from cnnft.training.session import Stopped
 from cnnft.training.step import StepDone
 
 Cli = Callable[..., Outcome]

@@ -28,9 +28,9 @@ from cnnft.models.registry import resolve
 from cnnft.models.surgery.embed import find_embedding, find_head
 from cnnft.runs.run import Run
 from cnnft.training.distillation import make_soft_targets
+from cnnft.training.events import Finished
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
-from cnnft.training.session import Finished
 
 # Architecture -> (side in pixels, the paths of the layers that make its logits).
 QUICK = {

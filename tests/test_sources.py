@@ -13,9 +13,9 @@ from cnnft.data.dataset import Dataset, Samples, Skipped, join
 from cnnft.data.reading import inspect_dataset, read_dataset
 from cnnft.data.sources import OnFiles, Source, open_source
 from cnnft.errors import CnnftError
+from cnnft.training.events import Finished
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import Plan, prepare
-from cnnft.training.session import Finished
 
 Cli = Callable[..., Outcome]
 

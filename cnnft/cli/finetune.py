@@ -16,8 +16,8 @@ from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
     from cnnft.runs.run import Run
+    from cnnft.training.events import Finished
     from cnnft.training.plan import Plan
-    from cnnft.training.session import Finished
 
 
 @with_flags

@@ -14,9 +14,8 @@ from cnnft.errors import CnnftError
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
     from cnnft.runs.run import Epoch, Run
-    from cnnft.training.finetune import Event
+    from cnnft.training.events import Event, Finished
     from cnnft.training.plan import Plan
-    from cnnft.training.session import Finished
 
 
 class InterruptedRunError(CnnftError):
@@ -37,8 +36,8 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     """
     from cnnft.cache.pixels import CacheProgress
     from cnnft.runs.run import Epoch
-    from cnnft.training.finetune import Started, run_plan
-    from cnnft.training.session import Stopped
+    from cnnft.training.events import Started, Stopped
+    from cnnft.training.finetune import run_plan
     from cnnft.training.step import StepDone
 
     macro = "   macro" if plan.config.balanced else ""
@@ -78,7 +77,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
 
 def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
     """`events`; where they end in an error, how to go on."""
-    from cnnft.training.finetune import Started
+    from cnnft.training.events import Started
     from cnnft.training.session import DivergedError
 
     run: Run | None = None

@@ -76,11 +76,7 @@ class LossConfig:
     """What training minimises."""
 
     label_smoothing: float = option(
-        0.0,
-        "Label smoothing; 0.1 is usual.",
-        bounds=below(0, 1),
-        panel=REGULARIZATION,
-        metavar="P",
+        0.0, "Label smoothing; 0.1 is usual.", bounds=below(0, 1), panel=REGULARIZATION, metavar="P"
     )
     focal: float = option(
         0.0,
@@ -137,11 +133,7 @@ class OptimizerConfig:
         shown="the 1/10 rule",
     )
     head_lr: float | None = option(
-        None,
-        "Learning rate of the new head.",
-        bounds=above(0),
-        panel=MAIN,
-        shown="the 1/10 rule",
+        None, "Learning rate of the new head.", bounds=above(0), panel=MAIN, shown="the 1/10 rule"
     )
     layer_decay: float | None = option(
         None,
@@ -152,10 +144,7 @@ class OptimizerConfig:
     )
     momentum: float = option(0.9, "Momentum of sgd and its relatives.", bounds=below(0, 1))
     weight_decay: float = option(
-        0.0,
-        "Weight decay, of all but norms and biases.",
-        bounds=Bounds(0),
-        panel=REGULARIZATION,
+        0.0, "Weight decay, of all but norms and biases.", bounds=Bounds(0), panel=REGULARIZATION
     )
     decay_all: bool = option(
         False, "Weight decay of norms and biases too.", panel=REGULARIZATION, switch=True

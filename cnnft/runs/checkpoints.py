@@ -7,6 +7,7 @@ newest two are kept: where one is damaged, the one before it serves.
 import hashlib
 import json
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from cnnft.config.texts import parse_interval
 from cnnft.errors import CnnftError
 from cnnft.machine.files import parse_json, to_safetensors, write_whole
 
@@ -30,6 +32,21 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+
+
+class Interval:
+    """When the next checkpoint is due: `--checkpoint-every`."""
+
+    def __init__(self, every: str, step: int) -> None:
+        self.seconds, self.steps = parse_interval(every)
+        self.saved(step)
+
+    def saved(self, step: int) -> None:
+        self.step, self.time = step, time.monotonic()
+
+    def due(self, step: int) -> bool:
+        long = time.monotonic() - self.time >= self.seconds
+        return long or step - self.step >= self.steps
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

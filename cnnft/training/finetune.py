@@ -3,34 +3,23 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cnnft.cache.pixels import CacheProgress
 from cnnft.config.recipes import expand
 from cnnft.config.schema import Config
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed
 from cnnft.machine.environment import environment
-from cnnft.runs.run import Epoch, Run
+from cnnft.runs.run import Run
+from cnnft.training.events import Event, Finished, Started
 from cnnft.training.plan import Plan, prepare
-from cnnft.training.session import DivergedError, Finished, Session, Stopped
+from cnnft.training.session import DivergedError, Session
 from cnnft.training.state import NonFiniteLossError
-from cnnft.training.step import StepDone
 from cnnft.training.tensorboard import Board
 
 _log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Started:
-    """The first event: the run's directory is there."""
-
-    run: Run
-
-
-Event = Started | CacheProgress | StepDone | Epoch | Finished | Stopped
 
 _FILES_SHOWN = 3
 

@@ -7,39 +7,38 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from timm.layers import convert_sync_batchnorm
-from torch import nn
 
 from cnnft.config.choices import Mode
-from cnnft.config.pixels import InputConfig
 from cnnft.config.run import DataConfig
 from cnnft.config.schema import Config
-from cnnft.config.texts import parse_statistics
 from cnnft.data.augmentation import augmentation
 from cnnft.data.dataset import Samples, Skipped
 from cnnft.data.loading import Loading, default_workers, forward_batch
 from cnnft.data.reading import read_dataset
-from cnnft.data.sampler import BalancedDraw, KeyedBatches, keyed_seed
+from cnnft.data.sampler import BalancedDraw, KeyedBatches
 from cnnft.data.sources import OnFiles, require_folder
 from cnnft.data.split import train_and_val
-from cnnft.data.statistics import channel_statistics
-from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.storage import require_model
-from cnnft.machine.devices import choose_device, choose_precision, place
-from cnnft.models.backbones import Backbone, open_backbone
-from cnnft.models.freezing import batchnorms, freeze, freezes_statistics, learning_statistics
-from cnnft.models.heads import add_dropout, initialise, replace_by_mlp
+from cnnft.machine.devices import choose_device, choose_precision
+from cnnft.models.freezing import batchnorms, freezes_statistics, learning_statistics
 from cnnft.models.registry import local_folder, resolve
-from cnnft.models.weights import LoadedWeights, backbone_hash
-from cnnft.probe.probe import Fitting, Probed, install, probe
+from cnnft.models.weights import LoadedWeights
 from cnnft.runs.checkpoints import Checkpoint
 from cnnft.runs.run import Run
 from cnnft.training.advice import Advice, advise_on
-from cnnft.training.batchsize import largest_batch
 from cnnft.training.distillation import load_teachers
-from cnnft.training.losses import balanced_weights
+from cnnft.training.network import (
+    install_probe,
+    make_classifier,
+    new_head,
+    open_network,
+    probe_network,
+    settle_input,
+    settle_network,
+    trains_auxiliary,
+)
 from cnnft.training.optim import LearningRates, Start, learning_rates, require_optimizer
 from cnnft.training.schedules import Length
 from cnnft.training.tensorboard import require_tensorboard
@@ -126,18 +125,18 @@ def prepare(
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
     _warn_of_known(config.loss.teacher, images.val)
     loading = _loading(config, device)
-    backbone = _open(config, len(classes), device)
-    spec = _input_spec(config.input, backbone.input_spec, images.train, loading)
-    probed = None if checkpoint else _probe(config, backbone, spec, images.train, loading)
+    backbone = open_network(config, len(classes), device)
+    spec = settle_input(config.input, backbone.input_spec, images.train, loading)
+    probed = None if checkpoint else probe_network(config, backbone, spec, images.train, loading)
     advice = None if probed is None else advise_on(images.train, probed.probe.accuracy)
     if requested == "auto":
         assert advice is not None
         config = config.replace(**advice.cell.settings)
-        if _auxiliary(config):
-            backbone = _open(config, len(classes), device)
-    head = _new_head(config, backbone)
-    fitted = _install_probe(config, backbone, head, probed)
-    config, network = _settle_network(config, backbone, head, spec, len(images.train))
+        if trains_auxiliary(config):
+            backbone = open_network(config, len(classes), device)
+    head = new_head(config, backbone)
+    fitted = install_probe(config, backbone, head, probed)
+    config, network = settle_network(config, backbone, head, spec, len(images.train))
     plan = Plan(
         config=config,
         requested_mode=requested,
@@ -145,7 +144,7 @@ def prepare(
         val=images.val,
         skipped=images.skipped,
         leaked=images.leaked,
-        classifier=_classifier(config, backbone, network, head, classes, spec),
+        classifier=make_classifier(config, backbone, network, head, classes, spec),
         stages=backbone.stages,
         weights=backbone.weights,
         advice=advice,
@@ -256,136 +255,6 @@ def _batches(config: Config, train: Samples) -> KeyedBatches:
         config.training.epochs,
         draw=BalancedDraw(train.labels) if config.training.sampling == "balanced" else None,
         views=config.views if config.views is None or random else 1,
-    )
-
-
-# ---------------------------------------------------------------- the network
-
-
-def _open(config: Config, classes: int, device: torch.device) -> Backbone:
-    # Where weights are random.
-    torch.default_generator.manual_seed(keyed_seed("backbone", config.training.seed))
-    backbone = open_backbone(
-        config.network.backbone,
-        classes,
-        pretrained=config.network.pretrained,
-        weights=config.network.weights,
-        image_size=config.input.image_size,
-        auxiliary=_auxiliary(config),
-        drop_path=config.network.drop_path,
-    )
-    place(backbone.network, device)
-    return backbone
-
-
-def _auxiliary(config: Config) -> bool:
-    """Auxiliary classifiers train with the layers below them, or not at all."""
-    return config.freezing.mode == "finetune" and config.freezing.train_stages is None
-
-
-def _input_spec(
-    config: InputConfig, spec: InputSpec, samples: Samples, loading: Loading
-) -> InputSpec:
-    """The backbone's, with the user's `fit` and `normalize`."""
-    spec = spec if config.fit is None else replace(spec, fit=config.fit)
-    if config.normalize == "dataset":
-        mean, std = channel_statistics(samples.paths, spec, loading)
-        return replace(spec, mean=mean, std=std)
-    if config.normalize != "pretrained":
-        mean, std = parse_statistics(config.normalize)
-        return replace(spec, mean=mean, std=std)
-    return spec
-
-
-def wants_probe(config: Config) -> bool:
-    """Whether the head is to start from a linear probe, where it is one linear layer."""
-    network, freezing = config.network, config.freezing
-    if freezing.probe_first is not None:
-        return freezing.probe_first
-    trains_more = freezing.mode in ("finetune", "bn-only") and freezing.train_stages != 0
-    plain = network.head == "linear" and network.head_init == "default"
-    return network.pretrained and trains_more and plain
-
-
-def _probe(
-    config: Config, backbone: Backbone, spec: InputSpec, train: Samples, loading: Loading
-) -> Probed | None:
-    auto = config.freezing.mode == "auto"
-    if not auto and not wants_probe(config):
-        return None
-    weights = balanced_weights(train.once().counts()) if config.balanced else None
-    fitting = Fitting(
-        seed=config.training.seed,
-        class_weights=weights,
-        always=auto,
-        on_disk=config.machine.cache in ("auto", "disk"),
-        about=Path(config.dataset.data).name,
-    )
-    return probe(backbone, spec, train, loading, fitting)
-
-
-def _new_head(config: Config, backbone: Backbone) -> frozenset[str]:
-    """Put the new head on the backbone, initialised by the seed alone; its tensors' names."""
-    network, head = backbone.network, backbone.head
-    device = next(network.parameters()).device
-    network.cpu()  # each device draws numbers of its own
-    if config.network.head == "mlp":
-        head = replace_by_mlp(network, head)
-    torch.default_generator.manual_seed(keyed_seed("head", config.training.seed))
-    initialise(network, head, config.network.head_init)
-    network.to(device)
-    return head
-
-
-def _install_probe(
-    config: Config, backbone: Backbone, head: frozenset[str], probed: Probed | None
-) -> bool:
-    """Whether the head is the probe from here on."""
-    if probed is not None and probed.installable and wants_probe(config):
-        install(backbone.network, head, probed.probe)
-        return True
-    if config.freezing.probe_first and (probed is None or not probed.installable):
-        raise UsageError("--probe-first: this backbone's classifier is no single linear layer")
-    return False
-
-
-def _settle_network(
-    config: Config, backbone: Backbone, head: frozenset[str], spec: InputSpec, images: int
-) -> tuple[Config, nn.Module]:
-    """Freeze, add what trains with the head, and find the batch size, if that is auto."""
-    network, freezing = backbone.network, config.freezing
-    freeze(network, head, backbone.stages, freezing.mode, freezing.train_stages)
-    if config.network.dropout:
-        add_dropout(network, head, config.network.dropout)
-    if config.machine.sync_bn:
-        network = convert_sync_batchnorm(network)
-    if config.training.batch_size == "auto":
-        precision = config.machine.settled_precision
-        largest = largest_batch(network, spec.size, images, precision)
-        config = config.replace(batch_size=largest)
-    return config, network
-
-
-def _classifier(
-    config: Config,
-    backbone: Backbone,
-    network: nn.Module,
-    head: frozenset[str],
-    classes: tuple[str, ...],
-    spec: InputSpec,
-) -> Classifier:
-    weights = backbone.weights
-    return Classifier(
-        network=network,
-        classes=classes,
-        input_spec=spec,
-        identity=backbone.identity,
-        head=head,
-        head_kind=config.network.head,
-        weights_source=weights.source if weights else None,
-        missing=weights.missing if weights else (),
-        pretrained_hash=backbone_hash(network, head),
-        pin=weights.pin if weights else None,
     )
 
 

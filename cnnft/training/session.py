@@ -2,15 +2,13 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import nn
 
 from cnnft.cache.pixels import CacheProgress
-from cnnft.config.texts import parse_interval
 from cnnft.data.augmentation import augmentation, mixing
 from cnnft.data.loading import Loading, view_batches
 from cnnft.data.transforms import EvaluationViews
@@ -24,11 +22,12 @@ from cnnft.metrics import Score
 from cnnft.models.freezing import SMALL_BATCH, batchnorms, changing, learning_statistics
 from cnnft.models.surgery.fold import folds
 from cnnft.models.surgery.substitute import Substituted
-from cnnft.runs.checkpoints import Checkpoint
+from cnnft.runs.checkpoints import Checkpoint, Interval
 from cnnft.runs.run import Epoch, Run
 from cnnft.training.averaging import equal_average, recalibrate, running_average
 from cnnft.training.constraints import gradient_rules, weight_rules
 from cnnft.training.distillation import make_soft_targets
+from cnnft.training.events import Finished, Stopped
 from cnnft.training.feed import Feed
 from cnnft.training.losses import make_objective
 from cnnft.training.optim import make_optimizer
@@ -47,28 +46,6 @@ from cnnft.training.step import EpochDone, StepDone, train
 from cnnft.training.tensorboard import Board
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event: the run holds the model."""
-
-    run: Run
-    best: Epoch
-    val: Score
-    """Of the model, which chose it too."""
-    model: str
-    """Which one it is: "best epoch 7", or an average or ensemble."""
-    selected: bool = True
-    """Whether it was chosen on val, so that its score is optimistic."""
-
-
-@dataclass(frozen=True)
-class Stopped:
-    """The last event where the caller stopped training: a resumed run goes on after this step."""
-
-    run: Run
-    step: int
 
 
 class DivergedError(CnnftError):
@@ -95,7 +72,7 @@ class Session:
                 same_views=not (augmentation(parts).random or parts.mixes),
             )
         self.feed = Feed(plan)
-        self.checkpoints = _Interval(plan.config.run.checkpoint_every, self.state.step)
+        self.checkpoints = Interval(plan.config.run.checkpoint_every, self.state.step)
 
     def _restore(self, saved: Checkpoint) -> None:
         try:
@@ -299,21 +276,6 @@ def _make_state(plan: Plan, history: list[Epoch]) -> TrainState:
         state.average = equal_average(network)
         state.averaged = lambda step: step > begin and step % per_epoch == 0
     return state
-
-
-class _Interval:
-    """When the next checkpoint is due."""
-
-    def __init__(self, every: str, step: int) -> None:
-        self.seconds, self.steps = parse_interval(every)
-        self.saved(step)
-
-    def saved(self, step: int) -> None:
-        self.step, self.time = step, time.monotonic()
-
-    def due(self, step: int) -> bool:
-        long = time.monotonic() - self.time >= self.seconds
-        return long or step - self.step >= self.steps
 
 
 def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:

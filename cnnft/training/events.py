@@ -1,0 +1,40 @@
+"""What a run yields while it trains: the caller draws progress, logs, or stops."""
+
+from dataclasses import dataclass
+
+from cnnft.cache.pixels import CacheProgress
+from cnnft.metrics import Score
+from cnnft.runs.run import Epoch, Run
+from cnnft.training.step import StepDone
+
+
+@dataclass(frozen=True)
+class Started:
+    """The first event: the run's directory is there."""
+
+    run: Run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event: the run holds the model."""
+
+    run: Run
+    best: Epoch
+    val: Score
+    """Of the model, which chose it too."""
+    model: str
+    """Which one it is: "best epoch 7", or an average or ensemble."""
+    selected: bool = True
+    """Whether it was chosen on val, so that its score is optimistic."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The last event where the caller stopped training: a resumed run goes on after this step."""
+
+    run: Run
+    step: int
+
+
+Event = Started | CacheProgress | StepDone | Epoch | Finished | Stopped
