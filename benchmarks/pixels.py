@@ -38,7 +38,7 @@ from cnnft.data.reading import read_dataset
 from cnnft.data.sources import image_files
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.inference.predict import collect, predict_batches
-from cnnft.runs.run import Epoch
+from cnnft.runs.records import Epoch
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 

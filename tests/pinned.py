@@ -17,7 +17,7 @@ from conftest import draw_folder
 from safetensors.torch import save_file
 
 from cnnft import Config
-from cnnft.runs.run import Epoch
+from cnnft.runs.records import Epoch
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 from cnnft.training.step import StepDone

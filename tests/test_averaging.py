@@ -13,7 +13,8 @@ from cnnft.config.schema import Config
 from cnnft.data.loading import Views
 from cnnft.inference.predict import Ensemble
 from cnnft.models.weights import backbone_hash
-from cnnft.runs.run import Epoch, Run
+from cnnft.runs.records import Epoch
+from cnnft.runs.run import Run
 from cnnft.training.averaging import equal_average, recalibrate, running_average
 from cnnft.training.constraints import gradient_rules, weight_rules
 from cnnft.training.finetune import run_plan

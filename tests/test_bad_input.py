@@ -467,7 +467,7 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "one class twice": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes=["ants", "ants"])),
-        ("config.json", "one twice"),
+        ("config.json", "classes lists one twice"),
     ),
     "a class that no file can hold": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes=["ants", "\ud800"])),
@@ -475,7 +475,7 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "classes that are no list": (
         lambda r: describe_anew(r, lambda d: d["cnnft"].update(classes="ab")),
-        ("config.json", "a list of names is none"),
+        ("config.json", "classes must be a list of strings"),
     ),
     "images of a million pixels a side": (
         lambda r: describe_anew(r, lambda d: d["cnnft"]["input_spec"].update(size=10**6)),
@@ -491,7 +491,7 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "weights from a number": (
         lambda r: describe_anew(r, lambda d: d["cnnft"]["backbone"].update(weights_source=3)),
-        ("config.json", "no text"),
+        ("config.json", "must be strings"),
     ),
     "a much larger network": (
         lambda r: describe_anew(r, lambda d: d["model_args"].update(channels=[2000] * 4)),

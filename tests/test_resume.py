@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from cnnft import CnnftError, Config
 from cnnft.runs.checkpoints import Checkpoint, save_checkpoint
-from cnnft.runs.run import Epoch, Run
+from cnnft.runs.records import Epoch
+from cnnft.runs.run import Run
 from cnnft.training import schedules
 from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan

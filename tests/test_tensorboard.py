@@ -9,7 +9,8 @@ import pytest
 from conftest import Outcome
 
 from cnnft import CnnftError, Config
-from cnnft.runs.run import Epoch, Run
+from cnnft.runs.records import Epoch
+from cnnft.runs.run import Run
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 

@@ -2,12 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from cnnft.errors import CnnftError
 from cnnft.inference.predictions import Predictions
 from cnnft.metrics import mcnemar, tango_interval
+from cnnft.runs.records import Metrics
 from cnnft.runs.run import Run
 
 _PLACES = ("name", "runs_dir")
@@ -82,7 +82,7 @@ class Comparison:
     """Architecture, pretrained weights, preprocessing: as they were, whatever the settings say."""
     versions: Rows | None
     """None: unknown, because a run was made before runs kept them."""
-    metrics: tuple[dict[str, Any], dict[str, Any]]
+    metrics: tuple[Metrics, Metrics]
     paired: Paired | None
     """None: no image is shared, or a run was made before runs kept their predictions."""
     unknown: dict[str, list[str]]
@@ -158,8 +158,10 @@ def _data(a: Run, b: Run) -> DataDifference:
 
 def _files(run: Run) -> dict[_Use, list[str]]:
     files = defaultdict(list)
-    for row in run.images():
-        files[_Use(row["sha256"], row["split"], row["class"])].append(row["file"])
+    for split, samples in run.dataset().splits.items():
+        rows = zip(samples.paths, samples.hashes, samples.labels, strict=True)
+        for path, digest, label in rows:
+            files[_Use(digest, split, samples.classes[label])].append(path)
     return files
 
 
@@ -169,24 +171,19 @@ def _counts(splits: Iterable[str]) -> dict[str, int]:
 
 def _network(run: Run) -> dict[str, Any]:
     """What the description says of the network before training, flat."""
-    description = run.description()
-    try:
-        own = description["cnnft"]
-        return {
-            "architecture": description["architecture"],
-            "model_args": description["model_args"],
-            "classes": own["classes"],
-            "head": own.get("head_kind"),
-            "backbone": own["backbone"]["name"],
-            "backbone sha256": own["backbone"]["sha256"],
-            "weights": own["backbone"]["weights_source"],
-            **{f"weights {key}": value for key, value in (own.get("weights_file") or {}).items()},
-            **own["input_spec"],
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CnnftError(
-            f"the config.json of {run.path} does not describe a cnnft classifier ({error!r})"
-        ) from error
+    described = run.description()
+    identity, pin = described.identity, described.pin
+    return {
+        "architecture": identity.architecture,
+        "model_args": identity.model_args,
+        "classes": described.classes,
+        "head": described.head_kind,
+        "backbone": identity.name,
+        "backbone sha256": described.pretrained_hash,
+        "weights": described.weights_source,
+        **{f"weights {key}": value for key, value in (asdict(pin) if pin else {}).items()},
+        **asdict(described.input_spec),
+    }
 
 
 def _paired(a: Predictions | None, b: Predictions | None) -> Paired | None:

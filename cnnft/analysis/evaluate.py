@@ -1,6 +1,6 @@
 """How good a classifier is on labelled images that it was not trained on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cnnft.config.choices import Split
@@ -20,6 +20,7 @@ from cnnft.metrics import (
     macro_average,
     top_k_accuracy,
 )
+from cnnft.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,26 @@ def splits_to_evaluate(source: Source, split: Split) -> tuple[SplitName, ...]:
     raise UsageError(f"{source.name} has no {split} folder ({found}): choose another --split")
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a model has seen before, by the SHA-256 of the images; nothing where none is known."""
+
+    trained_on: frozenset[str] = frozenset()
+    """They are left out: to score them would be a data leak."""
+    selected_on: frozenset[str] = frozenset()
+    """Training selected its best epoch on them; they are counted."""
+
+    @classmethod
+    def by(cls, run: Run) -> "Seen":
+        splits = run.dataset().splits
+        return cls(frozenset(splits["train"].hashes), frozenset(splits["val"].hashes))
+
+
 def evaluate(
     classifier: Classifier,
     dataset: Dataset,
     inference: Inference,
-    seen: "Seen",
+    seen: Seen,
     on_image: Callable[[int], object] = lambda total: None,
 ) -> Evaluation:
     """Evaluate on a dataset, read with the classifier's classes.
@@ -84,23 +100,12 @@ def evaluate(
     kept = samples.without(seen.trained_on)
     _require_some(kept, samples, dataset)
     predictions = predict(classifier, kept, inference, "test", lambda: on_image(len(kept)))
-    selected_on = set(seen.selected_on)
     return evaluation_of(
         predictions,
         left_out=len(samples) - len(kept),
-        selected_on=sum(digest in selected_on for digest in kept.hashes),
+        selected_on=sum(digest in seen.selected_on for digest in kept.hashes),
         skipped=dataset.skipped,
     )
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a model has seen before, by the SHA-256 of the images."""
-
-    trained_on: Iterable[str] = ()
-    """They are left out."""
-    selected_on: Iterable[str] = ()
-    """They are counted."""
 
 
 def evaluation_of(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -27,45 +28,53 @@ ONNX_TOLERANCE = 1e-4
 ONNX_IMAGES = 8
 
 
-def export_run(run: Run, format: ExportFormat, output: str | Path | None = None) -> Path:
-    """Write the run's classifier as one file; returns its path (default: <run>/<run><suffix>).
+def export_model(
+    folder: str | Path, format: ExportFormat, output: str | Path | None = None
+) -> Path:
+    """Write the classifier of a run as one file; returns its path (default: <run>/<run><suffix>).
+
+    The folder of a model alone, without the rest of a run, serves too, but not for ONNX.
 
     Raises:
-        UsageError: the output is a folder, or a head is asked of a run that has none of its own.
+        UsageError: no such run; the output is a folder, or a head is asked of a model that has
+            none of its own.
         CnnftError: the run is not finished, or the ONNX file disagrees with PyTorch.
     """
-    classifier = load(run.path, device="cpu")
-    path = Path(output) if output else run.path / (run.path.resolve().name + SUFFIX[format])
-    if path.resolve() in {(run.path / name).resolve() for name in FILES}:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such run")
+    classifier = load(folder, device="cpu")
+    path = Path(output) if output else folder / (folder.resolve().name + SUFFIX[format])
+    if path.resolve() in {(folder / name).resolve() for name in FILES}:
         raise UsageError(f"--output {path} is one of the run's own files: choose another name")
     if path.is_dir():
         raise UsageError(f"--output {path} is a folder: give the file to write")
     if classifier.snapshots and format != "onnx":
         raise UsageError(
-            f"{run.path} is {classifier.snapshots} networks that vote, which only --format onnx "
+            f"{folder} is {classifier.snapshots} networks that vote, which only --format onnx "
             "puts into one file"
         )
     writers: dict[ExportFormat, Callable[[], bytes]] = {
-        "head": lambda: _head(classifier, run),
+        "head": lambda: _head(classifier, folder),
         "safetensors": lambda: _whole(classifier),
-        "onnx": lambda: _onnx(classifier, run),
+        "onnx": lambda: _onnx(classifier, folder),
     }
     write_whole(path, writers[format]())
     return path
 
 
-def _head(classifier: Classifier, run: Run) -> bytes:
-    way_out = f"use: cnnft export {run.path} --format safetensors"
+def _head(classifier: Classifier, folder: Path) -> bytes:
+    way_out = f"use: cnnft export {folder} --format safetensors"
     if classifier.weights_source is None:
-        raise UsageError(f"{run.path} has a random backbone, which exists nowhere else: {way_out}")
+        raise UsageError(f"{folder} has a random backbone, which exists nowhere else: {way_out}")
     if classifier.missing:
         raise UsageError(
-            f"{len(classifier.missing)} backbone tensors of {run.path}, such as "
+            f"{len(classifier.missing)} backbone tensors of {folder}, such as "
             f"{classifier.missing[0]}, were not in the weights file and are random: {way_out}"
         )
     if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
         raise UsageError(
-            f"{run.path} trained its backbone too, so the head alone would not be enough: {way_out}"
+            f"{folder} trained its backbone too, so the head alone would not be enough: {way_out}"
         )
     state = classifier.network.state_dict()
     head = {name: state[name] for name in sorted(classifier.head)}
@@ -80,7 +89,7 @@ def _metadata(classifier: Classifier) -> dict[str, str]:
     return {"cnnft": json.dumps(describe(classifier), ensure_ascii=False)}
 
 
-def _onnx(classifier: Classifier, run: Run) -> bytes:
+def _onnx(classifier: Classifier, folder: Path) -> bytes:
     """normalised pixels (B, 3, H, W) -> logits (B, C), any B; checked before it is returned."""
     try:
         import onnx
@@ -90,7 +99,7 @@ def _onnx(classifier: Classifier, run: Run) -> bytes:
         raise CnnftError(
             f"--format onnx needs the package {error.name}: pip install 'cnnft[onnx]'"
         ) from error
-    pixels = _real_pixels(classifier, run)
+    pixels = _real_pixels(classifier, folder)
     try:
         program = torch.onnx.export(
             classifier.network,
@@ -124,19 +133,23 @@ def _onnx(classifier: Classifier, run: Run) -> bytes:
     return content
 
 
-def _real_pixels(classifier: Classifier, run: Run) -> torch.Tensor:
-    """Some of the run's validation images, preprocessed: (N, 3, H, W), 2 <= N <= ONNX_IMAGES."""
-    found = []
-    for path in run.files("val") + run.files("train"):
-        try:
+def _real_pixels(classifier: Classifier, folder: Path) -> torch.Tensor:
+    """Some of the run's images, preprocessed: (N, 3, H, W), 2 <= N <= ONNX_IMAGES."""
+    if not Run.is_run(folder):
+        raise CnnftError(
+            f"{folder} does not say which images it was trained on, and an ONNX file is not "
+            "written unchecked: use --format safetensors"
+        )
+    splits = Run.open(folder).dataset().splits
+    found: list[torch.Tensor] = []
+    for path in (*splits["val"].paths, *splits["train"].paths):
+        with suppress(ImageError):  # moved since; others will do
             found.append(classifier.preprocess(read_image(path)))
-        except ImageError:
-            continue  # moved since; others will do
         if len(found) == ONNX_IMAGES:
             break
     if len(found) < 2:
         raise CnnftError(
-            f"the images of {run.path} are gone (see its data.csv), and an ONNX file is not "
+            f"the images of {folder} are gone (see its data.csv), and an ONNX file is not "
             "written unchecked: bring them back, or use --format safetensors"
         )
     return torch.stack(found)

@@ -150,7 +150,7 @@ def _advise(
 
 
 def _sheet_settings(data: str, augment: Augment | None, config_file: str | None) -> Config:
-    from cnnft.runs.run import read_config_file
+    from cnnft.config.file import read_config_file
 
     values = {} if config_file is None else read_config_file(config_file)
     given: dict[str, Any] = {"data": data} | ({} if augment is None else {"augment": augment})

@@ -10,11 +10,11 @@ from cnnft.cli import console, options
 
 if TYPE_CHECKING:
     from cnnft.analysis.compare import Comparison, DataDifference, Paired, Rows
+    from cnnft.metrics import Score
 
 _MOST = 5  # changed files shown; --json has all
 _LONGEST = 100  # characters of a value; --json has all
 _METHOD = "exact McNemar test; Tango's score interval"
-_SELECTED = "selected on val, so both are optimistic"
 
 
 def command(
@@ -105,14 +105,15 @@ def _data(data: "DataDifference") -> None:
 
 def _metrics(found: "Comparison") -> None:
     a, b = found.metrics
+    note = _selected(found)
     if a == b and found.paired is not None and found.paired.same:
-        _line("metrics", f"no difference (val accuracy {a['val']['accuracy']:.1%}, {_SELECTED})")
+        _line("metrics", f"no difference (val accuracy {a.val.accuracy:.1%}, {note})")
         return
-    rows = [("best epoch", str(a["best_epoch"]), str(b["best_epoch"]))]
-    rows.append(("val accuracy", _accuracy(a["val"]), _accuracy(b["val"])))
-    rows.append(("val loss", f"{a['val']['loss']:.4f}", f"{b['val']['loss']:.4f}"))
+    rows = [("best epoch", str(a.best_epoch), str(b.best_epoch))]
+    rows.append(("val accuracy", _accuracy(a.val), _accuracy(b.val)))
+    rows.append(("val loss", f"{a.val.loss:.4f}", f"{b.val.loss:.4f}"))
     _table("metrics", rows)
-    _line("", _SELECTED)
+    _line("", note)
     if found.unknown["predictions"]:
         _line("paired", _unknown(found, "predictions"))
     elif found.paired is None:
@@ -121,9 +122,18 @@ def _metrics(found: "Comparison") -> None:
         _paired(found.paired)
 
 
-def _accuracy(val: dict[str, Any]) -> str:
-    low, high = val["interval95"]
-    return f"{val['accuracy']:.1%} ({low:.1%} to {high:.1%}, n = {val['n']})"
+def _selected(found: "Comparison") -> str:
+    names = [name for name, of in zip("AB", found.metrics, strict=True) if of.selected]
+    if len(names) == 2:
+        return "selected on val, so both are optimistic"
+    return (
+        f"{names[0]} was selected on val, so it is optimistic" if names else "not selected on val"
+    )
+
+
+def _accuracy(val: "Score") -> str:
+    low, high = val.interval
+    return f"{val.accuracy:.1%} ({low:.1%} to {high:.1%}, n = {val.n})"
 
 
 def _paired(paired: "Paired") -> None:
@@ -156,11 +166,11 @@ def _json(found: "Comparison") -> dict[str, Any]:
         },
         "network": _pairs(found.network),
         "versions": None if found.versions is None else _pairs(found.versions),
-        "metrics": _pair(found.metrics),
+        "metrics": _pair((found.metrics[0].to_dict(), found.metrics[1].to_dict())),
         "paired": None
         if paired is None
         else {
-            "note": _SELECTED,
+            "note": _selected(found),
             "n": paired.n,
             "not_shared": _pair(paired.not_shared),
             "correct": _pair(paired.correct),

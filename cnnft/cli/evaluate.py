@@ -56,7 +56,7 @@ def command(
             classifier,
             dataset,
             Inference(tta, batch_size, workers, precision),
-            Seen(run.hashes("train"), run.hashes("val")) if run else Seen(),
+            Seen.by(run) if run else Seen(),
             lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )
     console.warn_of_skipped(evaluation.skipped, "--json lists all")

@@ -25,12 +25,11 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Export a trained run as one file."""
-    from cnnft.analysis.export import export_run
-    from cnnft.runs.run import Run
+    from cnnft.analysis.export import export_model
 
     with console.progress() as bar:
         bar.add_task(f"exporting {format}", total=None)
-        path = export_run(Run.open(run), format, output)
+        path = export_model(run, format, output)
     size = path.stat().st_size
     if json:
         console.result_json({"file": str(path), "format": format, "bytes": size})

@@ -109,7 +109,7 @@ def command(
     finished = train(plan, run)
     _show_end(plan, finished)
     if json:
-        console.result_json({"run": str(finished.run.path), **finished.run.metrics()})
+        console.result_json({"run": str(finished.run.path), **finished.run.metrics().to_dict()})
     else:
         console.result(str(finished.run.path))
 
@@ -120,7 +120,7 @@ def _settings(given: dict[str, Any], config_file: str | None) -> Config:
         if "data" not in given:
             raise UsageError("give the folder of images: cnnft finetune DATA (see --help)")
         return Config.of(**expand(given))
-    from cnnft.runs.run import read_config_file
+    from cnnft.config.file import read_config_file
 
     return Config.from_dict(expand(read_config_file(config_file) | given), config_file)
 

@@ -13,7 +13,8 @@ from cnnft.errors import CnnftError
 
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
-    from cnnft.runs.run import Epoch, Run
+    from cnnft.runs.records import Epoch
+    from cnnft.runs.run import Run
     from cnnft.training.events import Event, Finished
     from cnnft.training.plan import Plan
 
@@ -35,7 +36,7 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
     """
     from cnnft.cache.pixels import CacheProgress
-    from cnnft.runs.run import Epoch
+    from cnnft.runs.records import Epoch
     from cnnft.training.events import Started, Stopped
     from cnnft.training.finetune import run_plan
     from cnnft.training.step import StepDone

@@ -1,7 +1,7 @@
 """A classifier described as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +12,7 @@ from cnnft.config.choices import Head
 from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError, first_line
 from cnnft.inference.classifier import Classifier
+from cnnft.machine.files import known
 from cnnft.models.build import build, numbers_held, try_out
 from cnnft.models.heads import head_tensors, replace_by_mlp
 from cnnft.models.hub import Pin
@@ -65,15 +66,27 @@ def _timm_config(classifier: Classifier) -> dict[str, Any]:
     }
 
 
-def from_description(
-    config: dict[str, Any], source: Path, state: Mapping[str, Tensor]
-) -> Classifier:
-    """The classifier that `Classifier.describe` described, with random weights.
+@dataclass(frozen=True)
+class Description:
+    """All of a `Classifier` but its network: fields of the same names."""
 
-    `state` is what will fill it, or its head alone.
+    classes: tuple[str, ...]
+    input_spec: InputSpec
+    identity: Identity
+    head: frozenset[str]
+    head_kind: Head
+    weights_source: str | None
+    missing: tuple[str, ...]
+    pretrained_hash: str
+    snapshots: int
+    pin: Pin | None
+
+
+def parse_description(config: dict[str, Any], source: Path) -> Description:
+    """What `describe` said; what a newer cnnft of the same format says beside it is ignored.
 
     Raises:
-        CnnftError: not such a description, one from a newer cnnft, or one of a larger network.
+        CnnftError: not such a description, or one of a newer format.
     """
     try:
         own = config["cnnft"]
@@ -81,44 +94,62 @@ def from_description(
             raise CnnftError(
                 f"{source} was written by cnnft {str(own['version'])[:20]}: update cnnft"
             )
-        backbone = dict(own["backbone"])
-        weights_source, pretrained_hash = backbone.pop("weights_source"), backbone.pop("sha256")
-        missing = _texts(backbone.pop("missing"))
-        identity = Identity(
-            architecture=config["architecture"],
-            model_args=config["model_args"],
-            pretrained_cfg=config["pretrained_cfg"],
-            **backbone,
+        backbone, spec, pin = own["backbone"], own["input_spec"], own.get("weights_file")
+        found = Description(
+            classes=_names("classes", own["classes"]),
+            input_spec=InputSpec(
+                **known(InputSpec, spec) | {name: tuple(spec[name]) for name in ("mean", "std")}
+            ),
+            identity=Identity(
+                **known(Identity, backbone)
+                | {name: config[name] for name in ("architecture", "model_args", "pretrained_cfg")}
+            ),
+            head=frozenset(_names("head", own["head"])),
+            head_kind=own.get("head_kind", "linear"),
+            weights_source=backbone["weights_source"],
+            missing=_names("missing", backbone["missing"]),
+            pretrained_hash=backbone["sha256"],
+            snapshots=own.get("snapshots", 0),
+            pin=Pin(**known(Pin, pin)) if pin else None,
         )
-        values = own["input_spec"]
-        statistics = {name: tuple(values[name]) for name in ("mean", "std")}
-        spec = InputSpec(**values | statistics)
-        classes = _texts(own["classes"])
-        head, head_kind = frozenset(_texts(own["head"])), own.get("head_kind", "linear")
-        if head_kind not in get_args(Head):
+        if found.head_kind not in get_args(Head):
             raise ValueError("head_kind is unknown")
-        snapshots = own.get("snapshots", 0)
-        if not isinstance(snapshots, int) or not 0 <= snapshots <= _MOST_SNAPSHOTS:
+        if not isinstance(found.snapshots, int) or not 0 <= found.snapshots <= _MOST_SNAPSHOTS:
             raise ValueError("the number of snapshots makes no sense")
-        pin = Pin(**own["weights_file"]) if own.get("weights_file") else None
-        if not isinstance(weights_source, str | None) or not isinstance(pretrained_hash, str):
-            raise TypeError("the backbone's weights are no text")
+        texts = found.weights_source or "", found.pretrained_hash
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("weights_source and sha256 of the backbone must be strings")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CnnftError(
             f"{source} does not describe a cnnft classifier ({first_line(error)})"
         ) from error
+    return found
+
+
+def from_description(
+    config: dict[str, Any], source: Path, state: Mapping[str, Tensor]
+) -> Classifier:
+    """The classifier that `describe` described, with random weights.
+
+    `state` is what will fill it, or its head alone.
+
+    Raises:
+        CnnftError: not such a description, one from a newer cnnft, or one of a larger network.
+    """
+    found = parse_description(config, source)
+    identity, classes = found.identity, len(found.classes)
     try:
-        held, given = numbers_held(identity, len(classes)), sum(t.numel() for t in state.values())
+        held, given = numbers_held(identity, classes), sum(t.numel() for t in state.values())
         # `fill` compares exactly; this is so that no absurd network is made for it.
-        if held > 2 * given and state.keys() != head:
+        if held > 2 * given and state.keys() != found.head:
             raise CnnftError(
                 f"{source} does not fit the network it names: that holds {held:,} numbers, and "
                 f"its weights are {given:,}"
             )
-        network = build(identity, len(classes))
+        network = build(identity, classes)
         if identity.model_args:  # some that make no sense show only when it computes
-            try_out(network, spec.size)
-        if head_kind == "mlp":
+            try_out(network, found.input_spec.size)
+        if found.head_kind == "mlp":
             replace_by_mlp(network, head_tensors(network, lambda other: build(identity, other)))
     except CnnftError:
         raise
@@ -126,25 +157,13 @@ def from_description(
         raise CnnftError(
             f"{source}: {identity.architecture} cannot be built ({first_line(error)})"
         ) from error
-    return Classifier(
-        network,
-        classes,
-        spec,
-        identity,
-        head,
-        head_kind,
-        weights_source,
-        missing,
-        pretrained_hash,
-        snapshots,
-        pin,
-    )
+    return Classifier(network, **vars(found))
 
 
-def _texts(values: object) -> tuple[str, ...]:
-    """Raises `ValueError`: no list of different names."""
+def _names(what: str, values: object) -> tuple[str, ...]:
+    """Raises `ValueError`: not a list of different strings."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError("a list of names is none")
+        raise ValueError(f"{what} must be a list of strings")
     if len(set(values)) != len(values):
-        raise ValueError("a list of names has one twice")
+        raise ValueError(f"{what} lists one twice")
     return tuple(values)

@@ -1,11 +1,15 @@
-"""Files that are whole: they appear at once, or not at all; and JSON that somebody else wrote."""
+"""Files that are whole: they appear at once, or not at all; JSON and CSV, also of somebody else."""
 
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 from safetensors.torch import save
@@ -39,6 +43,47 @@ def parse_json(content: str | bytes, source: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CnnftError(f"{source} is damaged ({first_line(error)})") from error
     return value
+
+
+def to_json(value: object) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that the dataclass `cls` has fields for; a newer cnnft may have written more."""
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def to_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
+    """UTF-8; file names that are not keep their bytes, and cells may hold line breaks."""
+    lines: list[str] = []
+    # Before Python 3.13 a carriage return in a cell is quoted only where it ends lines.
+    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    return text.encode("utf-8", errors="surrogateescape")
+
+
+def read_csv(file: IO[bytes]) -> Iterator[list[str]]:
+    """The rows of what `to_csv` wrote, its header first.
+
+    Raises:
+        ValueError: a row has more cells than the header, or fewer.
+    """
+    width = None
+    text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+    try:
+        for row in csv.reader(text):
+            width = len(row) if width is None else width
+            if len(row) != width:
+                raise ValueError("a row is not whole")
+            yield row
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    finally:
+        text.detach()
 
 
 def _is_deep(value: object) -> bool:

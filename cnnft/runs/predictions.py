@@ -1,68 +1,62 @@
 """The table of predictions in a run: one row for each image, one column for each class's logit."""
 
-import csv
-import io
 from collections.abc import Iterable, Iterator
-from typing import get_args
+from itertools import chain
+from typing import IO, get_args
 
+import numpy as np
 import torch
 
 from cnnft.data.dataset import Samples
 from cnnft.inference.predictions import Predictions, Role
+from cnnft.machine.files import read_csv, to_csv
+from cnnft.runs.records import select_columns
 
-COLUMNS = ("role", "fold", "file", "sha256", "label")
+_COLUMNS = ("role", "fold", "file", "sha256", "label")
 _LOGIT = "logit:"  # so that a class may have any name, "file" too
 
 
-def to_csv(predictions: Predictions) -> bytes:
-    """All digits of each logit are kept."""
+def predictions_to_csv(predictions: Predictions) -> bytes:
+    """All digits of each logit, as float32; fold is empty but for out-of-fold predictions."""
+    header = [*_COLUMNS, *(_LOGIT + name for name in predictions.samples.classes)]
+    return to_csv(header, _rows(predictions))
+
+
+def _rows(predictions: Predictions) -> Iterator[list[object]]:
     samples = predictions.samples
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*COLUMNS, *(f"{_LOGIT}{name}" for name in samples.classes)])
     folds: Iterable[object] = predictions.folds or [""] * len(samples)
-    rows = zip(
-        folds, samples.paths, samples.hashes, samples.labels, predictions.logits.tolist(),
-        strict=True,
-    )  # fmt: skip
-    for fold, path, digest, label, logits in rows:
-        digits = (f"{logit:.9g}" for logit in logits)
-        writer.writerow([predictions.role, fold, path, digest, samples.classes[label], *digits])
-    return text.getvalue().encode("utf-8", errors="surrogateescape")
+    columns = folds, samples.paths, samples.hashes, samples.labels, predictions.logits
+    for fold, path, digest, label, logits in zip(*columns, strict=True):
+        digits = (f"{logit:.9g}" for logit in logits.tolist())
+        yield [predictions.role, fold, path, digest, samples.classes[label], *digits]
 
 
-def from_csv(lines: Iterable[str]) -> Predictions:
+def predictions_from_csv(file: IO[bytes]) -> Predictions:
     """Raises `ValueError`: not such a table."""
-    reader = csv.reader(lines)
-    header = next(reader, [])
-    if tuple(header[: len(COLUMNS)]) != COLUMNS:
-        raise ValueError("it has other columns")
-    classes = tuple(
-        name.removeprefix(_LOGIT) for name in header[len(COLUMNS) :] if name.startswith(_LOGIT)
-    )
+    rows = read_csv(file)
+    header = next(rows, [])
+    logit_columns = [name for name in header if name.startswith(_LOGIT)]
+    classes = tuple(name.removeprefix(_LOGIT) for name in logit_columns)
     places = {name: label for label, name in enumerate(classes)}
-    rows = list(_rows(reader, len(header)))
-    if not rows or len({row[0] for row in rows}) != 1 or rows[0][0] not in get_args(Role):
-        raise ValueError("it has no rows, or of several roles")
-    role: Role = rows[0][0]  # type: ignore[assignment]
-    try:
-        samples = Samples(
-            paths=tuple(row[2] for row in rows),
-            labels=tuple(places[row[4]] for row in rows),
-            classes=classes,
-            hashes=tuple(row[3] for row in rows),
-        )
-    except KeyError as error:
-        raise ValueError(f"the label {error} is no class") from error
-    logits = torch.tensor(
-        [[float(v) for v in row[len(COLUMNS) : len(COLUMNS) + len(classes)]] for row in rows]
+    if not classes or len(places) < len(classes):
+        raise ValueError("it has no logits, or two columns of one class")
+    cells, logits = [], []
+    for row in select_columns(chain([header], rows), [*_COLUMNS, *logit_columns]):
+        cells.append(tuple(row[: len(_COLUMNS)]))
+        logits.append(np.array(row[len(_COLUMNS) :]).astype(np.float32))
+    if not cells:
+        raise ValueError("it has no rows")
+    roles, folds, paths, hashes, labels = zip(*cells, strict=True)
+    if unknown := sorted(set(labels) - places.keys()):
+        raise ValueError(f"the label {unknown[0][:50]!r} is no class")
+    if len(set(roles)) != 1 or roles[0] not in get_args(Role):
+        raise ValueError("it is of several roles, or of an unknown one")
+    if np.isnan(logits).any():
+        raise ValueError("a logit is NaN")
+    samples = Samples(paths, tuple(places[label] for label in labels), classes, hashes)
+    return Predictions(
+        samples,
+        torch.from_numpy(np.stack(logits)),
+        roles[0],
+        tuple(map(int, folds)) if any(folds) else (),
     )
-    folds = tuple(int(row[1]) for row in rows) if rows[0][1] else ()
-    return Predictions(samples, logits, role, folds)
-
-
-def _rows(reader: Iterator[list[str]], width: int) -> Iterator[list[str]]:
-    for row in reader:
-        if len(row) != width:
-            raise ValueError("a row is not whole")
-        yield row

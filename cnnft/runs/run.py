@@ -19,79 +19,40 @@ Every file appears whole: it is written beside its place, synced and renamed. On
 lines, and TensorBoard's files by events.
 """
 
-import csv
 import hashlib
-import io
-import json
-import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, TypeVar
 
 import tomli_w
 from torch import nn
 
-from cnnft.config.schema import Config
-from cnnft.data.dataset import Samples, Skipped
+from cnnft.config.file import read_config_file
+from cnnft.config.schema import FIELDS, Config
+from cnnft.data.dataset import Dataset, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.inference.classifier import Classifier
-from cnnft.inference.description import describe
+from cnnft.inference.description import Description, describe, parse_description
 from cnnft.inference.predictions import Predictions
 from cnnft.inference.storage import SNAPSHOT, fill, read_tensors, voters
 from cnnft.machine import distributed
-from cnnft.machine.files import parse_json, to_safetensors, write_whole
+from cnnft.machine.files import parse_json, to_json, to_safetensors, write_whole
+from cnnft.runs import records
 from cnnft.runs.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from cnnft.runs.directory import STATE, forget_replaced, locked, make_directory
-from cnnft.runs.predictions import from_csv as predictions_from_csv
-from cnnft.runs.predictions import to_csv as predictions_to_csv
+from cnnft.runs.formats import FORMATS, formats_from_json, formats_to_json
+from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
+from cnnft.runs.records import Epoch, Metrics
 
-FILES = (
-    *("config.toml", "config.json", "model.safetensors", "history.csv", "metrics.jsonl"),
-    *("metrics.json", "predictions.csv", "environment.json", "data.csv", "skipped.csv"),
-    "run.log",
-)
+T = TypeVar("T")
 
-_COLUMNS = {
-    "data.csv": ("split", "class", "file", "sha256"),
-}
+FILES = ("formats.json", "config.json", "model.safetensors", *FORMATS)
 
 _LAUNCH = f"{STATE}/launch"
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One row of the history. Training figures are of images as they were drawn and augmented,
-    during the epoch.
-    """
-
-    epoch: int
-    """From 1."""
-    lr_backbone: float
-    """Learning rates at the end of the epoch; 0 where frozen."""
-    lr_head: float
-    train_loss: float
-    """Plain cross-entropy, to compare with `val_loss`."""
-    train_objective: float
-    """What training minimised: with smoothing, class weights, distillation, auxiliary losses."""
-    train_accuracy: float
-    val_loss: float
-    val_accuracy: float
-    val_macro_recall: float
-    """The mean of the classes' accuracies."""
-    seconds: float
-    """Training only."""
-    best: bool
-    """The best up to here, so the run holds its weights: by val accuracy, then by val loss. Where
-    training makes all classes count alike (`Config.balanced`) by val macro recall instead."""
-
-    @property
-    def gap(self) -> float:
-        """Training minus validation accuracy: where it grows, the network overfits."""
-        return self.train_accuracy - self.val_accuracy
 
 
 @dataclass(frozen=True)
@@ -113,7 +74,7 @@ class Run:
     @classmethod
     @contextmanager
     def create(cls, config: Config, name: str) -> "Iterator[Run]":
-        """A new, locked directory: `name`, or `name`-2, -3, ...; with `config.run.force` `name` itself.
+        """A new, locked directory: `name`, or `name`-2, -3, ...; with --force `name` itself.
 
         What `force` replaces is kept, hidden, until the new run has weights.
 
@@ -180,11 +141,14 @@ class Run:
         return (Path(path) / "config.toml").is_file()
 
     def config(self) -> Config:
-        """The settings that it was made with."""
+        """The settings that it was made with; those that only a newer cnnft has are ignored."""
+        self._require_known("config.toml")
         file = self.path / "config.toml"
-        return Config.from_dict(read_config_file(file), str(file))
+        settings = read_config_file(file)
+        return Config.from_dict({k: v for k, v in settings.items() if k in FIELDS}, str(file))
 
     def save_config(self, config: Config) -> None:
+        self._write("formats.json", formats_to_json())
         self._write("config.toml", tomli_w.dumps(config.to_dict()).encode())
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -195,15 +159,24 @@ class Run:
         return has_checkpoint(self.path / STATE)
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The newest whole one; None: training begins from its start."""
+        """The newest whole one; None: training begins from its start.
+
+        Raises:
+            CnnftError: the run is of a cnnft whose training this one cannot continue.
+        """
+        if self._require_known(STATE) < FORMATS[STATE]:
+            raise CnnftError(
+                f"{self.path} was begun by an older cnnft, whose training this one cannot "
+                f"continue: start a new run, as with --config {self.path / 'config.toml'}"
+            )
         return load_checkpoint(self.path / STATE)
 
     def require_same_data(self, train: Samples, val: Samples) -> None:
         """Raises `CnnftError` where the images are not those that the run began with."""
         if not (self.path / "data.csv").exists():  # it was interrupted before it began
             return
-        before = [(row["split"], row["class"], row["sha256"]) for row in self._rows()]
-        now = [(split, name, digest) for split, name, _, digest in _used(train, val)]
+        before = records.uses(self._read("data.csv", records.data_from_csv))
+        now = records.uses({"train": train, "val": val})
         if before != now:
             one, other = Counter(before), Counter(now)
             changed = max((one - other).total(), (other - one).total())
@@ -214,57 +187,32 @@ class Run:
             )
 
     def save_data(self, train: Samples, val: Samples, skipped: Sequence[Skipped]) -> None:
-        self._write("data.csv", _csv(_COLUMNS["data.csv"], _used(train, val)))
+        self._write("data.csv", records.data_to_csv({"train": train, "val": val}))
         if skipped:
-            reasons = [(file.path, file.reason) for file in skipped]
-            self._write("skipped.csv", _csv(("file", "reason"), reasons))
+            self._write("skipped.csv", records.skipped_to_csv(skipped))
 
-    def hashes(self, split: str) -> frozenset[str]:
-        """SHA-256 of the images that served as `split` ("train" or "val")."""
-        return frozenset(row["sha256"] for row in self.images() if row["split"] == split)
-
-    def files(self, split: str) -> list[Path]:
-        """The images that served as `split`; they may have moved since."""
-        return [Path(row["file"]) for row in self.images() if row["split"] == split]
-
-    def _rows(self, name: str = "data.csv") -> list[dict[str, str]]:
-        path = self.path / name
-        try:
-            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                rows = list(csv.DictReader(file))
-        except OSError as error:
-            raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
-        except csv.Error as error:
-            raise CnnftError(f"{path} is damaged ({first_line(error)})") from error
-        if any(row.keys() != set(_COLUMNS[name]) or None in row.values() for row in rows):
-            raise CnnftError(f"{path} is damaged: it does not list the images of the run")
-        return rows
-
-    def images(self) -> list[dict[str, str]]:
-        """The rows of data.csv: split, class, file, sha256.
+    def dataset(self) -> Dataset:
+        """The images that it was trained and validated on; the files may have moved since.
 
         Raises:
-            CnnftError: it does not list all images of the run.
+            CnnftError: not all of them are listed.
         """
-        path, rows = self.path / "data.csv", self._rows()
+        splits, metrics = self._read("data.csv", records.data_from_csv), self.metrics()
         # What is missing here would be evaluated on although it was trained on.
-        counts = Counter(row["split"] for row in rows)
-        metrics = self.metrics()
-        try:
-            expected = {split: metrics[split]["n"] for split in ("train", "val")}
-        except (KeyError, TypeError) as error:
+        if [len(s) for s in splits.values()] != [metrics.train.n, metrics.val.n]:
             raise CnnftError(
-                f"{self.path / 'metrics.json'} is damaged: it does not say how many images the "
-                "run had"
-            ) from error
-        whole = all(len(row["sha256"]) == 64 for row in rows)
-        if counts != expected or not whole:
-            raise CnnftError(f"{path} is damaged: it does not list the images of the run")
-        return rows
+                f"{self.path / 'data.csv'} is damaged: it does not list the images of the run"
+            )
+        return Dataset(str(self.path / "data.csv"), splits, self.skipped())
+
+    def skipped(self) -> tuple[Skipped, ...]:
+        """Files of its data that were left out."""
+        exists = (self.path / "skipped.csv").exists()
+        return self._read("skipped.csv", records.skipped_from_csv) if exists else ()
 
     def save_classifier(self, classifier: Classifier) -> None:
         """Weights and description. The weights come last: with them the run can be used."""
-        self._write("config.json", _json(describe(classifier)))
+        self._write("config.json", to_json(describe(classifier)))
         self._write("model.safetensors", to_safetensors(classifier.network.state_dict()))
         if distributed.is_main:
             forget_replaced(self.path)
@@ -276,7 +224,7 @@ class Run:
     def save_vote(self, classifier: Classifier, snapshots: int) -> Classifier:
         """From now on the run's classifier is that of its snapshots, which is returned."""
         voting = replace(classifier, snapshots=snapshots)
-        self._write("config.json", _json(describe(voting)))
+        self._write("config.json", to_json(describe(voting)))
         return replace(voting, network=voters(voting, self.path))
 
     def weights_hash(self) -> str | None:
@@ -298,9 +246,12 @@ class Run:
             if of_an_epoch and not (self.path / name).is_file():
                 raise CnnftError(f"{self.path} has lost its {name}: start a new run")
 
-    def description(self) -> dict[str, Any]:
-        """What `Classifier.describe` said of its classifier."""
-        return self._read_json("config.json")
+    def description(self) -> Description:
+        """All of its classifier but the network."""
+        path = self.path / "config.json"
+        return self._read(
+            "config.json", lambda file: parse_description(parse_json(file.read(), path), path)
+        )
 
     def save_predictions(self, predictions: Predictions) -> None:
         """What the saved classifier says of the images that it was selected on."""
@@ -315,75 +266,58 @@ class Run:
         path = self.path / "predictions.csv"
         if not path.exists():
             return None
-        try:
-            with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-                found = predictions_from_csv(file)
-        except (OSError, ValueError, csv.Error) as error:
-            raise CnnftError(f"{path} is damaged ({first_line(error)})") from error
-        val = Counter(row["sha256"] for row in self.images() if row["split"] == "val")
-        if Counter(found.samples.hashes) != val:
+        found = self._read("predictions.csv", predictions_from_csv)
+        if Counter(found.samples.hashes) != Counter(self.dataset().splits["val"].hashes):
             raise CnnftError(f"{path} is damaged: it does not list the validation images")
         return found
 
     def save_environment(self, environment: dict[str, str]) -> None:
-        self._write("environment.json", _json(environment))
+        self._write("environment.json", to_json(environment))
 
     def environment(self) -> dict[str, str] | None:
         """Versions and machine of its last session; None: it was made before runs kept them."""
         exists = (self.path / "environment.json").exists()
-        return self._read_json("environment.json") if exists else None
+        return self._read("environment.json", records.environment_from_json) if exists else None
 
     def save_history(self, history: Sequence[Epoch], steps_per_epoch: int) -> None:
-        names = [field.name for field in fields(Epoch)]
-        rows = [asdict(epoch) for epoch in history]
-        self._write("history.csv", _csv(names, [row.values() for row in rows]))
-        lines = [json.dumps(row | {"step": row["epoch"] * steps_per_epoch}) for row in rows]
-        self._write("metrics.jsonl", "".join(f"{line}\n" for line in lines).encode())
+        self._write("history.csv", records.history_to_csv(history))
+        self._write("metrics.jsonl", records.history_to_jsonl(history, steps_per_epoch))
 
-    def save_metrics(self, metrics: dict[str, Any]) -> None:
-        self._write("metrics.json", _json(metrics))
+    def history(self) -> list[Epoch]:
+        return self._read("metrics.jsonl", records.history_from_jsonl)
 
-    def metrics(self) -> dict[str, Any]:
-        return self._read_json("metrics.json")
+    def save_metrics(self, metrics: Metrics) -> None:
+        self._write("metrics.json", records.metrics_to_json(metrics))
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
+        return self._read("metrics.json", records.metrics_from_json)
+
+    def _read(self, name: str, parse: Callable[[IO[bytes]], T]) -> T:
+        """Raises `CnnftError`: the file is not there, damaged, or of a newer format."""
+        self._require_known(name)
         path = self.path / name
         try:
-            return parse_json(path.read_bytes(), path)
+            with path.open("rb") as file:
+                return parse(file)
         except OSError as error:
             raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CnnftError(f"{path} is damaged ({first_line(error)})") from error
+
+    def _require_known(self, name: str) -> int:
+        """The version of a file's format, 1 where formats.json is absent.
+
+        Raises:
+            CnnftError: it is a newer one.
+        """
+        if name not in FORMATS or not (self.path / "formats.json").exists():
+            return 1
+        version, formats = self._read("formats.json", formats_from_json)
+        found = formats.get(name, 1)
+        if found > FORMATS[name]:
+            raise CnnftError(f"{self.path / name} was written by cnnft {version}: update cnnft")
+        return found
 
     def _write(self, name: str, content: bytes) -> None:
         if distributed.is_main:
             write_whole(self.path / name, content)
-
-
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The settings of a config.toml; `Config.from_dict` checks them."""
-    path = Path(path)
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--config {path} cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CnnftError(f"{path} is not valid TOML ({first_line(error)})") from error
-
-
-def _used(train: Samples, val: Samples) -> Iterator[tuple[str, str, str, str]]:
-    """The rows of data.csv: split, class, file, SHA-256."""
-    for split, samples in (("train", train), ("val", val)):
-        rows = zip(samples.labels, samples.paths, samples.hashes, strict=True)
-        for label, path, digest in rows:
-            yield split, samples.classes[label], path, digest
-
-
-def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue().encode("utf-8", errors="surrogateescape")
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

@@ -236,8 +236,8 @@ def _refuse_skipped(skipped: tuple[Skipped, ...], strict: bool) -> None:
 def _warn_of_known(teachers: tuple[str, ...], val: Samples) -> None:
     """A teacher that has learnt validation images may tell the student what is right there."""
     for teacher in teachers:
-        if Path(teacher).is_dir():
-            known = len(val) - len(val.without(Run.open(teacher).hashes("train")))
+        if Run.is_run(teacher):
+            known = len(val) - len(val.without(Run.open(teacher).dataset().train.hashes))
             if known:
                 _log.warning(
                     "--teacher %s was trained on %d of the validation images: the score on val "

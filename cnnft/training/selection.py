@@ -1,10 +1,9 @@
 """Which weights become the run's model: the best epoch, or an average or vote that is as good."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from cnnft.metrics import Score
-from cnnft.runs.run import Epoch
+from cnnft.runs.records import Epoch, Metrics, TrainScore
 from cnnft.training.plan import Plan
 
 
@@ -27,24 +26,11 @@ def score_of(plan: Plan, epoch: Epoch) -> Score:
     return Score(n, round(epoch.val_accuracy * n), epoch.val_macro_recall, epoch.val_loss)
 
 
-def metrics_of(plan: Plan, best: Epoch) -> dict[str, Any]:
-    """What metrics.json says of the best epoch."""
-    return {
-        "model": f"best epoch {best.epoch}",
-        "best_epoch": best.epoch,
-        "train": {"n": len(plan.train), "loss": best.train_loss, "accuracy": best.train_accuracy},
-        "val": val_metrics(score_of(plan, best)),
-    }
-
-
-def val_metrics(val: Score, selected: bool = True) -> dict[str, Any]:
-    note = "selected on val, as the best of several, so optimistic"
-    return {
-        "note": note if selected else "not selected on val",
-        "n": val.n,
-        "correct": val.correct,
-        "accuracy": val.accuracy,
-        "interval95": val.interval,
-        "macro_recall": val.macro_recall,
-        "loss": val.loss,
-    }
+def metrics_of(plan: Plan, best: Epoch) -> Metrics:
+    """The scores of the best epoch."""
+    return Metrics(
+        model=f"best epoch {best.epoch}",
+        best_epoch=best.epoch,
+        train=TrainScore(len(plan.train), best.train_loss, best.train_accuracy),
+        val=score_of(plan, best),
+    )

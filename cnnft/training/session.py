@@ -23,7 +23,8 @@ from cnnft.models.freezing import SMALL_BATCH, batchnorms, changing, learning_st
 from cnnft.models.surgery.fold import folds
 from cnnft.models.surgery.substitute import Substituted
 from cnnft.runs.checkpoints import Checkpoint, Interval
-from cnnft.runs.run import Epoch, Run
+from cnnft.runs.records import Epoch
+from cnnft.runs.run import Run
 from cnnft.training.averaging import equal_average, recalibrate, running_average
 from cnnft.training.constraints import gradient_rules, weight_rules
 from cnnft.training.distillation import make_soft_targets
@@ -39,7 +40,6 @@ from cnnft.training.selection import (
     metrics_of,
     score_of,
     selected_by,
-    val_metrics,
 )
 from cnnft.training.state import TrainState
 from cnnft.training.step import EpochDone, StepDone, train
@@ -223,8 +223,8 @@ class Session:
             run.save_classifier(classifier)
         run.save_predictions(predictions)
         selected = not classifier.snapshots
-        metrics = {"model": what, "val": val_metrics(other_val, selected)}
-        run.save_metrics(metrics_of(plan, best) | metrics)
+        metrics = replace(metrics_of(plan, best), model=what, val=other_val, selected=selected)
+        run.save_metrics(metrics)
         return Finished(run, best, other_val, what, selected)
 
     def _other_model(self) -> tuple[str, Classifier] | None:

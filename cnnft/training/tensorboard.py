@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnnft.errors import CnnftError, UsageError
-from cnnft.runs.run import Epoch
+from cnnft.runs.records import Epoch
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

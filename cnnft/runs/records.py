@@ -1,0 +1,218 @@
+"""The records of a run: what its files hold, to bytes and from a file.
+
+A reader raises `ValueError`, `KeyError` or `TypeError` where the file is damaged, and ignores keys
+and columns that it does not know.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import IO, Any, TypeVar
+
+from cnnft.data.dataset import Samples, Skipped, SplitName
+from cnnft.machine.files import known, parse_json, read_csv, to_csv, to_json
+from cnnft.metrics import Score
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One row of the history. Training figures are of images as they were drawn and augmented,
+    during the epoch.
+    """
+
+    epoch: int
+    """From 1."""
+    lr_backbone: float
+    """Learning rates at the end of the epoch; 0 where frozen."""
+    lr_head: float
+    train_loss: float
+    """Plain cross-entropy, to compare with `val_loss`."""
+    train_objective: float
+    """What training minimised: with smoothing, class weights, distillation, auxiliary losses."""
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    val_macro_recall: float
+    """Balanced accuracy: the mean of the classes' recalls."""
+    seconds: float
+    """Training only."""
+    best: bool
+    """The best up to here, so the run holds its weights: by val accuracy, then by val loss. Where
+    training weighs all classes equally (`Config.balanced`) by val macro recall instead."""
+
+    @property
+    def gap(self) -> float:
+        """Training minus validation accuracy: where it grows, the network overfits."""
+        return self.train_accuracy - self.val_accuracy
+
+
+def history_to_csv(history: Sequence[Epoch]) -> bytes:
+    names = [field.name for field in fields(Epoch)]
+    return to_csv(names, [asdict(epoch).values() for epoch in history])
+
+
+def history_to_jsonl(history: Sequence[Epoch], steps_per_epoch: int) -> bytes:
+    """One JSON object per epoch, with the number of steps taken by its end."""
+    rows = [asdict(epoch) | {"step": epoch.epoch * steps_per_epoch} for epoch in history]
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def history_from_jsonl(file: IO[bytes]) -> list[Epoch]:
+    rows = [parse_json(line, file.name) for line in file]
+    # The first format had one figure, which was the objective.
+    return [_record(Epoch, {"train_objective": row["train_loss"], **row}) for row in rows]
+
+
+@dataclass(frozen=True)
+class TrainScore:
+    """Of the best epoch, on training images as they were drawn and augmented."""
+
+    n: int
+    loss: float
+    accuracy: float
+
+
+_OPTIMISTIC = "selected on val, as the best of several, so optimistic"
+_NOT_SELECTED = "not selected on val"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """metrics.json: which weights are the run's model, and its scores."""
+
+    model: str
+    """"best epoch 7", or the average or vote that was asked for."""
+    best_epoch: int
+    train: TrainScore
+    val: Score
+    """Of the model."""
+    selected: bool = True
+    """Whether the model was selected on val, so that its score is optimistic."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, with what follows from them."""
+        val = self.val
+        return {
+            "model": self.model,
+            "best_epoch": self.best_epoch,
+            "train": asdict(self.train),
+            "val": {
+                "note": _OPTIMISTIC if self.selected else _NOT_SELECTED,
+                "n": val.n,
+                "correct": val.correct,
+                "accuracy": val.accuracy,
+                "interval95": val.interval,
+                "macro_recall": val.macro_recall,
+                "loss": val.loss,
+            },
+        }
+
+
+def metrics_to_json(metrics: Metrics) -> bytes:
+    return to_json(metrics.to_dict())
+
+
+def metrics_from_json(file: IO[bytes]) -> Metrics:
+    values = parse_json(file.read(), file.name)
+    scores = {
+        "train": _record(TrainScore, values["train"]),
+        "val": _record(Score, values["val"]),
+        "selected": values["val"]["note"] != _NOT_SELECTED,
+    }
+    return _record(Metrics, values | scores)
+
+
+def environment_from_json(file: IO[bytes]) -> dict[str, str]:
+    """Name -> version, as `machine.environment` said it."""
+    values = parse_json(file.read(), file.name)
+    if not all(isinstance(value, str) for value in values.values()):
+        raise ValueError("it holds other values than strings")
+    return values
+
+
+_DATA = ("split", "class", "file", "sha256", "group", "weight")
+"""Columns of data.csv; the last two are empty where the data have none."""
+
+
+def data_to_csv(splits: Mapping[SplitName, Samples]) -> bytes:
+    return to_csv(_DATA, (row for split in splits for row in _data_rows(split, splits[split])))
+
+
+def _data_rows(split: SplitName, samples: Samples) -> Iterator[tuple[str, ...]]:
+    groups = samples.groups or [""] * len(samples)
+    weights = map(repr, samples.weights) if samples.weights else [""] * len(samples)
+    columns = samples.labels, samples.paths, samples.hashes, groups, weights
+    for label, path, digest, group, weight in zip(*columns, strict=True):
+        yield split, samples.classes[label], path, digest, group, weight
+
+
+def data_from_csv(file: IO[bytes]) -> dict[SplitName, Samples]:
+    """The classes are those of the training images, which come in their order."""
+    splits: dict[str, list[tuple[str, ...]]] = {"train": [], "val": []}
+    for split, *cells in select_columns(read_csv(file), _DATA[:4], _DATA[4:]):
+        if split not in splits:
+            raise ValueError(f"it has a split {split[:20]!r}")
+        splits[split].append(tuple(cells))
+    places: defaultdict[str, int] = defaultdict(lambda: len(places))
+    labels = {split: [places[row[0]] for row in rows] for split, rows in splits.items()}
+    found = {name: _samples(rows, labels[name], tuple(places)) for name, rows in splits.items()}
+    return {"train": found["train"], "val": found["val"]}
+
+
+def uses(splits: Mapping[SplitName, Samples]) -> list[tuple[object, ...]]:
+    """What training made of each image, wherever its file lies."""
+    return [
+        (split, samples.classes[label], *rest)
+        for split, samples in splits.items()
+        for label, *rest in zip(
+            samples.labels,
+            samples.hashes,
+            samples.groups or [""] * len(samples),
+            samples.weights or [None] * len(samples),
+            strict=True,
+        )
+    ]
+
+
+def _samples(rows: list[tuple[str, ...]], labels: list[int], classes: tuple[str, ...]) -> Samples:
+    _, paths, hashes, groups, weights = zip(*rows, strict=True) if rows else [()] * 5
+    if any(len(digest) != 64 for digest in hashes):
+        raise ValueError("a hash is not whole")
+    return Samples(
+        paths, tuple(labels), classes, hashes,
+        groups=groups if any(groups) else (),
+        weights=tuple(map(float, weights)) if any(weights) else (),
+    )  # fmt: skip
+
+
+def skipped_to_csv(skipped: Sequence[Skipped]) -> bytes:
+    return to_csv(("file", "reason"), [(file.path, file.reason) for file in skipped])
+
+
+def skipped_from_csv(file: IO[bytes]) -> tuple[Skipped, ...]:
+    return tuple(Skipped(*row) for row in select_columns(read_csv(file), ("file", "reason")))
+
+
+def select_columns(
+    rows: Iterator[list[str]], needed: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[list[str]]:
+    """The cells of these columns, in this order; "" in an optional column that is not there."""
+    header = next(rows, [])
+    if missing := sorted(set(needed) - set(header)):
+        raise ValueError(f"it has no column {missing[0]}")
+    places = [header.index(name) if name in header else None for name in (*needed, *optional)]
+    for row in rows:
+        yield ["" if place is None else row[place] for place in places]
+
+
+def _record(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass `cls` from JSON values, each of its field's type."""
+    record = known(cls, values)
+    for field in fields(cls):  # type: ignore[arg-type]
+        allowed = (int, float) if field.type is float else field.type
+        if not isinstance(record[field.name], allowed):  # type: ignore[arg-type]
+            raise ValueError(f"{field.name} is not of the right type")
+    return cls(**record)
