@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
 from cnnft import Config, finetune, load
+from cnnft.analysis.export import export_model
 from cnnft.data.images import read_image
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import CnnftError, UsageError
@@ -269,7 +270,8 @@ def test_dataset_statistics_are_those_of_the_training_images(cnnft, flat, tmp_pa
     run = tmp_path / "runs" / "flat-builtin"
     spec = load(run, device="cpu").input_spec
     views = EvaluationViews(replace(spec, mean=(0.0,) * 3, std=(1.0,) * 3))
-    pixels = torch.stack([views(read_image(path))[0] for path in Run.open(run).dataset().train.paths])
+    paths = Run.open(run).dataset().train.paths
+    pixels = torch.stack([views(read_image(path))[0] for path in paths])
     pixels = pixels.double().transpose(0, 1).flatten(1)
     assert config["cnnft"]["input_spec"]["mean"] == pytest.approx(pixels.mean(dim=1).tolist())
     assert spec.std == pytest.approx(pixels.std(dim=1, correction=0).tolist())

@@ -23,6 +23,7 @@ from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import IGNORED, BalancedDraw, KeyedBatches
 from cnnft.data.split import split
 from cnnft.errors import CnnftError
+from cnnft.runs.run import Run
 
 Cli = Callable[..., Outcome]
 
@@ -209,11 +210,8 @@ def test_split_needs_two_different_images_per_class() -> None:
 
 def split_of(run: Path) -> dict[str, Counter[str]]:
     """split -> content hashes."""
-    rows = [line.rsplit(",", 1) for line in (run / "data.csv").read_text().splitlines()[1:]]
-    return {
-        split: Counter(digest for rest, digest in rows if rest.startswith(f"{split},"))
-        for split in ("train", "val")
-    }
+    splits = Run.open(run).dataset().splits
+    return {split: Counter(samples.hashes) for split, samples in splits.items()}
 
 
 def test_a_runs_split_ignores_names_and_training_seed_but_not_split_seed(

@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 import cnnft as package
 from cnnft import finetune, load
+from cnnft.models.hub import Pin
 from cnnft.runs.run import Run
 
 Cli = Callable[..., Outcome]
@@ -50,9 +51,15 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return noisy(data, folder, seed=2), better
 
 
-def rows_of(run: Path, name: str = "val_predictions.csv") -> list[dict[str, str]]:
+def rows_of(run: Path, name: str = "predictions.csv") -> list[dict[str, str]]:
     with (run / name).open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def answer(row: dict[str, str]) -> str:
+    """The class of the largest logit."""
+    logits = {name: float(text) for name, text in row.items() if name.startswith("logit:")}
+    return max(logits, key=logits.__getitem__).removeprefix("logit:")
 
 
 # ---------------------------------------------------------------- what a run keeps
@@ -62,14 +69,15 @@ def test_val_predictions_are_those_that_scored_the_best_epoch(pair: tuple[Path, 
     for run in pair:
         rows, metrics = rows_of(run), json.loads((run / "metrics.json").read_text())["val"]
         images = [row for row in rows_of(run, "data.csv") if row["split"] == "val"]
-        for key in ("file", "sha256", "class"):
-            assert [row[key] for row in rows] == [row[key] for row in images]
-        assert sum(row["class"] == row["predicted"] for row in rows) == metrics["correct"]
+        for key, column in (("file", "file"), ("sha256", "sha256"), ("label", "class")):
+            assert [row[key] for row in rows] == [row[column] for row in images]
+        assert sum(row["label"] == answer(row) for row in rows) == metrics["correct"]
         assert 0 < metrics["correct"] < metrics["n"]
         told = load(run, device="cpu").predict([row["file"] for row in rows], workers=0)
         for row, prediction in zip(rows, told, strict=True):
-            assert row["predicted"] == prediction.label
-            assert float(row["probability"]) == pytest.approx(prediction.top[0][1], rel=1e-4)
+            logits = torch.tensor([float(row[f"logit:{name}"]) for name in ("ants", "bees")])
+            assert answer(row) == prediction.label
+            assert logits.softmax(0).max().item() == pytest.approx(prediction.top[0][1], rel=1e-4)
 
 
 def test_the_environment_is_that_of_the_run(trained: Path) -> None:
@@ -80,9 +88,8 @@ def test_the_environment_is_that_of_the_run(trained: Path) -> None:
 
 
 def test_the_weights_file_is_pinned(trained: Path) -> None:
-    kept = Run.open(trained).description()["cnnft"]["weights_file"]
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-    assert kept == {"sha256": digest, "place": None, "commit": None}
+    assert Run.open(trained).description().pin == Pin(digest, place=None, commit=None)
     assert load(trained).pin.sha256 == digest
 
 
@@ -160,9 +167,7 @@ def test_images_that_differ_are_told_by_content(diff, cnnft: Cli, tmp_path: Path
 
 
 def test_the_paired_test_counts_images(diff, cnnft: Cli, pair: tuple[Path, Path]) -> None:
-    right = [
-        {row["sha256"] for row in rows_of(run) if row["class"] == row["predicted"]} for run in pair
-    ]
+    right = [{row["sha256"] for row in rows_of(run) if row["label"] == answer(row)} for run in pair]
     only = len(right[0] - right[1]), len(right[1] - right[0])
     assert 0 < only[0] < only[1], "choose runs that differ"
     found = diff(*pair)["paired"]
@@ -218,7 +223,7 @@ def test_of_a_run_from_before_it_says_what_is_unknown(
     diff, cnnft: Cli, trained: Path, tmp_path: Path
 ) -> None:
     old = Path(shutil.copytree(trained, tmp_path / "old"))
-    (old / "val_predictions.csv").unlink()
+    (old / "predictions.csv").unlink()
     (old / "environment.json").unlink()
     description = json.loads((old / "config.json").read_text())
     del description["cnnft"]["weights_file"]

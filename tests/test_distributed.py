@@ -74,13 +74,13 @@ def test_every_step_is_that_of_one_process(data: Path, tmp_path: Path, processes
             assert worst < TOLERANCE, (name, step, worst)
         assert not torch.equal(steps[0]["fc.weight"], steps[-1]["fc.weight"])  # something moved
         alone_run, run = Run(one / "run"), Run(many / "run")
-        assert run.metrics()["val"]["n"] == 6
-        assert run.metrics()["val"]["correct"] == alone_run.metrics()["val"]["correct"]
+        assert run.metrics().val.n == 6
+        assert run.metrics().val.correct == alone_run.metrics().val.correct
         assert (run.path / "data.csv").read_bytes() == (alone_run.path / "data.csv").read_bytes()
     # Where BatchNorm learns statistics, all processes evaluated what the main one saved.
     run = Run(tmp_path / "many" / "statistics" / "run")
     found = evaluate(load(run.path), read_dataset(data, ("val",)), Inference(workers=0), Seen())
-    assert found.overall.loss == pytest.approx(run.metrics()["val"]["loss"], abs=1e-5)
+    assert found.overall.loss == pytest.approx(run.metrics().val.loss, abs=1e-5)
 
 
 def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -> None:

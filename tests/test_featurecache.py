@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,8 +185,7 @@ def test_a_second_run_with_another_head_starts_at_once(flat, tmp_path, monkeypat
 def test_changed_images_and_damaged_files_are_computed_again(flat, tmp_path, monkeypatch, cache):
     finish(settings(flat, tmp_path, "first"))
     seen = computed(monkeypatch)
-    training = next(row for row in Run(tmp_path / "runs" / "first").images())
-    draw(flat / training["class"] / training["file"].rpartition("/")[2], 0, 99)
+    draw(Path(Run(tmp_path / "runs" / "first").dataset().train.paths[0]), 0, 99)
     finish(settings(flat, tmp_path, "changed"))
     assert 0 < sum(seen) - EXAMPLE <= 2 * 16 + 4  # the split follows contents
     for path in (cache / "features").iterdir():
@@ -240,7 +240,7 @@ def test_where_features_are_not_kept_training_goes_on(flat, tmp_path, monkeypatc
     if reason == "memory":
         monkeypatch.setattr(featurecache, "MEMORY_SHARE", 0.0)
     run = finish(settings(flat, tmp_path, "run", epochs=2, **more))
-    assert run.metrics()["val"]["n"] == 4
+    assert run.metrics().val.n == 4
     assert not (cache / "features").exists()
 
 

@@ -27,7 +27,8 @@ Cli = Callable[..., Outcome]
 Finetune = Callable[..., Outcome]
 
 FILES = {
-    "config.toml", "config.json", "model.safetensors", "history.csv", "metrics.json",
+    "formats.json", "config.toml", "config.json", "model.safetensors", "history.csv",
+    "metrics.json",
     "metrics.jsonl", "data.csv", "predictions.csv", "environment.json", "run.log", "state",
 }  # fmt: skip
 

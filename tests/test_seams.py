@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cnnft import Config, finetune, load
 from cnnft.analysis.evaluate import Seen, evaluate
-from cnnft.analysis.export import export_run
+from cnnft.analysis.export import export_model
 from cnnft.data.dataset import Dataset, Samples
 from cnnft.data.images import read_image
 from cnnft.data.reading import read_dataset
@@ -257,7 +257,7 @@ def test_predict_evaluate_teachers_and_onnx_agree(
         torch.testing.assert_close(classifier.forward(pixels), found.logits, rtol=0, atol=1e-5)
 
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs cnnft[onnx]")
-    file = export_run(Run.open(trained), "onnx", tmp_path / "model.onnx")
+    file = export_model(trained, "onnx", tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (exported,) = session.run(None, {"pixels": pixels.numpy()})
     torch.testing.assert_close(torch.from_numpy(exported), found.logits, rtol=0, atol=1e-4)

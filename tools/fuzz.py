@@ -43,7 +43,7 @@ import torch
 from PIL import Image
 
 from cnnft import CnnftError, finetune
-from cnnft.analysis.export import export_run
+from cnnft.analysis.export import export_model
 from cnnft.data.images import find_problem, ignoring_oddities, read_image
 from cnnft.data.reading import read_dataset
 from cnnft.data.split import split
@@ -366,18 +366,26 @@ def make_targets(folder: Path) -> dict[str, Target]:
             (
                 lambda here: _use(here / "run", image),
                 lambda here: Run.open(here / "run").config(),
-                lambda here: Run.open(here / "run").hashes("train"),
-                lambda here: Run.open(here / "run").files("val"),
+                lambda here: Run.open(here / "run").dataset(),
+                lambda here: Run.open(here / "run").predictions(),
+                lambda here: Run.open(here / "run").history(),
+                lambda here: Run.open(here / "run").description(),
                 lambda here: Run.open(here / "run").require_same_data(train, val),
             ),
         ),
         "head file": Target(
-            ({"model.safetensors": export_run(run, "head", folder / "h").read_bytes()},),
+            ({"model.safetensors": export_model(run.path, "head", folder / "h").read_bytes()},),
             damage_files,
             (lambda here: _use(here / "model.safetensors", image),),
         ),
         "exported model": Target(
-            ({"model.safetensors": export_run(run, "safetensors", folder / "m").read_bytes()},),
+            (
+                {
+                    "model.safetensors": export_model(
+                        run.path, "safetensors", folder / "m"
+                    ).read_bytes()
+                },
+            ),
             damage_files,
             (lambda here: _use(here / "model.safetensors", image),),
         ),

@@ -47,7 +47,8 @@ from cnnft.data.reading import read_dataset
 from cnnft.data.transforms import EvaluationViews
 from cnnft.inference.predict import Inference, collect, predict, predict_batches
 from cnnft.machine.environment import environment
-from cnnft.runs.run import Epoch, Run
+from cnnft.runs.records import Epoch
+from cnnft.runs.run import Run
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 from cnnft.training.step import StepDone
@@ -198,10 +199,10 @@ def precision(bench: Bench) -> str:
         rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
         first, last = rows[0]["train_loss"], rows[-1]["train_loss"]
         assert last < first, f"{dtype}: the loss went from {first:.3f} to {last:.3f}"
-        samples, saved = read_dataset(bench.data).val, run.metrics()["val"]
+        samples, saved = read_dataset(bench.data).val, run.metrics().val
         assert samples is not None
         found = predict(load(run.path, device=bench.device), samples, Inference(workers=0), "val")
-        other = abs(found.score().loss - saved["loss"])
+        other = abs(found.score().loss - saved.loss)
         assert other < 0.02, f"{dtype}: evaluated in float32 the loss is another by {other:.3f}"
         texts.append(f"{dtype}: loss {first:.3f} → {last:.3f}, evaluated within {other:.4f}")
     return "; ".join(texts)

@@ -82,8 +82,6 @@ def read_csv(file: IO[bytes]) -> Iterator[list[str]]:
             yield row
     except csv.Error as error:
         raise ValueError(str(error)) from error
-    finally:
-        text.detach()
 
 
 def _is_deep(value: object) -> bool:
