@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from cnnft.cache.pixels import CacheProgress
 from cnnft.metrics import Score
-from cnnft.runs.run import Epoch, Run
+from cnnft.runs.records import Epoch
+from cnnft.runs.run import Run
 from cnnft.training.step import StepDone
 
 
