@@ -1,8 +1,9 @@
 """The Typer application: commands and the options before them."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from cnnft import __version__
 from cnnft.cli import (
@@ -16,12 +17,37 @@ from cnnft.cli import (
     predict,
     recipes,
 )
+from cnnft.config.panels import MAIN
 
 debug = False
 """Set by --debug: errors show their traceback."""
 
+
+class _Help:
+    """`--help` without the types of switches, and `--help` itself in the first panel."""
+
+    def get_params(self, ctx: Any) -> Any:
+        parameters: Any = super().get_params(ctx)  # type: ignore[misc]
+        panels = [getattr(parameter, "rich_help_panel", None) for parameter in parameters]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+            if parameter.name == "help":
+                parameter.rich_help_panel = MAIN if MAIN in panels else None
+        return parameters
+
+
+class _Command(_Help, TyperCommand):
+    pass
+
+
+class _Group(_Help, TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="cnnft",
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,  # `main` turns exceptions into sentences
@@ -39,7 +65,12 @@ def _show_version(value: bool) -> None:
 def options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Show the version.",
+        ),
     ] = False,
     show_tracebacks: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error.")
@@ -50,12 +81,5 @@ def options(
     debug = show_tracebacks
 
 
-app.command("finetune")(finetune.command)
-app.command("predict")(predict.command)
-app.command("evaluate")(evaluate.command)
-app.command("export")(export.command)
-app.command("diff")(diff.command)
-app.command("check")(check.command)
-app.command("backbones")(backbones.command)
-app.command("recipes")(recipes.command)
-app.command("cache")(cache.command)
+for _module in (finetune, predict, evaluate, export, check, diff, backbones, recipes, cache):
+    app.command(_module.__name__.rpartition(".")[2], cls=_Command)(_module.command)

@@ -1,11 +1,12 @@
 """cnnft backbones [PATTERN]: the networks that finetune takes."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cnnft.cli import console, options
+from cnnft.cli.tables import table
 from cnnft.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,12 +17,13 @@ _MOST_TAGS = 4  # on a terminal; --json has all
 
 def command(
     pattern: Annotated[
-        str, typer.Argument(help="Part of the name, or a pattern such as 'resnet*'.")
+        str,
+        typer.Argument(metavar="PATTERN", help="Part of the name, or a pattern such as 'resnet*'."),
     ] = "*",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List backbones: their size, input, stages, and pretrained weights."""
+    """List backbones: parameters, input size, stages, pretrained weights."""
     from cnnft.models.catalogue import find
 
     found = find(pattern)
@@ -30,30 +32,21 @@ def command(
     if json:
         console.result_json([dataclasses.asdict(entry) for entry in found])
         return
-    console.result(_table(found))
+    head = ("name", "parameters", "input", "stages", "licence", "weights")
+    console.result(table(head, map(_row, found), numbers=range(1, 4)))
     console.say(f"{len(found)} backbones; * marks weights that are on this machine")
 
 
-def _table(found: "list[Entry]") -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name", no_wrap=True)
-    for column in ("parameters", "input", "stages"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("licence")
-    table.add_column("weights")
-    for entry in found:
-        licences = sorted({w.licence for w in entry.weights if w.licence})
-        table.add_row(
-            entry.name,
-            "-" if entry.parameters is None else f"{entry.parameters / 1e6:.2f} M",
-            "-" if entry.input_size is None else f"{entry.input_size} px",
-            "-" if entry.stages is None else str(entry.stages),
-            ", ".join(licences) or "-",
-            f"not supported: {entry.refused}" if entry.refused else _tags(entry),
-        )
-    return table
+def _row(entry: "Entry") -> tuple[str, ...]:
+    licences = sorted({w.licence for w in entry.weights if w.licence})
+    return (
+        entry.name,
+        "-" if entry.parameters is None else f"{entry.parameters / 1e6:.2f} M",
+        "-" if entry.input_size is None else f"{entry.input_size} px",
+        "-" if entry.stages is None else str(entry.stages),
+        ", ".join(licences) or "-",
+        f"not supported: {entry.refused}" if entry.refused else _tags(entry),
+    )
 
 
 def _tags(entry: "Entry") -> str:

@@ -1,11 +1,12 @@
-"""cnnft cache: what is kept for later runs, and how to be rid of it."""
+"""cnnft cache: the disk cache, shown or cleared."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cnnft.cli import console, options
+from cnnft.cli.tables import table
 
 if TYPE_CHECKING:
     from cnnft.cache.store import Entry
@@ -13,12 +14,12 @@ if TYPE_CHECKING:
 
 def command(
     clear: Annotated[
-        bool, typer.Option("--clear", help="Remove all of it; it is computed again when needed.")
+        bool, typer.Option("--clear", help="Remove all entries; they are recomputed when needed.")
     ] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Show what is kept on the disk for later runs: decoded images, features."""
+    """Show the disk cache of decoded images and features."""
     from cnnft.cache.store import clear as remove_all
     from cnnft.cache.store import entries, gigabytes, limit, root
 
@@ -31,25 +32,16 @@ def command(
         console.result(f"removed {len(found)} file(s), {gigabytes(total)}, from {root()}")
     else:
         if found:
-            console.result(_table(found))
+            head = ("kind", "of", "file", "size", "last used")
+            console.result(table(head, map(_row, found), numbers=range(3, 4)))
         console.result(
             f"{gigabytes(total)} of at most {gigabytes(limit())} in {root()} "
             "(CNNFT_CACHE_LIMIT in GB, CNNFT_CACHE)"
         )
 
 
-def _table(found: "list[Entry]") -> Any:
-    from rich.table import Table
-
+def _row(entry: "Entry") -> tuple[str, ...]:
     from cnnft.cache.store import gigabytes
 
-    table = Table(box=None, pad_edge=False)
-    for column in ("kind", "what", "file"):
-        table.add_column(column)
-    table.add_column("size", justify="right")
-    table.add_column("last used")
-    for entry in found:
-        used = entry.used.isoformat(" ", "minutes")
-        about = console.printable(entry.about)
-        table.add_row(entry.kind, about, entry.path.name, gigabytes(entry.bytes), used)
-    return table
+    used = entry.used.isoformat(" ", "minutes")
+    return entry.kind, entry.about, entry.path.name, gigabytes(entry.bytes), used

@@ -25,38 +25,38 @@ _MOST = 5  # groups and files shown of each finding; --json has all
 
 
 def command(
-    data: Annotated[str, typer.Argument(help="Image folder, as for finetune.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Image folder, as for finetune.")],
     backbone: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", show_default="no advice", help="Advise how much of it to train."
+            metavar="NAME", help="Advise how much of this backbone to train on the images."
         ),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(metavar="FILE", help="The backbone's weights.")
+        str | None, typer.Option(metavar="FILE", help="Pretrained weights of the backbone.")
     ] = None,
     layout: options.Layout = "auto",
-    fit: Annotated[Fit | None, typer.Option(help="As for finetune.")] = None,
+    fit: Annotated[Fit | None, options.as_for_finetune("fit")] = None,
     show_augment: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.png", help="Draw what training would see of a few images of each class."
+            metavar="FILE.png", help="Draw augmented views of a few images of each class."
         ),
     ] = None,
     augment: Annotated[
         Augment | None,
-        typer.Option(show_default="basic", help="As for finetune: what is drawn."),
+        options.as_for_finetune("augment"),
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="As for finetune: the parts of it that have no flag."),
+        typer.Option(metavar="FILE", help="Augmentation settings without a flag, as for finetune."),
     ] = None,
     workers: options.Workers = None,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Check a folder of images, and advise how much to train on it."""
+    """Check a dataset: unreadable files, duplicates, leaks; advise what to train."""
     from cnnft.data.augmentation import augmentation
     from cnnft.data.checks import PLAIN, Inspector, check_dataset
     from cnnft.data.contactsheet import contact_sheet

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cnnft.cli import console, options
+from cnnft.cli.tables import table
 
 if TYPE_CHECKING:
     from cnnft.analysis.compare import Comparison, DataDifference, Paired, Rows
@@ -23,7 +24,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Tell what differs between two runs: settings, images, versions, and scores."""
+    """Compare two runs: settings, images, versions and scores."""
     from cnnft.analysis.compare import compare
     from cnnft.runs.run import Run
 
@@ -58,15 +59,7 @@ def _rows(name: str, rows: "Rows", none: str) -> None:
 
 
 def _table(name: str, rows: list[tuple[str, str, str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False)
-    for column in (f"{name:<14}", "A", "B"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.result(table)
+    console.result(table((f"{name:<14}", "A", "B"), rows))
 
 
 def _text(value: Any, none: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cnnft.cli import console, options
+from cnnft.cli.tables import percent, table
 from cnnft.config.choices import Split
 
 if TYPE_CHECKING:
@@ -18,9 +19,9 @@ _MOST_COLUMNS = 20  # of a confusion matrix on a terminal; --json has all
 
 
 def command(
-    data: Annotated[str, typer.Argument(help="Image folder, as for finetune.")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Image folder, as for finetune.")],
     model: options.Model,
-    split: Annotated[Split, typer.Option(help="Which part of the folder.")] = "val",
+    split: Annotated[Split, typer.Option(help="Split to evaluate on.")] = "val",
     layout: options.Layout = "auto",
     tta: options.Tta = "none",
     weights: options.Weights = None,
@@ -31,7 +32,7 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Evaluate a model on labelled images; those that it was trained on are left out."""
+    """Evaluate a model on labelled images, without those that it was trained on."""
     from cnnft.analysis.evaluate import Seen, evaluate, splits_to_evaluate
     from cnnft.data.reading import read_dataset
     from cnnft.data.sources import open_source
@@ -99,28 +100,17 @@ def _show(evaluation: "Evaluation") -> None:
 
 
 def _class_table(evaluation: "Evaluation") -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("class")
-    for column in ("n", "precision", "recall", "F1"):
-        table.add_column(column, justify="right")
-    for row in evaluation.classes:
-        values = ("-" if v is None else f"{v:.1%}" for v in (row.precision, row.recall, row.f1))
-        table.add_row(row.name, str(row.n), *values)
-    return table
+    rows = (
+        (row.name, row.n, percent(row.precision), percent(row.recall), percent(row.f1))
+        for row in evaluation.classes
+    )
+    return table(("class", "n", "precision", "recall", "F1"), rows, numbers=range(1, 5))
 
 
 def _confusion_table(evaluation: "Evaluation") -> Any:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for row in evaluation.classes:
-        table.add_column(row.name, justify="right")
-    for row, counts in zip(evaluation.classes, evaluation.confusion, strict=True):
-        table.add_row(row.name, *map(str, counts))
-    return table
+    names = [row.name for row in evaluation.classes]
+    rows = ((name, *counts) for name, counts in zip(names, evaluation.confusion, strict=True))
+    return table(("", *names), rows, numbers=range(1, len(names) + 1))
 
 
 def _json(evaluation: "Evaluation") -> dict[str, Any]:

@@ -10,16 +10,17 @@ from cnnft.config.choices import ExportFormat
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="A run directory.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
     format: Annotated[
         ExportFormat,
         typer.Option(
-            help="The head alone (feature-extractor runs), all weights, or ONNX.",
+            metavar="FORMAT",
+            help="head (of a feature-extractor run), safetensors (all weights), or onnx.",
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", show_default="into the run", help="The file to write."),
+        typer.Option(metavar="FILE", show_default="in the run", help="The file to write."),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,

@@ -25,7 +25,8 @@ def command(
     data: Annotated[
         str | None,
         typer.Argument(
-            help="Image folder: DATA/train/<class>/ and DATA/val/<class>/, or DATA/<class>/.",
+            metavar="DATA",
+            help="Image folder: DATA/train/CLASS and DATA/val/CLASS, or DATA/CLASS (see --layout).",
             show_default=False,
         ),
     ] = None,
@@ -35,8 +36,7 @@ def command(
         typer.Option(
             metavar="NAME",
             rich_help_panel=MAIN,
-            help=f"Settings that go together: {', '.join(RECIPES)} (see cnnft recipes).",
-            show_default="none",
+            help=f"Preset of settings: {', '.join(RECIPES)} (see cnnft recipes).",
         ),
     ] = None,
     config: Annotated[
@@ -44,7 +44,7 @@ def command(
         typer.Option(
             metavar="FILE",
             rich_help_panel=RUN,
-            help="Settings, such as RUN/config.toml; flags win.",
+            help="Configuration file (TOML), such as RUN/config.toml; flags override it.",
         ),
     ] = None,
     resume: Annotated[
@@ -52,19 +52,23 @@ def command(
         typer.Option(
             metavar="RUN",
             rich_help_panel=MAIN,
-            help="Go on with an interrupted run; --epochs may be more than before.",
+            help="Resume an interrupted run; --epochs may be more than before.",
         ),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", rich_help_panel=RUN, help="Stop after the summary."),
+        typer.Option(
+            "--dry-run",
+            rich_help_panel=RUN,
+            help="Stop after the summary.",
+        ),
     ] = False,
     plot_schedule: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             rich_help_panel=RUN,
-            help="Draw the learning rates over the epochs, .png or .svg.",
+            help="Plot the learning rates over the epochs, as .png or .svg.",
         ),
     ] = None,
     json: options.MainJson = False,

@@ -8,36 +8,26 @@ from cnnft.cli import console
 from cnnft.config.choices import Layout as Layout_
 from cnnft.config.choices import Precision as Precision_
 from cnnft.config.choices import TestTimeViews
-from cnnft.config.options import option_of
-from cnnft.config.panels import MAIN
+from cnnft.config.options import metavar_of, option_of, shown_default
+from cnnft.config.panels import MACHINE, RUN
 from cnnft.config.schema import FIELDS
 from cnnft.errors import UsageError
 
 
-def _set_quiet(value: bool) -> None:
-    console.set_quiet(value)
+def with_default(help: str, default: str | None) -> str:
+    """A help text (rich's markup) and the default; typer would show ours in parentheses."""
+    return help if default is None else rf"{help} [dim]\[default: {default}][/dim]"
 
 
-Model = Annotated[
-    str,
-    typer.Option(
-        "--model", "-m", metavar="RUN|FILE", help="A run directory, or a file made by export."
-    ),
-]
-Layout = Annotated[
-    Layout_,
-    typer.Option(help=option_of(FIELDS["layout"]).help),
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="For a head file: the weights of its backbone."),
-]
-Tta = Annotated[
-    TestTimeViews,
-    typer.Option(
-        help="Test-time augmentation: average the probabilities of several views.",
-    ),
-]
+def as_for_finetune(name: str) -> Any:
+    """The option of a setting that finetune has too."""
+    field = FIELDS[name]
+    return typer.Option(
+        show_default=False,
+        rich_help_panel=MACHINE if option_of(field).panel == MACHINE else None,
+        metavar=metavar_of(field),
+        help=with_default(option_of(field).help, shown_default(field)),
+    )
 
 
 def batch_size(value: str | int | None) -> int | str | None:
@@ -53,43 +43,60 @@ def batch_size(value: str | int | None) -> int | str | None:
     return number
 
 
+def _set_quiet(value: bool) -> None:
+    console.set_quiet(value)
+
+
+def _json(panel: str | None = None) -> Any:
+    help = "Print the results as one JSON document."
+    return typer.Option("--json", rich_help_panel=panel, help=help)
+
+
+def _quiet(panel: str | None = None) -> Any:
+    help = "Show results, warnings and errors only."
+    return typer.Option("--quiet", "-q", rich_help_panel=panel, callback=_set_quiet, help=help)
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", metavar="RUN|FILE", help="A run directory, or a file made by export."
+    ),
+]
+Layout = Annotated[Layout_, as_for_finetune("layout")]
+Weights = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="For an exported head: the weights of its backbone."),
+]
+Tta = Annotated[
+    TestTimeViews,
+    typer.Option(
+        metavar="VIEWS",
+        help="Test-time augmentation, averaging probabilities over views: none, hflip, five-crop "
+        "or ten-crop.",
+    ),
+]
 BatchSize = Annotated[
     Any,  # what `batch_size` makes of it
     typer.Option(
         metavar="N|auto",
         parser=batch_size,
-        help="Images that are computed at once, each with all its views; auto: what fits and is "
-        "quick.",
+        rich_help_panel=MACHINE,
+        help="Images per forward pass, each with all its views; auto: by the memory.",
     ),
 ]
 Precision = Annotated[
     Precision_,
-    typer.Option(help="Of what the network computes; 16 bits are less exact."),
-]
-Workers = Annotated[
-    int | None,
     typer.Option(
-        min=0,
-        show_default="half of the processors, at most 8",
-        help="Processes that load images.",
+        metavar="DTYPE",
+        rich_help_panel=MACHINE,
+        help="Mixed-precision dtype (autocast): float32, bfloat16 or float16; 16 bits are less "
+        "exact.",
     ),
 ]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda|mps", help="Where to compute.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Quiet = Annotated[
-    bool,
-    typer.Option("--quiet", "-q", callback=_set_quiet, help="No progress, only results."),
-]
-MainJson = Annotated[
-    bool, typer.Option("--json", rich_help_panel=MAIN, help="Print one JSON document.")
-]
-MainQuiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        rich_help_panel=MAIN,
-        callback=_set_quiet,
-        help="No progress, only results.",
-    ),
-]
+Workers = Annotated[int | None, as_for_finetune("workers")]
+Device = Annotated[str, as_for_finetune("device")]
+Json = Annotated[bool, _json()]
+Quiet = Annotated[bool, _quiet()]
+MainJson = Annotated[bool, _json(RUN)]
+MainQuiet = Annotated[bool, _quiet(RUN)]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from cnnft.cli import console
+from cnnft.cli.tables import table
 
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
@@ -93,43 +94,33 @@ def _extras(plan: "Plan") -> list[str]:
 
 def class_table(counts: Mapping[Any, dict[str, int]]) -> Table:
     """`counts`: split -> class -> images."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("class")
-    for split in counts:
-        table.add_column(split, justify="right")
     classes = list(next(iter(counts.values())))
-    for name in classes[:_MOST_CLASSES]:
-        table.add_row(console.printable(name), *(str(of[name]) for of in counts.values()))
+    rows = [(name, *(of[name] for of in counts.values())) for name in classes[:_MOST_CLASSES]]
     if len(classes) > _MOST_CLASSES:
-        table.add_row(f"… {len(classes) - _MOST_CLASSES} more", *("" for _ in counts))
-    table.add_row(f"{len(classes)} classes", *(str(sum(of.values())) for of in counts.values()))
-    return table
+        rows.append((f"… {len(classes) - _MOST_CLASSES} more",))
+    rows.append((f"{len(classes)} classes", *(sum(of.values()) for of in counts.values())))
+    return table(("class", *counts), rows, numbers=range(1, len(counts) + 1))
 
 
 def show_advice(advice: "Advice", say: Callable[[Any], None]) -> None:
     """The size × similarity table, with this dataset's cell marked, and the evidence."""
     from cnnft.training.advice import SIMILAR, SMALL, TABLE
 
-    table = Table(pad_edge=False)
-    table.add_column("data")
-    similarities = list(dict.fromkeys(cell.similarity for cell in TABLE))
-    for similarity in similarities:
-        word, sign = ("to", "at least") if similarity == "similar" else ("from", "less than")
-        table.add_column(
-            f"{similarity} {word} the pretraining's\n(probe learns {sign} {SIMILAR:.0%})"
-        )
-    for size in dict.fromkeys(cell.size for cell in TABLE):
-        sign = "fewer than" if size == "small" else "at least"
-        row = {cell.similarity: cell for cell in TABLE if cell.size == size}
-        cells = [
-            ("→ " if row[similarity] == advice.cell else "  ") + row[similarity].words
-            for similarity in similarities
-        ]
-        table.add_row(f"{size}\n({sign} {SMALL} images per class)", *cells)
-    say(table)
+    columns = {
+        "similar": f"similar to the pretraining data (probe learns at least {SIMILAR:.0%})",
+        "different": f"different (probe learns less than {SIMILAR:.0%})",
+    }
+    sizes = {
+        "small": f"small (fewer than {SMALL} images per class)",
+        "larger": f"larger (at least {SMALL} images per class)",
+    }
+    words = {(cell.size, cell.similarity): cell.words for cell in TABLE}
+    words[advice.cell.size, advice.cell.similarity] = f"→ {advice.cell.words}"
+    rows = [(name, *(words[size, column] for column in columns)) for size, name in sizes.items()]
+    say(table(("training data", *columns.values()), rows))
     say(
         f"{advice.images_per_class:.0f} training images per class; a linear probe on frozen "
-        f"features is right in {advice.probe_accuracy:.1%} (cross-validated; the commonest class "
+        f"features is right in {advice.probe_accuracy:.1%} (cross-validated; the majority class "
         f"has {advice.chance:.1%}), so it learns {advice.learned:.0%} of what there is to learn"
     )
 

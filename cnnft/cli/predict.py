@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from cnnft.cli import console, options, rows
+from cnnft.config.panels import MACHINE
 from cnnft.errors import CnnftError, UsageError
 from cnnft.machine import distributed
 
@@ -22,17 +23,25 @@ Format = Literal["table", "json", "jsonl", "csv"]
 
 def command(
     images: Annotated[
-        list[str], typer.Argument(help="Files, folders, or patterns.", show_default=False)
+        list[str],
+        typer.Argument(
+            metavar="IMAGES...", help="Files, folders, or patterns.", show_default=False
+        ),
     ],
     model: options.Model,
     tta: options.Tta = "none",
-    top: Annotated[int, typer.Option(min=1, help="Classes to show per image.")] = 1,
+    top: Annotated[
+        int, typer.Option(min=1, metavar="K", help="Show the top-k classes of each image.")
+    ] = 1,
     format: Annotated[
         Format | None,
-        typer.Option(show_default="by --output's suffix, or table", help="As what."),
+        typer.Option(
+            metavar="FORMAT",
+            help="table, json, jsonl or csv; without it, the suffix of --output says, or table.",
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write there instead of to the screen.")
+        Path | None, typer.Option(metavar="FILE", help="File to write, instead of standard output.")
     ] = None,
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
@@ -40,7 +49,11 @@ def command(
     precision: options.Precision = "float32",
     compile: Annotated[
         bool,
-        typer.Option("--compile", help="Compile the network first, for some thousand images."),
+        typer.Option(
+            "--compile",
+            rich_help_panel=MACHINE,
+            help="Compile the network (torch.compile): pays off from some thousand images on.",
+        ),
     ] = False,
     device: options.Device = "auto",
     json: options.Json = False,

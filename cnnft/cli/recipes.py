@@ -1,24 +1,19 @@
 """cnnft recipes: settings that go together."""
 
 from cnnft.cli import console, options
+from cnnft.cli.tables import table
 from cnnft.config.recipes import RECIPES
 from cnnft.config.schema import flag
 
 
 def command(json: options.Json = False) -> None:
-    """List the recipes that finetune --recipe takes."""
+    """List the recipes: presets of settings for finetune --recipe."""
     if json:
-        rows = [{"name": name, **recipe._asdict()} for name, recipe in RECIPES.items()]
-        console.result_json(rows)
+        console.result_json([{"name": name, **r._asdict()} for name, r in RECIPES.items()])
         return
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "is", "settings that differ from the defaults"):
-        table.add_column(column, overflow="fold")
-    for name, recipe in RECIPES.items():
-        table.add_row(name, recipe.words, ", ".join(_words(recipe.settings)))
-    console.result(table)
+    head = ("recipe", "what it is", "settings that differ from the defaults")
+    rows = [(name, r.words, ", ".join(_words(r.settings))) for name, r in RECIPES.items()]
+    console.result(table(head, rows))
 
 
 def _words(settings: dict[str, object]) -> list[str]:

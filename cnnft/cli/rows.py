@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 from rich.text import Text
 
-from cnnft.cli import console
+from cnnft.cli.tables import table
 
 if TYPE_CHECKING:
     from cnnft.inference.classifier import Prediction
@@ -70,16 +70,12 @@ def _csv_line(cells: list[object]) -> str:
 
 
 def _table(predictions: "list[Prediction]", top: int) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
-    for rank in range(1, top + 1):
-        table.add_column("class" if rank == 1 else f"{rank}.")
-        table.add_column("probability" if rank == 1 else "", justify="right")
-    for prediction in predictions:
-        file = Text(console.printable(str(prediction.file)))
-        if prediction.error is not None:
-            table.add_row(file, Text(prediction.error, style="red"))
-            continue
-        cells = [Text(c) for name, p in prediction.top for c in (name, f"{p:.1%}")]
-        table.add_row(file, *cells)
-    return table
+    ranks = [(f"{rank}.", "") for rank in range(2, top + 1)]
+    head = ["file", "class", "probability", *(name for rank in ranks for name in rank)]
+    return table(head, map(_row, predictions), numbers=range(2, len(head), 2))
+
+
+def _row(prediction: "Prediction") -> list[object]:
+    if prediction.error is not None:
+        return [prediction.file, Text(prediction.error, style="red")]
+    return [prediction.file, *(cell for name, p in prediction.top for cell in (name, f"{p:.1%}"))]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional, Union, get_args, get_origin
 import typer
 
 from cnnft.cli import options
-from cnnft.config.options import option_of
+from cnnft.config.options import metavar_of, option_of, shown_default
 from cnnft.config.panels import PANELS
 from cnnft.config.schema import FIELDS, flag
 
@@ -20,7 +20,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     first = [p for p in own if p.kind is not p.KEYWORD_ONLY]
     flags = [_parameter(field) for field in FIELDS.values() if option_of(field).panel]
-    rest = sorted([*flags, *(p for p in own if p not in first)], key=_place)
+    rest = sorted([*(p for p in own if p not in first), *flags], key=_place)
     parameters = [*first, *rest]
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -33,17 +33,16 @@ def _place(parameter: inspect.Parameter) -> int:
 
 def _parameter(field: "dataclasses.Field[Any]") -> inspect.Parameter:
     """None, "not given", lets a config file supply the setting."""
-    declared = option_of(field)
-    shown = str(field.default) if declared.shown is None else declared.shown
+    declared, kind = option_of(field), _typed(field.type)
     option = typer.Option(
         *([flag(field.name)] if declared.switch else []),
         rich_help_panel=declared.panel,
-        show_default=False if declared.switch else shown,
-        help=declared.help,
-        metavar=declared.metavar,
+        show_default=False,
+        help=options.with_default(declared.help, None if declared.switch else shown_default(field)),
+        metavar=metavar_of(field),
         callback=options.batch_size if field.name == "batch_size" else None,
     )
-    kind: Any = Annotated[Optional[_typed(field.type)], option]  # noqa: UP045
+    kind = Annotated[Optional[kind], option]  # noqa: UP045
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind
     )

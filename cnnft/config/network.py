@@ -17,28 +17,40 @@ class NetworkConfig:
     backbone: str = option(
         "resnet18",
         "Pretrained network: a timm name, torchvision/NAME, hf-hub:OWNER/NAME, local-dir:PATH, or "
-        "builtin (needs no network).",
+        "builtin (small, needs no download). cnnft backbones lists them.",
         panel=MAIN,
         metavar="NAME",
     )
     weights: str | Path | None = option(
         None,
-        "Pretrained weights of the backbone, .safetensors or .pth.",
+        "Pretrained weights of the backbone, a .safetensors or .pth file.",
         panel=MODEL,
         shown="downloaded once",
         metavar="FILE",
     )
     pretrained: bool = option(
-        True, "Start from pretrained or from random weights.", panel=MODEL, shown="pretrained"
+        True,
+        "Start from pretrained weights, or train from scratch.",
+        panel=MODEL,
+        shown="pretrained",
     )
-    head: Head = option("linear", "New classifier: one linear layer, or an MLP.", panel=MODEL)
-    head_init: HeadInit = option("default", "Initialisation of the new head.", panel=MODEL)
+    head: Head = option("linear", "New classifier head: one linear layer, or an MLP.", panel=MODEL)
+    head_init: HeadInit = option(
+        "default",
+        "Initialisation of the new head: default (the layer's own), xavier, kaiming or zeros.",
+        panel=MODEL,
+    )
     dropout: float = option(
-        0.0, "Dropout before the head.", bounds=below(0, 1), panel=REGULARIZATION, metavar="P"
+        0.0,
+        "Dropout probability before the head.",
+        bounds=below(0, 1),
+        panel=REGULARIZATION,
+        metavar="P",
     )
     drop_path: float = option(
         0.0,
-        "Stochastic depth: rate at which images skip the last block.",
+        "Stochastic depth (drop path): probability of skipping the last block; earlier blocks "
+        "have less.",
         bounds=below(0, 1),
         panel=REGULARIZATION,
         metavar="P",
@@ -51,13 +63,14 @@ class FreezingConfig:
 
     mode: Mode = option(
         "finetune",
-        "finetune: train all layers; feature-extractor: a new head on the frozen backbone; "
-        "bn-only: head and normalisation layers; auto: by the data.",
+        "What trains. finetune: all layers; feature-extractor: a new head on the frozen "
+        "backbone; bn-only: the head and the normalisation layers; auto: what the size of the "
+        "data and a linear probe suggest.",
         panel=MAIN,
     )
     train_stages: int | None = option(
         None,
-        "Fine-tune the last N stages only (see cnnft backbones).",
+        "Fine-tune the last N stages only and freeze those before (see cnnft backbones).",
         bounds=Bounds(0),
         panel=FREEZING,
         shown="all",
@@ -66,20 +79,20 @@ class FreezingConfig:
     # None: where pretrained layers train and the head is one linear layer.
     probe_first: bool | None = option(
         None,
-        "Start from a head fitted on frozen features (linear probe).",
+        "Initialise the head by a linear probe of the frozen features (LP-FT).",
         panel=FREEZING,
         shown="if pretrained layers train",
     )
     batchnorm: BatchNorm = option(
         "auto",
-        "Running statistics of BatchNorm layers that train: update or freeze them; auto: freeze "
-        "below 8 images per batch.",
+        "Running statistics of BatchNorm layers that train: update (train) or keep (frozen) them; "
+        "auto: frozen where a batch has fewer than 8 images.",
         panel=FREEZING,
     )
     # None: 8 in mode feature-extractor, a new one in every epoch elsewhere.
     feature_views: int | None = option(
         None,
-        "Augmented views of each image whose frozen features are cached.",
+        "Augmented views of each image; the frozen features of each view are cached.",
         bounds=Bounds(1),
         panel=FREEZING,
         shown=str(FEATURE_VIEWS),

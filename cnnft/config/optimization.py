@@ -21,17 +21,20 @@ class TrainingConfig:
     """Epochs and batches."""
 
     # As PyTorch's transfer-learning tutorial.
-    epochs: int = option(25, "Passes over the training images.", bounds=Bounds(1), panel=MAIN)
+    epochs: int = option(
+        25, "Passes over the training images.", bounds=Bounds(1), panel=MAIN, metavar="N"
+    )
     batch_size: int | Literal["auto"] = option(
         32,
-        "Images per step, over all processes; auto: as many as fit.",
+        "Images per step, over all processes; auto: as many as fit into memory.",
         bounds=Bounds(1),
         panel=MAIN,
         metavar="N|auto",
     )
     micro_batch: int | None = option(
         None,
-        "Gradient accumulation: images per forward pass in each process.",
+        "Gradient accumulation: images per forward pass in each process; they add up to "
+        "--batch-size.",
         bounds=Bounds(1),
         panel=OPTIMIZATION,
         shown="the whole batch",
@@ -39,12 +42,13 @@ class TrainingConfig:
     )
     sampling: Sampling = option(
         "shuffled",
-        "balanced: draw classes with equal probability, with replacement.",
+        "Order of training images. shuffled: each once per epoch; balanced: oversampling, all "
+        "classes equally often, with replacement.",
         panel=IMBALANCE,
     )
     patience: int | None = option(
         None,
-        "Early stopping: epochs without a better one.",
+        "Early stopping: end after N epochs without improvement on val.",
         bounds=Bounds(1),
         panel=REGULARIZATION,
         shown="off",
@@ -62,6 +66,7 @@ class TrainingConfig:
         "Random seed; the same seed, CPU and threads give the same weights.",
         bounds=below(0, 2**63),
         panel=OPTIMIZATION,
+        metavar="N",
     )
 
     @property
@@ -76,7 +81,11 @@ class LossConfig:
     """What training minimises."""
 
     label_smoothing: float = option(
-        0.0, "Label smoothing; 0.1 is usual.", bounds=below(0, 1), panel=REGULARIZATION, metavar="P"
+        0.0,
+        "Label smoothing: probability mass spread over all classes; 0.1 is usual.",
+        bounds=below(0, 1),
+        panel=REGULARIZATION,
+        metavar="P",
     )
     focal: float = option(
         0.0,
@@ -87,11 +96,12 @@ class LossConfig:
         metavar="GAMMA",
     )
     class_weights: ClassWeights = option(
-        "none", "Class weights in the loss; balanced: inverse frequency.", panel=IMBALANCE
+        "none", "Class weights in the loss; balanced: inverse class frequency.", panel=IMBALANCE
     )
     teacher: tuple[str, ...] = option(
         (),
-        "Distill from this model too; repeat it to average several.",
+        "Knowledge distillation: a teacher model whose soft targets are learned too; repeatable, "
+        "an ensemble's probabilities are averaged.",
         panel=DISTILLATION,
         shown="none",
         metavar="RUN|FILE",
@@ -102,10 +112,11 @@ class LossConfig:
         bounds=above(0),
         panel=DISTILLATION,
         shown="4",
+        metavar="T",
     )
     distill_weight: float | None = option(
         None,
-        "Weight of the distillation loss.",
+        "Weight of the distillation loss; that of the labels has the rest.",
         bounds=above(0, 1),
         panel=DISTILLATION,
         shown="0.5",
@@ -119,8 +130,8 @@ class OptimizerConfig:
 
     optimizer: str = option(
         "sgd",
-        "sgd, plain-sgd, nesterov, adam, adamw, rmsprop, adagrad, adadelta, adamax, nadam, or "
-        "another of timm.optim.",
+        "Optimizer: sgd, plain-sgd, nesterov, adam, adamw, rmsprop, adagrad, adadelta, adamax, "
+        "nadam, or another one of timm.optim.",
         panel=OPTIMIZATION,
         shown="sgd, momentum 0.9",
         metavar="NAME",
@@ -131,33 +142,49 @@ class OptimizerConfig:
         bounds=above(0),
         panel=MAIN,
         shown="the 1/10 rule",
+        metavar="RATE",
     )
     head_lr: float | None = option(
-        None, "Learning rate of the new head.", bounds=above(0), panel=MAIN, shown="the 1/10 rule"
+        None,
+        "Learning rate of the new head.",
+        bounds=above(0),
+        panel=MAIN,
+        shown="the 1/10 rule",
+        metavar="RATE",
     )
     layer_decay: float | None = option(
         None,
-        "Layer-wise decay: each stage's learning rate is this times the next one's.",
+        "Layer-wise learning-rate decay: factor from each stage to the one before.",
         bounds=above(0, 1),
         panel=OPTIMIZATION,
         shown="off",
+        metavar="FACTOR",
     )
     momentum: float = option(0.9, "Momentum of sgd and its relatives.", bounds=below(0, 1))
     weight_decay: float = option(
-        0.0, "Weight decay, of all but norms and biases.", bounds=Bounds(0), panel=REGULARIZATION
+        0.0,
+        "Weight decay (L2) of all parameters but biases and those of normalisation layers.",
+        bounds=Bounds(0),
+        panel=REGULARIZATION,
+        metavar="X",
     )
     decay_all: bool = option(
-        False, "Weight decay of norms and biases too.", panel=REGULARIZATION, switch=True
+        False,
+        "Weight decay of biases and normalisation layers too.",
+        panel=REGULARIZATION,
+        switch=True,
     )
     l1: float = option(
-        0.0, "L1 penalty on the same weights; with weight_decay an elastic net.", bounds=Bounds(0)
+        0.0,
+        "L1 penalty on the weights that weight decay applies to; with it an elastic net.",
+        bounds=Bounds(0),
     )
     max_norm: float | None = option(
         None, "Max-norm constraint on the head's weights of each class.", bounds=above(0)
     )
     clip_grad: float | None = option(
         None,
-        "Clip the norm of all gradients together.",
+        "Gradient clipping: largest norm of all gradients together.",
         bounds=above(0),
         panel=OPTIMIZATION,
         shown="off",
@@ -171,8 +198,8 @@ class ScheduleConfig:
 
     schedule: Schedule = option(
         "cosine",
-        "cosine, cosine-restarts, one-cycle, step, multistep, exponential, inverse, inverse-sqrt, "
-        "plateau or constant.",
+        "Learning-rate schedule: cosine, cosine-restarts, one-cycle, step, multistep, exponential, "
+        "inverse, inverse-sqrt, plateau or constant.",
         panel=OPTIMIZATION,
         metavar="NAME",
     )
@@ -185,19 +212,21 @@ class ScheduleConfig:
     )
     step_epochs: int = option(
         7,
-        "step: epochs between falls; exponential: epochs of a fall by step_gamma.",
+        "step: epochs between decays; exponential: epochs in which the rate decays by step_gamma.",
         bounds=Bounds(1),
     )
     step_gamma: float = option(
-        0.1, "Factor of each fall, of step, multistep, exponential and plateau.", bounds=above(0, 1)
+        0.1, "Decay factor of step, multistep, exponential and plateau.", bounds=above(0, 1)
     )
     milestones: str | None = option(
         None,
-        "multistep: epochs of the falls, such as '30,60,90'.",
+        "multistep: epochs after which the rate decays, such as '30,60,90'.",
         shown="half and three quarters of training",
     )
     inverse_epochs: float = option(
-        1.0, "inverse: after this many epochs the rate is half.", bounds=above(0)
+        1.0,
+        "inverse and inverse-sqrt: time constant in epochs; inverse has half the rate after it.",
+        bounds=above(0),
     )
     restart_epochs: float | None = option(
         None,
@@ -207,15 +236,15 @@ class ScheduleConfig:
     )
     restart_multiplier: int | None = option(
         None,
-        "cosine-restarts: length of each cosine, times the one before.",
+        "cosine-restarts: length of each cosine as a multiple of the one before.",
         bounds=Bounds(1, 100),
         shown="2; 1 with snapshots",
     )
     cycle_rise: float = option(
-        0.3, "one-cycle: share of training in which the rate rises.", bounds=between(0, 1)
+        0.3, "one-cycle: fraction of training in which the rate rises.", bounds=between(0, 1)
     )
     plateau_patience: int = option(
-        3, "plateau: epochs without a lower val loss before a fall.", bounds=Bounds(0)
+        3, "plateau: epochs without a lower val loss before the rate decays.", bounds=Bounds(0)
     )
 
     def milestone_epochs(self, epochs: int) -> tuple[float, ...]:
@@ -231,7 +260,7 @@ class AveragingConfig:
 
     ema: float | None = option(
         None,
-        "Exponential moving average of the weights: decay; 0.99 is usual.",
+        "Exponential moving average (EMA) of the weights: its decay; 0.99 is usual.",
         bounds=between(0, 1),
         panel=AVERAGING,
         shown="off",
@@ -239,7 +268,7 @@ class AveragingConfig:
     )
     swa: int | None = option(
         None,
-        "Stochastic weight averaging (SWA) of the last N epochs, at a constant rate.",
+        "Stochastic weight averaging (SWA) over the last N epochs, at a constant learning rate.",
         bounds=Bounds(1),
         panel=AVERAGING,
         shown="off",
@@ -247,7 +276,7 @@ class AveragingConfig:
     )
     snapshots: int | None = option(
         None,
-        "Snapshot ensemble: N models, one at the end of each of N cosine-restarts.",
+        "Snapshot ensemble: N models, one at the end of each cycle of cosine-restarts.",
         bounds=Bounds(2),
         panel=AVERAGING,
         shown="off",
@@ -255,7 +284,7 @@ class AveragingConfig:
     )
     recalibrate_bn: bool = option(
         False,
-        "Recompute BatchNorm statistics over the training images at the end.",
+        "Recompute BatchNorm statistics over the training images after training.",
         panel=AVERAGING,
         switch=True,
     )

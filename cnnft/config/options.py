@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from cnnft.errors import UsageError
 
+_WIDEST_METAVAR = 13  # characters; what is beside it in 80 columns shall not be broken
+
 
 class Bounds(NamedTuple):
     """From `low` to `high`, without those that `excluded` names ("low", "high")."""
@@ -67,6 +69,26 @@ def option(default: Any, help: str, **declared: Any) -> Any:
 def option_of(field: "dataclasses.Field[Any]") -> Option:
     found: Option = field.metadata["option"]
     return found
+
+
+def shown_default(field: "dataclasses.Field[Any]") -> str:
+    shown = option_of(field).shown
+    return str(field.default) if shown is None else shown
+
+
+def metavar_of(field: "dataclasses.Field[Any]") -> str | None:
+    """What stands for the value in `--help`: declared; a few choices; the name of many."""
+    choices = "|".join(choices_of(field.type))
+    if not choices or option_of(field).metavar:
+        return option_of(field).metavar
+    return choices if len(choices) <= _WIDEST_METAVAR else field.name.rpartition("_")[2].upper()
+
+
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """The texts of its Literals."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return tuple(choice for part in get_args(annotation) for choice in choices_of(part))
 
 
 def flag_of(field: "dataclasses.Field[Any]") -> str:

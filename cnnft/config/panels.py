@@ -11,7 +11,7 @@ IMBALANCE = "Class imbalance"
 AVERAGING = "Weight averaging and ensembles"
 DISTILLATION = "Distillation"
 DATA = "Data"
-RUN = "Run"
+RUN = "Run and output"
 MACHINE = "Machine"
 
 PANELS = (

@@ -17,7 +17,7 @@ class InputConfig:
 
     image_size: int | None = option(
         None,
-        "Side of the network's input in pixels.",
+        "Input resolution: side of the network's input in pixels.",
         bounds=Bounds(16, LARGEST_IMAGE),
         panel=INPUT,
         shown="as pretrained",
@@ -25,27 +25,27 @@ class InputConfig:
     )
     fit: Fit | None = option(
         None,
-        "Images that are not square: center crop, squash, or pad.",
+        "How images become square: center crop, squash (ignore the aspect ratio), or pad.",
         panel=INPUT,
         shown="as pretrained",
     )
     normalize: str = option(
         "pretrained",
-        "Mean and std: the pretraining's (pretrained), the training images' (dataset), or "
-        "MEAN/STD per channel.",
+        "Normalisation by mean and std of each channel: those of the pretraining (pretrained), of "
+        "the training images (dataset), or R,G,B/R,G,B.",
         panel=INPUT,
         metavar="STATS",
     )
     # Evaluation always reads images in full.
     train_resolution: int | Literal["auto", "full"] = option(
         "auto",
-        "Shorter side in pixels to which training images are reduced; auto: what the input size "
-        "can use; full: not at all.",
+        "Shorter side in pixels to which training images are downscaled when decoded; auto: what "
+        "the input resolution can use; full: not at all.",
         bounds=Bounds(16, LARGEST_IMAGE),
     )
     decoder: Decoder = option(
         "pillow",
-        "JPEG decoding in training; draft: at a fraction of the size, faster, and other pixels.",
+        "JPEG decoding in training; draft: DCT scaling, faster, with slightly other pixels.",
         panel=MACHINE,
     )
 
@@ -55,27 +55,35 @@ class AugmentationConfig:
     """Random transforms of training images and batches; parts that are None are the preset's."""
 
     augment: Augment = option(
-        "basic", "Augmentation preset (cnnft check --show-augment draws it).", panel=MAIN
+        "basic",
+        "Augmentation preset: none, basic, standard, strong, trivial, randaugment or lecture "
+        "(cnnft check --show-augment draws them).",
+        panel=MAIN,
+        metavar="PRESET",
     )
     hflip: bool | None = option(
         None,
-        "Random horizontal flips; not where b and d differ.",
+        "Random horizontal flips; switch them off where left and right matter.",
         panel=AUGMENTATION,
         shown="by --augment",
     )
     vflip: bool | None = option(None, "Random vertical flips.")
     rotation: float | None = option(
-        None, "Random rotation, degrees at most.", bounds=Bounds(0, 180)
+        None, "Random rotation: largest angle in degrees.", bounds=Bounds(0, 180)
     )
     translation: float | None = option(
-        None, "Random translation, share of the side at most.", bounds=Bounds(0, 1)
+        None, "Random translation: largest shift as a fraction of the side.", bounds=Bounds(0, 1)
     )
-    shear: float | None = option(None, "Random shear, degrees at most.", bounds=Bounds(0, 89))
+    shear: float | None = option(
+        None, "Random shear: largest angle in degrees.", bounds=Bounds(0, 89)
+    )
     perspective: float | None = option(
-        None, "Random perspective in half of the images: distortion scale.", bounds=Bounds(0, 1)
+        None, "Random perspective with probability 1/2: distortion scale.", bounds=Bounds(0, 1)
     )
     crop_and_pad: float | None = option(
-        None, "Reflect-pad by this share of the side, then crop back.", bounds=Bounds(0, 0.9)
+        None,
+        "Reflection padding by this fraction of the side, then a random crop.",
+        bounds=Bounds(0, 0.9),
     )
     brightness: float | None = option(
         None, "Color jitter: brightness times 1 ± this.", bounds=Bounds(0, 1)
@@ -87,19 +95,21 @@ class AugmentationConfig:
         None, "Color jitter: saturation times 1 ± this.", bounds=Bounds(0, 1)
     )
     hue: float | None = option(
-        None, "Color jitter: hue shift, share of the color circle at most.", bounds=Bounds(0, 0.5)
+        None,
+        "Color jitter: largest hue shift as a fraction of the color circle.",
+        bounds=Bounds(0, 0.5),
     )
     sharpness: float | None = option(
-        None, "Sharpness times 1 + this in half of the images.", bounds=Bounds(0, 100)
+        None, "Random sharpness with probability 1/2: times 1 + this.", bounds=Bounds(0, 100)
     )
     blur: float | None = option(
-        None, "Gaussian blur, sigma in pixels at most.", bounds=Bounds(0, 5)
+        None, "Gaussian blur: largest sigma in pixels.", bounds=Bounds(0, 5)
     )
     noise: float | None = option(
-        None, "Gaussian noise: sigma, where 255 is 1.", bounds=Bounds(0, 1)
+        None, "Gaussian noise: sigma, of pixels from 0 to 1.", bounds=Bounds(0, 1)
     )
     pca: float | None = option(
-        None, "PCA color noise (AlexNet's lighting): sigma.", bounds=Bounds(0, 10)
+        None, "PCA color noise (AlexNet's lighting augmentation): sigma.", bounds=Bounds(0, 10)
     )
     erase: float | None = option(
         None,
@@ -111,7 +121,7 @@ class AugmentationConfig:
     )
     mixup: float = option(
         0.0,
-        "Mixup: alpha of its Beta distribution; 0.2 is usual.",
+        "Mixup: alpha of the Beta distribution; 0.2 is usual.",
         bounds=Bounds(0, 100),
         panel=AUGMENTATION,
         shown="off",
@@ -119,7 +129,7 @@ class AugmentationConfig:
     )
     cutmix: float = option(
         0.0,
-        "CutMix: alpha of its Beta distribution; 1 is usual.",
+        "CutMix: alpha of the Beta distribution; 1 is usual.",
         bounds=Bounds(0, 100),
         panel=AUGMENTATION,
         shown="off",

@@ -16,20 +16,25 @@ class DataConfig:
     data: str | Path = option("", "Image folder.")
     layout: Layout = option(
         "auto",
-        "flat: DATA/CLASS; split: DATA/train/CLASS; class-split: DATA/CLASS/train; auto: by the "
-        "folder's names.",
+        "Layout of DATA. flat: DATA/CLASS; split: DATA/train/CLASS; class-split: "
+        "DATA/CLASS/train; auto: by the names of the folders.",
         panel=DATA,
     )
     val_fraction: float = option(
         0.2,
-        "Share of the images held out as val where DATA has no val split.",
+        "Fraction of the images held out for validation, where DATA has no val folder.",
         bounds=between(0, 1),
-        panel=MAIN,
+        panel=DATA,
         metavar="P",
     )
-    split_seed: int = option(0, "Seed of the train/val split; independent of --seed.", panel=DATA)
+    split_seed: int = option(
+        0, "Seed of the train/val split; independent of --seed.", panel=DATA, metavar="N"
+    )
     strict: bool = option(
-        False, "Stop at a file that cannot be used instead of skipping it.", panel=DATA, switch=True
+        False,
+        "Stop at a file that cannot be used, instead of skipping it.",
+        panel=DATA,
+        switch=True,
     )
 
 
@@ -37,35 +42,39 @@ class DataConfig:
 class MachineConfig:
     """Where and how to compute."""
 
-    device: str = option("auto", "Where to compute.", panel=MAIN, metavar="auto|cpu|cuda|mps")
+    device: str = option("auto", "Device: auto, cpu, cuda or mps.", panel=MAIN, metavar="DEVICE")
     precision: Precision | Literal["auto"] = option(
         "auto",
-        "Mixed-precision dtype (autocast); weights and sums stay float32.",
+        "Mixed-precision dtype (autocast): float32, bfloat16 or float16; weights stay float32.",
         panel=MACHINE,
-        shown="auto: 16 bits on CUDA, float32 elsewhere",
+        shown="auto, 16 bits on CUDA",
         metavar="DTYPE",
     )
     compile: bool = option(
         False,
-        "torch.compile: a minute or so, for faster steps in a long training.",
+        "Compile the network (torch.compile): takes a minute, and makes the steps of a long "
+        "training faster.",
         panel=MACHINE,
         switch=True,
     )
     sync_bn: bool = option(
-        False, "SyncBatchNorm: statistics over all GPUs' images.", panel=MACHINE, switch=True
+        False,
+        "SyncBatchNorm: batch statistics over the images of all GPUs.",
+        panel=MACHINE,
+        switch=True,
     )
     workers: int | None = option(
         None,
-        "Worker processes that load images.",
+        "Data-loading worker processes.",
         bounds=Bounds(0),
         panel=MACHINE,
-        shown="half of the processors, at most 8",
+        shown="half of the CPUs, at most 8",
         metavar="N",
     )
     cache: Cache = option(
         "auto",
-        "Where decoded images and features are cached; disk: for later runs too (see cnnft "
-        "cache). Changes no result.",
+        "Where decoded images and features are cached: in ram, on disk for later runs too (see "
+        "cnnft cache), or off. Changes no result.",
         panel=MACHINE,
     )
 
@@ -82,18 +91,18 @@ class RunConfig:
 
     name: str | None = option(
         None,
-        "Name of the run; numbered where it is taken.",
+        "Name of the run; a number is added where it is taken.",
         panel=MAIN,
-        shown="<data>-<backbone>",
+        shown="DATA-BACKBONE",
         metavar="NAME",
     )
-    runs_dir: str | Path = option("runs", "Folder of all runs.", panel=RUN, metavar="DIR")
+    runs_dir: str | Path = option("runs", "Folder of the runs.", panel=RUN, metavar="DIR")
     force: bool = option(
-        False, "Replace a run of the same name.", panel=RUN, switch=True, saved=False
+        False, "Replace the run of the same name.", panel=RUN, switch=True, saved=False
     )
     checkpoint_every: str = option(
         "5m",
-        "Checkpoint interval besides every epoch: 90s, 5m, 2h, or steps.",
+        "Checkpoint interval, besides every epoch: 90s, 5m, 2h, or a number of steps.",
         panel=RUN,
         metavar="TIME|STEPS",
     )
