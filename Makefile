@@ -6,7 +6,7 @@ PIP = $(BIN)/python -m pip install --quiet $(addprefix --constraint ,$(CONSTRAIN
 # A worker needs up to 2 GB.
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-all test-oldest test-gpu lint format bench clean
+.PHONY: demo test test-all test-oldest test-gpu lint format docs bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m tools.demo
@@ -33,6 +33,9 @@ lint: $(VENV)/installed-lint
 format: $(VENV)/installed-lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/installed
+	$(BIN)/python -m tools.options
 
 # BENCH="--data DIR --weights DIR": see docs/benchmarks.md.
 bench: $(VENV)/peers

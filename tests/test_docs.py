@@ -10,9 +10,11 @@ from typer.main import get_command
 from cnnft.cli.app import app
 from cnnft.config.options import option_of
 from cnnft.config.pixels import AugmentationConfig
+from cnnft.config.schema import FIELDS, flag
 from cnnft.data.augmentation import PRESETS
 from cnnft.data.images import SUFFIXES
 from cnnft.data.sources import IGNORED
+from tools import options
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -63,3 +65,9 @@ def test_the_tables_of_augmentation_name_every_preset_and_every_part_without_a_f
 def test_ci_runs_lint_and_then_test():
     lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     assert lines[-2:] == ["make lint", "make test"]
+
+
+def test_the_page_of_options_is_what_the_declarations_say():
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert options.tables() in page, "python -m tools.options"
+    assert all(f"`{flag(name)}`" in page for name in FIELDS if name != "data")

@@ -50,6 +50,7 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,  # `main` turns exceptions into sentences
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -24,9 +24,7 @@ Format = Literal["table", "json", "jsonl", "csv"]
 def command(
     images: Annotated[
         list[str],
-        typer.Argument(
-            metavar="IMAGES...", help="Files, folders, or patterns.", show_default=False
-        ),
+        typer.Argument(metavar="IMAGES", help="Files, folders, or patterns.", show_default=False),
     ],
     model: options.Model,
     tta: options.Tta = "none",

@@ -180,7 +180,10 @@ class OptimizerConfig:
         bounds=Bounds(0),
     )
     max_norm: float | None = option(
-        None, "Max-norm constraint on the head's weights of each class.", bounds=above(0)
+        None,
+        "Max-norm constraint on the head's weights of each class.",
+        bounds=above(0),
+        shown="off",
     )
     clip_grad: float | None = option(
         None,

@@ -72,8 +72,13 @@ def option_of(field: "dataclasses.Field[Any]") -> Option:
 
 
 def shown_default(field: "dataclasses.Field[Any]") -> str:
-    shown = option_of(field).shown
-    return str(field.default) if shown is None else shown
+    """In words, or the value as a config file has it."""
+    shown, value = option_of(field).shown, field.default
+    if shown is not None:
+        return shown
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def metavar_of(field: "dataclasses.Field[Any]") -> str | None:

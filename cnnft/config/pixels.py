@@ -1,7 +1,7 @@
 """Settings of images: preprocessing, and augmentation in training."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from cnnft.config.choices import Augment, Decoder, Fit
 from cnnft.config.options import Bounds, option
@@ -50,6 +50,11 @@ class InputConfig:
     )
 
 
+def _part(help: str, **declared: Any) -> Any:
+    """Of the preset, unless it is given."""
+    return option(None, help, shown="by --augment", **declared)
+
+
 @dataclass(frozen=True)
 class AugmentationConfig:
     """Random transforms of training images and batches; parts that are None are the preset's."""
@@ -61,62 +66,50 @@ class AugmentationConfig:
         panel=MAIN,
         metavar="PRESET",
     )
-    hflip: bool | None = option(
-        None,
+    hflip: bool | None = _part(
         "Random horizontal flips; switch them off where left and right matter.",
         panel=AUGMENTATION,
-        shown="by --augment",
     )
-    vflip: bool | None = option(None, "Random vertical flips.")
-    rotation: float | None = option(
-        None, "Random rotation: largest angle in degrees.", bounds=Bounds(0, 180)
+    vflip: bool | None = _part("Random vertical flips.")
+    rotation: float | None = _part(
+        "Random rotation: largest angle in degrees.", bounds=Bounds(0, 180)
     )
-    translation: float | None = option(
-        None, "Random translation: largest shift as a fraction of the side.", bounds=Bounds(0, 1)
+    translation: float | None = _part(
+        "Random translation: largest shift as a fraction of the side.", bounds=Bounds(0, 1)
     )
-    shear: float | None = option(
-        None, "Random shear: largest angle in degrees.", bounds=Bounds(0, 89)
+    shear: float | None = _part("Random shear: largest angle in degrees.", bounds=Bounds(0, 89))
+    perspective: float | None = _part(
+        "Random perspective with probability 1/2: distortion scale.", bounds=Bounds(0, 1)
     )
-    perspective: float | None = option(
-        None, "Random perspective with probability 1/2: distortion scale.", bounds=Bounds(0, 1)
-    )
-    crop_and_pad: float | None = option(
-        None,
+    crop_and_pad: float | None = _part(
         "Reflection padding by this fraction of the side, then a random crop.",
         bounds=Bounds(0, 0.9),
     )
-    brightness: float | None = option(
-        None, "Color jitter: brightness times 1 ± this.", bounds=Bounds(0, 1)
+    brightness: float | None = _part(
+        "Color jitter: brightness times 1 ± this.", bounds=Bounds(0, 1)
     )
-    contrast: float | None = option(
-        None, "Color jitter: contrast times 1 ± this.", bounds=Bounds(0, 1)
+    contrast: float | None = _part("Color jitter: contrast times 1 ± this.", bounds=Bounds(0, 1))
+    saturation: float | None = _part(
+        "Color jitter: saturation times 1 ± this.", bounds=Bounds(0, 1)
     )
-    saturation: float | None = option(
-        None, "Color jitter: saturation times 1 ± this.", bounds=Bounds(0, 1)
-    )
-    hue: float | None = option(
-        None,
+    hue: float | None = _part(
         "Color jitter: largest hue shift as a fraction of the color circle.",
         bounds=Bounds(0, 0.5),
     )
-    sharpness: float | None = option(
-        None, "Random sharpness with probability 1/2: times 1 + this.", bounds=Bounds(0, 100)
+    sharpness: float | None = _part(
+        "Random sharpness with probability 1/2: times 1 + this.", bounds=Bounds(0, 100)
     )
-    blur: float | None = option(
-        None, "Gaussian blur: largest sigma in pixels.", bounds=Bounds(0, 5)
+    blur: float | None = _part("Gaussian blur: largest sigma in pixels.", bounds=Bounds(0, 5))
+    noise: float | None = _part(
+        "Gaussian noise: sigma, of pixels from 0 to 1.", bounds=Bounds(0, 1)
     )
-    noise: float | None = option(
-        None, "Gaussian noise: sigma, of pixels from 0 to 1.", bounds=Bounds(0, 1)
+    pca: float | None = _part(
+        "PCA color noise (AlexNet's lighting augmentation): sigma.", bounds=Bounds(0, 10)
     )
-    pca: float | None = option(
-        None, "PCA color noise (AlexNet's lighting augmentation): sigma.", bounds=Bounds(0, 10)
-    )
-    erase: float | None = option(
-        None,
+    erase: float | None = _part(
         "Random erasing: probability that a rectangle is erased.",
         bounds=Bounds(0, 1),
         panel=AUGMENTATION,
-        shown="by --augment",
         metavar="P",
     )
     mixup: float = option(
