@@ -8,7 +8,7 @@ from cnnft.cli import console
 from cnnft.config.choices import Layout as Layout_
 from cnnft.config.choices import Precision as Precision_
 from cnnft.config.choices import TestTimeViews
-from cnnft.config.options import metavar_of, option_of, shown_default
+from cnnft.config.options import metavar_of, option_of, shown_default, validate_value
 from cnnft.config.panels import MACHINE, RUN
 from cnnft.config.schema import FIELDS
 from cnnft.errors import UsageError
@@ -22,7 +22,13 @@ def with_default(help: str, default: str | None) -> str:
 def as_for_finetune(name: str) -> Any:
     """The option of a setting that finetune has too."""
     field = FIELDS[name]
+
+    def validated(value: Any) -> Any:
+        validate_value(field, field.default if value is None else value)
+        return value
+
     return typer.Option(
+        callback=validated,
         show_default=False,
         rich_help_panel=MACHINE if option_of(field).panel == MACHINE else None,
         metavar=metavar_of(field),

@@ -106,12 +106,16 @@ def flag_of(field: "dataclasses.Field[Any]") -> str:
 def validate(section: Any) -> None:
     """Raises `UsageError` where a field of the section has another type or is out of bounds."""
     for field in dataclasses.fields(section):
-        value, flag = getattr(section, field.name), flag_of(field)
-        _require_type(flag, value, field.type)
-        _require_utf8(flag, value)
-        bounds = option_of(field).bounds
-        if bounds is not None and isinstance(value, int | float) and not bounds.hold(value):
-            raise UsageError(f"{flag} {value!s:.100} is out of range: it must be {bounds}")
+        validate_value(field, getattr(section, field.name))
+
+
+def validate_value(field: "dataclasses.Field[Any]", value: object) -> None:
+    """Raises `UsageError` where it is of another type than the field's, or out of bounds."""
+    flag, bounds = flag_of(field), option_of(field).bounds
+    _require_type(flag, value, field.type)
+    _require_utf8(flag, value)
+    if bounds is not None and isinstance(value, int | float) and not bounds.hold(value):
+        raise UsageError(f"{flag} {value!s:.100} is out of range: it must be {bounds}")
 
 
 def _require_type(flag: str, value: object, annotation: Any) -> None:
