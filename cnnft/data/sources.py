@@ -74,7 +74,7 @@ def open_source(source: str | Path, layout: Layout = "auto") -> Source:
         UsageError: it is not there, or no source.
         CnnftError: its folders are not of that layout, or may be of none.
     """
-    folder = require_folder(source)
+    folder = require_source(source)
     kind = _find_layout(folder) if layout == "auto" else layout
     if kind == "flat":
         return FolderSource(folder, kind, {"train": _by_name(class_folders(folder), folder)})
@@ -89,7 +89,8 @@ def open_source(source: str | Path, layout: Layout = "auto") -> Source:
     return FolderSource(folder, kind, found)
 
 
-def require_folder(data: str | Path) -> Path:
+def require_source(data: str | Path) -> Path:
+    """Raises `UsageError` where DATA cannot be opened; reads nothing of it."""
     folder = Path(data)
     if not folder.exists():
         raise UsageError(f"{folder}: no such folder")

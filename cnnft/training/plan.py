@@ -16,7 +16,7 @@ from cnnft.data.dataset import Samples, Skipped
 from cnnft.data.loading import Loading, default_workers, forward_batch
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
-from cnnft.data.sources import OnFiles, require_folder
+from cnnft.data.sources import OnFiles, require_source
 from cnnft.data.split import train_and_val
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
@@ -175,7 +175,7 @@ def _checked_early(config: Config, device: torch.device) -> Config:
     require_optimizer(config.optim)
     if config.run.tensorboard:
         require_tensorboard()
-    require_folder(config.dataset.data)
+    require_source(config.dataset.data)
     precision = choose_precision(config.machine.precision, device)
     return _with_absolute_paths(config).replace(precision=precision)
 
