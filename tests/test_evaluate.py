@@ -137,7 +137,7 @@ def test_text_and_json_agree(cnnft: Cli, evaluate: Evaluate, trained: Path, unse
     low, high = found["interval95"]
     assert lines[0].split("  (")[0].split() == ["top-1", "accuracy", f"{found['accuracy']:.1%}"]
     assert f"95% interval {low:.1%} to {high:.1%}, n = 12" in lines[0]
-    assert f"always the commonest class: {7 / 12:.1%}" in lines[0]
+    assert f"majority-class baseline {7 / 12:.1%}" in lines[0]
     rows = [line.split() for line in lines]
     for name, row in by_class(found).items():
         measures = [f"{row[measure]:.1%}" for measure in ("precision", "recall", "f1")]

@@ -152,7 +152,7 @@ def test_a_dry_run_draws_the_schedule(cnnft: Callable[..., Outcome], flat: Path,
         "--warmup-epochs=2", "--optimizer=adamw", "--weight-decay=0.1", "--plot-schedule", path,
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
-    assert "cosine schedule after a warm-up (epochs: 2), adamw, weight decay 0.1" in outcome.err
+    assert "cosine schedule after a warmup (epochs: 2), adamw, weight decay 0.1" in outcome.err
     if suffix == "png":
         with Image.open(path) as image:
             assert len(image.convert("RGB").getcolors(100_000)) > 10  # two colours, and their edges

@@ -73,7 +73,7 @@ def _show(evaluation: "Evaluation") -> None:
     low, high = overall.interval
     lines = [
         f"top-1 accuracy  {overall.accuracy:.1%}  (95% interval {low:.1%} to {high:.1%}, "
-        f"n = {overall.n}; always the commonest class: {evaluation.chance:.1%})"
+        f"n = {overall.n}; majority-class baseline {evaluation.chance:.1%})"
     ]
     if evaluation.top5 is not None:
         lines.append(f"top-5 accuracy  {evaluation.top5:.1%}")

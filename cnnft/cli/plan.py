@@ -17,79 +17,87 @@ _MOST_CLASSES = 20
 
 
 def show_plan(plan: "Plan") -> None:
-    counts = {"train": plan.train, "val": plan.val}
-    table = class_table(
-        {
-            split: dict(zip(samples.classes, samples.counts(), strict=True))
-            for split, samples in counts.items()
-        }
-    )
-    console.say(table)
+    splits = {"train": plan.train.counts_by_class(), "val": plan.val.counts_by_class()}
+    console.say(class_table(splits))
     console.say()
     _show_skipped(plan)
-
     if plan.advice is not None and plan.requested_mode == "auto":
         show_advice(plan.advice, console.say)
         console.say()
     trained, frozen = plan.parameters
     spec = plan.classifier.input_spec
-    console.say(f"backbone        {_backbone_line(plan)}")
-    console.say(f"input           {spec.size} × {spec.size} px, {spec.fit}, {spec.interpolation}")
-    console.say(f"images          {_pixels_line(plan)}")
-    console.say(f"augmentation    {_augmentation_line(plan)}")
-    console.say(
-        f"mode            {_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"
-    )
-    if plan.advice is not None and plan.head_from == "probe":
-        console.say(
-            "probe           the head starts from a linear probe, right in "
-            f"{plan.advice.probe_accuracy:.1%} of the training images in cross-validation"
-        )
-    for i, step in enumerate(plan.rates.derivation.split("; ")):
-        console.say(f"{'' if i else 'learning rates':<16}{step}")
-    for i, words in enumerate(_extras(plan)):
-        console.say(f"{'' if i else 'besides':<16}{words}")
-    console.say(
-        f"training        {plan.length.epochs} epochs of {plan.length.steps_per_epoch} steps, "
-        f"{optimizer_words(plan.config)}, on {plan.device}, {plan.config.machine.precision}\n"
-    )
+    length = plan.length
+    rows = {
+        "backbone": [_backbone_line(plan)],
+        "input": [f"{spec.size} × {spec.size} px, {spec.fit}, {spec.interpolation}"],
+        "images": [_pixels_line(plan)],
+        "augmentation": [_augmentation_line(plan)],
+        "mode": [f"{_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"],
+        "head": _head_lines(plan),
+        "learning rates": plan.rates.derivation.split("; "),
+        "also": _extras(plan),
+        "training": [
+            f"{length.epochs} epochs of {length.steps_per_epoch} steps, "
+            f"{optimizer_words(plan.config)}, on {plan.device}, {plan.config.machine.precision}\n"
+        ],
+    }
+    for name, lines in rows.items():
+        for i, line in enumerate(lines):
+            console.say(f"{'' if i else name:<16}{line}")
 
 
 def optimizer_words(config: "Config") -> str:
     words = [f"{config.schedule.schedule} schedule", config.optim.optimizer]
     if config.schedule.warmup_epochs:
-        words[0] += f" after a warm-up (epochs: {config.schedule.warmup_epochs:g})"
+        words[0] += f" after a warmup (epochs: {config.schedule.warmup_epochs:g})"
     if config.optim.weight_decay:
         spared = "" if config.optim.decay_all else " (not of norms and biases)"
         words.append(f"weight decay {config.optim.weight_decay:g}{spared}")
     return ", ".join(words)
 
 
+def _head_lines(plan: "Plan") -> list[str]:
+    """Where the head starts from, and what of the loss a probe does not know."""
+    if plan.head_from == "checkpoint":
+        return ["from the checkpoint"]
+    if plan.head_from == "new":
+        return [f"new, {plan.config.network.head_init} initialisation"]
+    lines = ["linear probe"]
+    if plan.advice is not None:
+        lines[0] += f", cross-validated train accuracy {plan.advice.probe_accuracy:.1%}"
+    loss = plan.config.loss
+    ignored = {"--focal": loss.focal, "--label-smoothing": loss.label_smoothing}
+    flags = [flag for flag, value in ignored.items() if value]
+    if flags:
+        lines.append(f"the probe minimises plain cross-entropy: it ignores {' and '.join(flags)}")
+    return lines
+
+
 def _extras(plan: "Plan") -> list[str]:
     """What was asked for in the loss, against overfitting, and in the end."""
     config = plan.config
-    said = {
-        "views of each image:": plan.batches.views,
+    given = {
+        "augmented views per image:": plan.batches.views,
         "label smoothing": config.loss.label_smoothing or None,
         "focal loss, gamma": config.loss.focal or None,
         "dropout": config.network.dropout or None,
-        "drop path": config.network.drop_path or None,
-        "L1": config.optim.l1 or None,
+        "stochastic depth (drop path)": config.network.drop_path or None,
+        "L1 penalty": config.optim.l1 or None,
         "max-norm of the head": config.optim.max_norm,
-        "gradients clipped at norm": config.optim.clip_grad,
-        "average of the weights, decay": config.averaging.ema,
-        "stop after epochs without a better one:": config.training.patience,
-        "weights averaged over the last epochs:": config.averaging.swa,
-        "snapshots that vote:": config.averaging.snapshots,
+        "gradient clipping, norm": config.optim.clip_grad,
+        "EMA of the weights, decay": config.averaging.ema,
+        "early stopping, patience": config.training.patience,
+        "SWA, last epochs:": config.averaging.swa,
+        "snapshot ensemble, models:": config.averaging.snapshots,
     }
-    lines = [f"{words} {value:g}" for words, value in said.items() if value is not None]
+    lines = [f"{words} {value:g}" for words, value in given.items() if value is not None]
     if config.loss.class_weights == "balanced":
-        lines.append("classes count alike in the loss")
+        lines.append("loss weighted by inverse class frequency")
     if config.training.sampling == "balanced":
-        lines.append("classes are drawn alike")
+        lines.append("classes sampled with equal probability")
     if config.averaging.recalibrate_bn:
-        lines.append("BatchNorm statistics anew at the end")
-    return lines + [f"taught by {teacher}" for teacher in config.loss.teacher]
+        lines.append("BatchNorm statistics recomputed after training")
+    return lines + [f"distillation from {teacher}" for teacher in config.loss.teacher]
 
 
 def class_table(counts: Mapping[Any, dict[str, int]]) -> Table:
