@@ -47,7 +47,7 @@ def main() -> None:
     with _workspace(options.work) as work:
         setting = _setting(options, work)
         groups = list(_groups(options, setting))
-        records = _Records(options.results, _told(options))
+        records = Records(options.results, _told(options))
         for group in groups:
             take_turns(group, setting, 1 if group.kind == "growth" else options.rounds, records)
         text = _report(groups, records, setting, options)
@@ -132,7 +132,7 @@ def _groups(options: argparse.Namespace, setting: Setting) -> Iterator[Group]:
         yield from growth(setting, tuple(options.growth))
 
 
-class _Records:
+class Records:
     """What was measured so far; kept in a file if there is one."""
 
     def __init__(self, path: Path | None, settings: dict[str, object]) -> None:
@@ -161,7 +161,7 @@ def _told(options: argparse.Namespace) -> dict[str, object]:
     return {k: str(v) for k, v in vars(options).items() if k not in free}
 
 
-def take_turns(group: Group, setting: Setting, rounds: int, records: _Records) -> None:
+def take_turns(group: Group, setting: Setting, rounds: int, records: Records) -> None:
     """Measure what is not in `records` yet; a row that is absent once is not tried again."""
     for number in range(rounds):
         for row in group.rows:
@@ -190,7 +190,7 @@ def result_of(row: Row, setting: Setting) -> Record:
 
 
 def _report(
-    groups: list[Group], records: _Records, setting: Setting, options: argparse.Namespace
+    groups: list[Group], records: Records, setting: Setting, options: argparse.Namespace
 ) -> str:
     train, val = (len(list((setting.data / part).glob("*/*"))) for part in ("train", "val"))
 

@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from benchmarks.bench import KINDS, result_of
+from benchmarks.bench import Records, result_of, take_turns
 from benchmarks.limit import throughput
 from benchmarks.measure import ROOT, FailedError, measure, memory_of
 from benchmarks.peers import PEERS, Job
 from benchmarks.report import Results, growth_table, limit_lines, table, targets
-from benchmarks.rows import Group, Row, Setting
+from benchmarks.rows import Group, Row, Setting, inference, training
 from benchmarks.synthetic import draw_images, random_weights
+from cnnft.runs.run import Run
 
 QUICK = (
     "--images=20", "--size=32", "--batch-size=8", "--epochs=2", "--finetune-epochs=1", "--copies=1",
@@ -136,11 +138,49 @@ def test_growth_is_told_of_the_first():
     assert growth_table(found).splitlines()[-1] == "| 1,000 images | 5.0 | 2.50 | 100 | 1.00 |"
 
 
-@pytest.mark.parametrize("kinds", [("inference",), pytest.param(KINDS, marks=pytest.mark.slow)])
-def test_the_whole_command(tmp_path, kinds):
+def test_cnnft_has_every_flag_of_the_rows(job):
+    setting = Setting(Path(job.data), Path(job.data), {"random": Path(job.weights)}, bf16=True)
+    groups = [training(setting, "random", frozen, ["tutorial"]) for frozen in (True, False)]
+    groups += inference(setting, "random")
+    rows = [row for group in groups for row in group.rows]
+    assert len(rows) > 15 and all(row.absent is None for row in rows)
+
+
+def test_a_run_tells_its_facts(trained):
+    scores = Run(trained).metrics()
+    told = json.dumps({"run": str(trained), "val": scores["val"], "train": scores["train"]})
+    row = next(r for r in rows_of(trained) if r.name == "cnnft")
+    facts = row.read(told)
+    assert facts["accuracy"] == scores["val"]["accuracy"]
+    assert facts["images_per_second"] > 0 and facts["views"] == Run(trained).config().views
+
+
+def rows_of(folder: Path) -> tuple[Row, ...]:
+    return training(Setting(folder, folder, {"n": folder}), "n", False, []).rows
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path):
+    code = """print('{"seconds": 0.5, "accuracy": 0.25}')"""
+    found = [Row("quick", (sys.executable, "-c", code), json.loads)]
+    found.append(Row("not here", (sys.executable, "-c", "import no_such_module"), json.loads))
+    turns = Group("predict", "some network", "quick", tuple(found))
+    kept, settings = tmp_path / "results.jsonl", {"size": "32"}
+    take_turns(turns, Setting(tmp_path, tmp_path), 2, Records(kept, settings))
+    first = kept.read_text()
+    assert [json.loads(line).get("row") for line in first.splitlines()] == [
+        *(None, "quick", "not here", "quick"),
+    ]
+    take_turns(turns, Setting(tmp_path, tmp_path), 2, Records(kept, settings))
+    assert kept.read_text() == first
+    with pytest.raises(SystemExit, match="other settings"):
+        Records(kept, {"size": "64"})
+
+
+@pytest.mark.slow
+def test_the_whole_command(tmp_path):
     def bench() -> subprocess.CompletedProcess[str]:
         results = f"--results={tmp_path / 'results.jsonl'}"
-        command = [sys.executable, "-m", "benchmarks.bench", *QUICK, results, "--kinds", *kinds]
+        command = [sys.executable, "-m", "benchmarks.bench", *QUICK, results]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done
