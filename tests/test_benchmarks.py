@@ -147,7 +147,7 @@ def test_cnnft_has_every_flag_of_the_rows(job):
 
 
 def test_a_run_tells_its_facts(trained):
-    scores = Run(trained).metrics()
+    scores = Run(trained).metrics().to_dict()
     told = json.dumps({"run": str(trained), "val": scores["val"], "train": scores["train"]})
     row = next(r for r in rows_of(trained) if r.name == "cnnft")
     facts = row.read(told)
