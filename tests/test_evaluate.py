@@ -149,8 +149,8 @@ def test_text_and_json_agree(cnnft: Cli, evaluate: Evaluate, trained: Path, unse
     ]
     assert not any(line.startswith("top-5") for line in lines)
     macro = {f"{name} {value:.1%}" for name, value in found["macro"].items()}
-    assert {part.lower() for part in lines[1].split("   ")[1].split(":")[0].split(", ")} == macro
-    assert f"expected error {found['calibration_error']:.1%}" in lines[3]
+    assert {part.lower() for part in lines[1].split("   ")[1].split(" (")[0].split(", ")} == macro
+    assert f"{found['calibration_error']:.1%} expected calibration error" in lines[3]
 
 
 def test_top_5_is_told_of_six_classes(cnnft: Cli, six: Path) -> None:

@@ -269,7 +269,7 @@ def test_where_training_is_balanced_the_best_epoch_is_that_of_the_highest_macro_
     told = json.loads(outcome.out)
     macro = 0.5 if best == 1 else 0.7
     assert (told["best_epoch"], told["val"]["macro_recall"]) == (best, macro)
-    assert f"macro recall {macro:.1%}" in outcome.err
+    assert f"balanced accuracy {macro:.1%}" in outcome.err
     lines = [line.split() for line in outcome.err.splitlines() if "/3 " in line]
     assert [line[5] for line in lines] == ["50.0%", "70.0%", "70.0%"] or not more
 

@@ -1,4 +1,4 @@
-"""cnnft diff RUN_A RUN_B: what differs between two runs, and whether one is better."""
+"""cnnft diff RUN_A RUN_B: differences between two runs, with a paired test of their accuracies."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""cnnft evaluate DATA -m RUN: how good the classifier is on images that it has not seen."""
+"""cnnft evaluate DATA -m RUN: accuracy and other metrics on images that it was not trained on."""
 
 import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,10 +80,9 @@ def _show(evaluation: "Evaluation") -> None:
     macro = evaluation.macro
     lines += [
         f"macro average   precision {macro.precision:.1%}, recall {macro.recall:.1%}, "
-        f"F1 {macro.f1:.1%}: all classes count alike",
+        f"F1 {macro.f1:.1%} (unweighted mean over classes)",
         f"mean loss       {overall.loss:.4f}",
-        f"calibration     expected error {evaluation.calibration_error:.1%}: how far confidence is "
-        "from accuracy",
+        f"calibration     {evaluation.calibration_error:.1%} expected calibration error (ECE)",
     ]
     if evaluation.left_out:
         lines.append(f"left out        {evaluation.left_out} images that the model was trained on")

@@ -154,7 +154,7 @@ def _show_end(plan: "Plan", finished: "Finished") -> None:
     console.say(
         f"\n{finished.model}: val accuracy {finished.val.accuracy:.1%} "
         f"(95% interval {low:.1%} to {high:.1%}, n = {finished.val.n}, {selected} on val; "
-        f"majority-class baseline {chance:.1%}), macro recall {finished.val.macro_recall:.1%}",
+        f"majority-class baseline {chance:.1%}), balanced accuracy {finished.val.macro_recall:.1%}",
         style="bold",
     )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")

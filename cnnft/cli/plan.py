@@ -158,9 +158,9 @@ def _pixels_line(plan: "Plan") -> str:
 
     pixels = training_pixels(plan.config.input, plan.classifier.input_spec)
     if pixels.short_side is None:
-        return "training reads them as they are"
-    decoder = ", decoded by JPEG draft mode" if pixels.decoder == "draft" else ""
-    return f"training reads them with {pixels.short_side} px at most on the shorter side{decoder}"
+        return "decoded at full resolution"
+    decoder = ", by JPEG draft mode" if pixels.decoder == "draft" else ""
+    return f"downscaled to {pixels.short_side} px on the shorter side when decoded{decoder}"
 
 
 def _mode_line(plan: "Plan") -> str:

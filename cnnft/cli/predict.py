@@ -1,4 +1,4 @@
-"""cnnft predict IMAGES -m RUN: what the classifier says of each file."""
+"""cnnft predict IMAGES -m RUN: the top-k classes of each image."""
 
 import glob  # pathlib takes no absolute patterns
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What finetune shows while it trains, and how it stops when it is told to."""
+"""Progress of a training, and how it stops at a signal."""
 
 import signal
 import threading
@@ -30,7 +30,7 @@ class InterruptedRunError(CnnftError):
 
 
 def train(plan: "Plan", run: "Run | None") -> "Finished":
-    """Carry out the plan, in a run that was interrupted if there is one, and draw its progress.
+    """Run the plan, resuming `run` if there is one, and show progress.
 
     Raises:
         InterruptedRunError: Ctrl-C or SIGTERM came, and the state was saved.
@@ -106,7 +106,7 @@ def _epoch_line(epoch: "Epoch", config: "Config") -> str:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Gives the signals that came; the first one of each kind is only noted, a second one acts."""
+    """Yields the signals received; the first of each kind is only recorded, a second one acts."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -73,7 +73,7 @@ def _freezing(config: "Config") -> Iterator[str]:
         if freezing.mode == "auto" and value:
             yield f"{flag} with --mode auto, which may have no use for it: name a mode"
     if freezing.feature_views is not None and config.augmentation.mixes:
-        yield "--feature-views repeat, and mixed images do not: leave out one or the other"
+        yield "--feature-views are cached, --mixup and --cutmix mix anew in every step: choose"
 
 
 def _network(config: "Config") -> Iterator[str]:
@@ -81,7 +81,7 @@ def _network(config: "Config") -> Iterator[str]:
     if network.head == "mlp" and freezing.probe_first:
         yield "--probe-first fits a linear head: leave out --head mlp"
     if network.head == "mlp" and network.head_init == "zeros":
-        yield "--head-init zeros: an mlp of zeros learns nothing; choose another"
+        yield "--head-init zeros: an MLP of zeros has no gradient; choose another initialisation"
     if freezing.batchnorm == "frozen" and not network.pretrained:
         yield "--batchnorm frozen: random weights have no statistics to keep"
     if network.weights is not None and not network.pretrained:
@@ -92,7 +92,7 @@ def _network(config: "Config") -> Iterator[str]:
 
 def _images(config: "Config") -> Iterator[str]:
     if config.input.decoder == "draft" and config.input.train_resolution == "full":
-        yield "--decoder draft reads reduced images, train_resolution full whole ones: choose"
+        yield "--decoder draft downscales JPEGs, train_resolution full does not: choose one"
 
 
 def _loss(config: "Config") -> Iterator[str]:
@@ -100,7 +100,7 @@ def _loss(config: "Config") -> Iterator[str]:
     if config.optim.decay_all and not config.optim.weight_decay:
         yield "--decay-all goes with --weight-decay: give both, or neither"
     if loss.class_weights == "balanced" and config.training.sampling == "balanced":
-        yield "--class-weights and --sampling balanced make up for the same: leave one out"
+        yield "--class-weights and --sampling balanced are for the same imbalance: leave one out"
     given = {"--temperature": loss.temperature, "--distill-weight": loss.distill_weight}
     for flag, value in given.items():
         if value is not None and not loss.teacher:
