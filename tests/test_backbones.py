@@ -1,7 +1,6 @@
 """Names, local weights, the hash of a backbone, and how it sees images."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +21,6 @@ from cnnft.models.freezing import freeze, train_mode
 from cnnft.models.registry import resolve
 from cnnft.models.weights import backbone_hash, read_weights
 from cnnft.runs.run import Run
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tools.sweep import examine
 
 

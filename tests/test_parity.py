@@ -1,7 +1,6 @@
 """cnnft against other people's arithmetic: the hand-written loop, torchvision's and timm's
 transforms, timm's reading of a run directory."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torchvision.models import get_model_weights, resnet18
 
+from benchmarks import tutorial
 from cnnft import load
 from cnnft.config.schema import Config
 from cnnft.data.images import read_image
@@ -33,9 +33,6 @@ from cnnft.training.optim import LearningRates, make_optimizer
 from cnnft.training.schedules import Length, make_schedule
 from cnnft.training.state import TrainState
 from cnnft.training.step import StepDone, train
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import tutorial
 
 HEAD = frozenset({"fc.weight", "fc.bias"})
 IMAGES, BATCH, EPOCHS, STEP_EPOCHS = 22, 5, 4, 2  # 5 steps an epoch, the last of 2 images
