@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -111,19 +111,23 @@ def broadcast_from_main(function: Callable[[], T]) -> T:
     global _main_works_alone
     _require_all()
     box: list[Any] = [None, None]
+    raised: CnnftError | None = None
     if is_main:
         _main_works_alone = True
         try:
             box[0] = function()
         except CnnftError as error:
-            box[1] = error
+            raised, box[1] = error, (str(error), error.exit_code)
         finally:
             _main_works_alone = False
     if world_size > 1:
         _dist().broadcast_object_list(box, src=0)
     if box[1] is not None:
-        box[1].met_by_main = True
-        raise box[1]
+        sentence, code = box[1]  # not every error can be pickled
+        kind = UsageError if code == UsageError.exit_code else CnnftError
+        shared = raised or kind(sentence)
+        shared.met_by_main = True
+        raise shared
     return box[0]
 
 
