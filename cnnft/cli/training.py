@@ -1,6 +1,7 @@
 """Progress of a training, and how it stops at a signal."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cnnft.cli import console
 from cnnft.errors import CnnftError
+from cnnft.machine import distributed
 
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
@@ -70,7 +72,10 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                 console.log_to(event.run.log, ", ".join(" ".join(item) for item in kept.items()))
             elif isinstance(event, Stopped):
                 number = received[0] if received else signal.SIGTERM  # it reached another process
-                raise InterruptedRunError(number, event.run.path, event.step)
+                interrupted = InterruptedRunError(number, event.run.path, event.step)
+                if not distributed.is_main:  # which says so
+                    sys.exit(interrupted.exit_code)
+                raise interrupted
             else:
                 return event
     raise AssertionError("training ends with Finished")
