@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 from cnnft import Config, load
-from cnnft.cache.pixels import CachedImages, keep
+from cnnft.cache.pixels import CachedImages, cache_images
 from cnnft.data.augmentation import training_transform
 from cnnft.data.dataset import Samples
 from cnnft.data.images import FULL, PixelSpec, read_image
@@ -53,19 +53,19 @@ def loading(options: argparse.Namespace) -> None:
     print("| resolution | files | memory | disk | kB per image |\n|---|---|---|---|---|")
     for factor in (*FACTORS, None):
         pixels = FULL if factor is None else PixelSpec(round(factor * options.size))
-        kept = [
+        parts = [
             CachedImages(ImageFiles(samples.paths, pixels), samples.hashes, "benchmark")
             for _ in range(3)
         ]
-        for images, cache in zip(kept, ("off", "ram", "disk"), strict=True):
-            list(keep([images], cache, epochs=2))
-        views = [TrainingImages(samples, training_transform(spec), 0, images) for images in kept]
+        for images, cache in zip(parts, ("off", "ram", "disk"), strict=True):
+            list(cache_images([images], cache, epochs=2))
+        views = [TrainingImages(samples, training_transform(spec), 0, images) for images in parts]
         rounds = [[timed(view, epoch) for view in views] for epoch in range(options.rounds)]
         speeds = [len(samples) / statistics.median(times) for times in zip(*rounds, strict=True)]
-        store = kept[1].store
-        assert store is not None
+        array = parts[1].cached
+        assert array is not None
         name = "full" if factor is None else f"{pixels.short_side} px"
-        size = int(store.ends[-1]) / len(store.ends) / 1e3
+        size = int(array.ends[-1]) / len(array.ends) / 1e3
         print(f"| {name} | {' | '.join(f'{speed:.0f}' for speed in speeds)} | {size:.0f} |")
 
 

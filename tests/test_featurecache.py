@@ -205,7 +205,7 @@ def test_an_image_that_is_added_costs_its_own_time(separated, tmp_path, monkeypa
 
 
 def test_what_was_computed_before_an_interruption_is_kept(separated, tmp_path, monkeypatch, cache):
-    monkeypatch.setattr(featurecache, "KEEP_EVERY", 0.0)
+    monkeypatch.setattr(featurecache, "SAVE_EVERY", 0.0)
     plan = prepare(settings(separated, tmp_path, "stopped"))
     with closing(run_plan(plan)) as events:
         kept = (event for event in events if isinstance(event, CacheProgress))

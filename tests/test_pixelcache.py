@@ -1,4 +1,4 @@
-"""Pixels that are kept: the same weights with them and without, and never wrong ones."""
+"""The pixel cache: the same weights with it and without, and never wrong pixels."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,15 +19,13 @@ from safetensors.torch import load_file
 
 from cnnft import CnnftError, Config, finetune
 from cnnft.cache import store
-from cnnft.cache.pixels import CachedImages, CacheProgress, keep, training_pixels
+from cnnft.cache.pixels import CachedImages, CacheProgress, cache_images, training_pixels
 from cnnft.data.images import FULL, PixelSpec, read_image
-from cnnft.data.loading import ImageFiles, view_batches
-from cnnft.data.reading import check
-from cnnft.data.sources import scan
+from cnnft.data.loading import ImageFiles, Loading, view_batches
+from cnnft.data.reading import read_dataset
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import UsageError
 from cnnft.runs.run import Run
-from cnnft.training import batchsize as memory
 from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
@@ -51,13 +50,13 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def kept_images(folder: Path, pixels: PixelSpec = FULL, crop: InputSpec | None = None):
-    samples = check(scan(folder))
+def cached_images(folder: Path, pixels: PixelSpec = FULL, crop: InputSpec | None = None):
+    samples = read_dataset(folder, ("train",)).train
     return CachedImages(ImageFiles(samples.paths, pixels, crop), samples.hashes, "images")
 
 
 def fill(images: CachedImages, cache: str) -> list[CacheProgress]:
-    return list(keep([images], cache, epochs=2))
+    return list(cache_images([images], cache, epochs=2))
 
 
 def same(images: CachedImages) -> bool:
@@ -110,13 +109,13 @@ def test_the_resolution_of_training_follows_the_input() -> None:
     assert training_pixels(Config.of("x", train_resolution="full"), SPEC) == FULL
 
 
-# ---------------------------------------------------------------- what is kept is right
+# ---------------------------------------------------------------- what is cached is right
 
 
 @pytest.mark.parametrize("cache", ["ram", "disk"])
 @pytest.mark.parametrize("pixels", [FULL, PixelSpec(100), PixelSpec(100, "draft")])
-def test_kept_images_are_those_of_the_files(photos: Path, pixels: PixelSpec, cache: str) -> None:
-    images = kept_images(photos, pixels)
+def test_cached_images_are_those_of_the_files(photos: Path, pixels: PixelSpec, cache: str) -> None:
+    images = cached_images(photos, pixels)
     assert len(images.contents) == 12
     assert [event.images for event in fill(images, cache)] == list(range(1, 13))
     assert same(images)
@@ -126,32 +125,33 @@ def test_kept_images_are_those_of_the_files(photos: Path, pixels: PixelSpec, cac
         assert [view[i].tobytes() for i in range(13)] == [image.tobytes() for image in expected]
 
 
-def test_kept_crops_give_the_evaluation_view_to_the_last_bit(photos: Path) -> None:
-    images = kept_images(photos, crop=SPEC)
+def test_cached_crops_give_the_evaluation_view_to_the_last_bit(photos: Path) -> None:
+    images = cached_images(photos, crop=SPEC)
     fill(images, "ram")
     views, paths = EvaluationViews(SPEC), images.files.paths
-    plain = next(iter(view_batches(paths, views, 20, 0))).pixels
-    kept = next(iter(view_batches(paths, views.of_crop, 20, 0, images))).pixels
-    assert plain.shape == (13, 1, 3, 24, 24) and torch.equal(plain, kept)
+    loading = Loading(20, 0)
+    plain = next(iter(view_batches(paths, views, loading))).pixels
+    cached = next(iter(view_batches(paths, views.of_crop, loading, images))).pixels
+    assert plain.shape == (13, 1, 3, 24, 24) and torch.equal(plain, cached)
 
 
 def test_the_disk_is_read_without_decoding_again(photos: Path) -> None:
-    fill(kept_images(photos, PixelSpec(100)), "disk")
-    again = kept_images(photos, PixelSpec(100))
+    fill(cached_images(photos, PixelSpec(100)), "disk")
+    again = cached_images(photos, PixelSpec(100))
     for cache in ("auto", "disk"):
         assert fill(again, cache) == []
-        assert again.store.path == again.path
-    assert len(fill(kept_images(photos, PixelSpec(101)), "disk")) == 12  # other pixels
-    assert len(fill(kept_images(photos, PixelSpec(100, "draft")), "disk")) == 12
+        assert again.cached.path == again.path
+    assert len(fill(cached_images(photos, PixelSpec(101)), "disk")) == 12  # other pixels
+    assert len(fill(cached_images(photos, PixelSpec(100, "draft")), "disk")) == 12
 
 
 def test_names_and_their_order_do_not_matter_and_content_does(photos: Path) -> None:
-    fill(kept_images(photos, PixelSpec(100)), "disk")
+    fill(cached_images(photos, PixelSpec(100)), "disk")
     (photos / "ants" / "0.jpg").rename(photos / "ants" / "zebra.jpg")
-    renamed = kept_images(photos, PixelSpec(100))
+    renamed = cached_images(photos, PixelSpec(100))
     assert fill(renamed, "disk") == [] and same(renamed)
     draw(photos / "ants" / "1.png", 0, 99, (400, 300)).rename(photos / "ants" / "1.jpg")
-    changed = kept_images(photos, PixelSpec(100))
+    changed = cached_images(photos, PixelSpec(100))
     assert len(fill(changed, "disk")) == 12 and same(changed)
 
 
@@ -159,14 +159,9 @@ def truncate(content: bytearray) -> None:
     del content[len(content) // 2 :]
 
 
-def flip_pixels(content: bytearray) -> None:
-    for place in range(len(content) // 2, len(content), 1000):
-        content[place] ^= 1
-
-
-def flip_index(content: bytearray) -> None:
+def flip_sizes(content: bytearray) -> None:
     start = 8 + int.from_bytes(content[:8], "little")
-    content[start + 3] ^= 1
+    content[start] ^= 1
 
 
 def only_header(content: bytearray) -> None:
@@ -177,34 +172,46 @@ def nothing(content: bytearray) -> None:
     content.clear()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_pixels, flip_index, only_header, nothing])
+def one_more(content: bytearray) -> None:
+    content += b"x"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [(".safetensors", damage) for damage in (truncate, flip_sizes, only_header, nothing)]
+    + [(".pixels", damage) for damage in (truncate, one_more, nothing, None)],
+)
 @pytest.mark.parametrize("cache", ["disk", "auto"])
-def test_a_damaged_file_is_never_trusted(photos: Path, damage, cache: str) -> None:
-    first = kept_images(photos, PixelSpec(100))
+def test_a_damaged_file_is_never_trusted(photos: Path, suffix, damage, cache: str) -> None:
+    first = cached_images(photos, PixelSpec(100))
     fill(first, "disk")
-    content = bytearray(first.path.read_bytes())
-    damage(content)
-    first.path.write_bytes(content)
-    again = kept_images(photos, PixelSpec(100))
-    fill(again, cache)
+    path = first.path.with_suffix(suffix)
+    content = bytearray(path.read_bytes())
+    path.unlink()
+    if damage is not None:
+        damage(content)
+        path.write_bytes(content)
+    again = cached_images(photos, PixelSpec(100))
+    assert len(fill(again, cache)) == 12  # they are decoded again
     assert same(again)
 
 
 def test_what_was_half_written_does_not_appear(photos: Path, cache_folder: Path) -> None:
-    images = kept_images(photos)
-    with closing(keep([images], "disk", 2)) as keeping:
+    images = cached_images(photos)
+    with closing(cache_images([images], "disk", 2)) as progress:
         for _ in range(5):
-            next(keeping)
+            next(progress)
     assert [path for path in cache_folder.rglob("*") if path.is_file()] == [cache_folder / ".lock"]
     assert same(images)
-    left = cache_folder / "pixels" / ".left.unfinished"  # by a process that was killed
-    left.write_bytes(b"x")
+    left = [cache_folder / "pixels" / name for name in (".left.unfinished", "left.pixels")]
+    for path in left:  # by a process that was killed
+        path.write_bytes(b"x")
     fill(images, "disk")
-    assert not left.exists() and same(images)
+    assert not any(path.exists() for path in left) and same(images)
 
 
-def test_a_file_that_changed_since_it_was_hashed_is_not_kept(photos: Path) -> None:
-    images = kept_images(photos)
+def test_a_file_that_changed_since_it_was_hashed_is_not_cached(photos: Path) -> None:
+    images = cached_images(photos)
     draw(photos / "ants" / "x.png", 0, 99).rename(photos / "ants" / "2.jpg")
     for cache in ("ram", "disk", "auto"):
         with pytest.raises(CnnftError, match=r"2\.jpg: is another file than before: the data ch"):
@@ -215,53 +222,56 @@ def test_a_file_that_changed_since_it_was_hashed_is_not_kept(photos: Path) -> No
 
 
 def test_auto_takes_memory_then_the_disk_then_nothing(photos, monkeypatch, caplog) -> None:
-    images = kept_images(photos)
+    images = cached_images(photos)
     fill(images, "auto")
-    assert images.store is not None and images.store.path is None
-    monkeypatch.setattr(memory, "_host_memory", lambda: 1000)
+    assert images.cached is not None and images.cached.path is None
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     fill(images, "auto")
-    assert images.store.path == images.path
+    assert images.cached.path == images.path
     images.path.unlink()
     monkeypatch.setenv("CNNFT_CACHE_LIMIT", "1e-6")
-    other = kept_images(photos)
-    assert fill(other, "auto") == [] and other.store is None and same(other)
+    other = cached_images(photos)
+    assert fill(other, "auto") == [] and other.cached is None and same(other)
     assert "no pixel cache: the decoded images take about" in caplog.text
 
 
-def test_one_epoch_needs_nothing_kept(photos: Path) -> None:
-    assert list(keep([kept_images(photos)], "auto", epochs=1)) == []
-    assert len(list(keep([kept_images(photos)], "ram", epochs=1))) == 12
+def test_one_epoch_needs_no_cache(photos: Path) -> None:
+    assert list(cache_images([cached_images(photos)], "auto", epochs=1)) == []
+    assert len(list(cache_images([cached_images(photos)], "ram", epochs=1))) == 12
 
 
 def test_memory_is_bounded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where images are larger than those that were looked at, the rest is decoded each time."""
-    images = kept_images(photos)
+    images = cached_images(photos)
     monkeypatch.setattr(CachedImages, "bytes", lambda self: 500_000)
     fill(images, "ram")
-    assert images.store.pixels.nbytes == 500_000
-    assert 0 < int((images.store.sizes[:, 0] > 0).sum()) < 12
+    assert images.cached.pixels.nbytes == 500_000
+    assert 0 < int((images.cached.sizes[:, 0] > 0).sum()) < 12
     assert same(images)
 
 
 @pytest.mark.parametrize("pixels", [FULL, PixelSpec(100), PixelSpec(100, "draft")])
 def test_the_room_that_images_take_is_known_before(photos: Path, pixels: PixelSpec) -> None:
-    images = kept_images(photos, pixels)
+    images = cached_images(photos, pixels)
     fill(images, "ram")
-    assert (images.store.sizes > 0).all()
-    assert int(images.store.ends[-1]) <= images.bytes() <= 1.1 * int(images.store.ends[-1])
+    assert (images.cached.sizes > 0).all()
+    assert int(images.cached.ends[-1]) <= images.bytes() <= 1.1 * int(images.cached.ends[-1])
 
 
 def test_what_was_used_longest_ago_goes_first(photos: Path, monkeypatch) -> None:
-    many = [kept_images(photos, PixelSpec(side)) for side in (20, 21, 22)]
+    many = [cached_images(photos, PixelSpec(side)) for side in (20, 21, 22)]
     for age, images in zip((30, 10, 20), many, strict=True):
         fill(images, "disk")
         stamp = images.path.stat().st_mtime - age
         os.utime(images.path, (stamp, stamp))
-    sizes = sum(images.path.stat().st_size for images in many)
+    sizes = sum(entry.bytes for entry in store.entries())
+    assert sizes == sum(path.stat().st_size for path in store.root().glob("pixels/*.*"))
     monkeypatch.setenv("CNNFT_CACHE_LIMIT", str((sizes + 1000) / 1e9))
-    newest = kept_images(photos, PixelSpec(23))
+    newest = cached_images(photos, PixelSpec(23))
     fill(newest, "disk")
-    assert [images.path.exists() for images in (*many, newest)] == [False, True, False, True]
+    for suffix in (".safetensors", ".pixels"):
+        paths = [images.path.with_suffix(suffix) for images in (*many, newest)]
+        assert [path.exists() for path in paths] == [False, True, False, True]
     assert sum(entry.bytes for entry in store.entries()) <= store.limit()
 
 
@@ -275,8 +285,8 @@ def test_what_was_used_longest_ago_goes_first(photos: Path, monkeypatch) -> None
     ],
 )
 def test_no_room_where_it_was_asked_for(photos, monkeypatch, cache, environment, words) -> None:
-    images = kept_images(photos)
-    monkeypatch.setattr(memory, "_host_memory", lambda: 1000)
+    images = cached_images(photos)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(CnnftError) as raised:
@@ -412,7 +422,7 @@ def test_the_cache_is_shown_and_cleared(cnnft: Cli, photos: Path, cache_folder: 
     assert "damaged" in cnnft("cache").out
     outcome = cnnft("cache", "--clear")
     assert outcome.out.startswith("removed 3 file(s), ")
-    assert not list(cache_folder.rglob("*.safetensors"))
+    assert not list(cache_folder.glob("*/*"))
     assert cnnft("cache", "--clear").out.startswith("removed 0 file(s)")
 
 
@@ -426,7 +436,8 @@ def test_an_existing_folder_is_chosen_by_the_environment(monkeypatch, tmp_path: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert store.root() == tmp_path / "cnnft"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert store.root() == Path.home() / ".cache" / "cnnft"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert store.root() == tmp_path / "home" / ".cache" / "cnnft"
 
 
 def test_processes_share_what_the_disk_has(photos: Path, tmp_path: Path, cache_folder) -> None:

@@ -1,4 +1,9 @@
-"""Features at a cut, computed once for each image and view, and kept for later runs."""
+"""Features at a cut: computed once for each image and view, and cached for later runs.
+
+Weights are bit-identical whatever the workers and wherever pixels are cached. Features agree to
+rounding (1e-7) with those computed at another batch size or number of threads: libraries add in
+another order.
+"""
 
 import hashlib
 import logging
@@ -28,94 +33,102 @@ from cnnft.machine.memory import available
 from cnnft.models.freezing import changing
 from cnnft.models.identity import Identity
 from cnnft.models.surgery.cut import Cut
+from cnnft.models.surgery.embed import pooled
 from cnnft.models.surgery.fold import folded
 from cnnft.models.surgery.trace import example
 
 MEMORY_SHARE = 0.3
-"""Of the free memory may be filled with activations, beside the half that decoded images may."""
-KEEP_EVERY = 60.0
-"""Seconds after which what was computed meanwhile is written to the disk."""
+"""Of the free memory may be filled with features, beside the half that decoded images may."""
+SAVE_EVERY = 60.0
+"""Seconds after which new features are written to the disk, so that an interruption loses few."""
 
-_FORMAT = 2
-_NAME = 16  # bytes that name an image
-_FILE = 10**8  # bytes, about
+_FORMAT = 3
+_NAME_BYTES = 16  # of the hash that names a view
+_SHARD_BYTES = 10**8  # about
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """The part of a network before a cut."""
+    """The part of a network before a cut: pixels -> features."""
 
     network: nn.Module
     cut: Cut
-    named: str
-    """What tells it from others: the hash of its weights, and what is not in them."""
-    about: str
-    """For those who look into the cache."""
+    identity: Identity
+    weights: str
+    """The `backbone_hash` of the network."""
     pooled: bool = False
-    """Whether maps and tokens are averaged, so that there are only channels."""
+    """Whether maps and tokens are averaged: features are (B, D)."""
+    rounding: tuple[int, int] | None = None
+    """(batch size, threads), for what magnifies last digits, such as a probe: features computed
+    with others are not read."""
 
-    @classmethod
-    def before(
-        cls,
-        cut: Cut,
-        network: nn.Module,
-        size: int,
-        *,
-        identity: Identity,
-        weights: str,
-        about: str,
-        pooled: bool = False,
-    ) -> "FeatureExtractor":
-        """That part of `network`, for images of size × size; `weights` is its `backbone_hash`."""
-        versions = [version(name) for name in ("torch", "torchvision", "timm")]
-        built = (identity.library, identity.architecture, identity.model_args)
-        device = next(network.parameters()).device
-        named = repr((__version__, versions, weights, built, device.type))
-        return cls(folded(network, size, changing(network)), cut, named, about, pooled)
+    def folded(self, size: int) -> "FeatureExtractor":
+        """The same with BatchNorm folded into convolutions, for images of size × size pixels."""
+        return replace(self, network=folded(self.network, size, changing(self.network)))
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> activations (B, ...), float32 or more, on the CPU.
+        """(B, 3, H, W) -> features (B, ...), float32 or more, on the CPU.
 
         Raises:
             NotANumberError: they are NaN.
         """
-        device = next(self.network.parameters()).device
         with torch.inference_mode():
-            pixels = pixels.to(device, non_blocking=True)
+            pixels = pixels.to(self.device, non_blocking=True)
             values = float32_at_least(self.cut.activations(self.network.eval(), pixels))
-            if self.pooled and values.ndim > 2:
-                values = values.mean(dim=(2, 3) if values.ndim == 4 else 1)
+            values = pooled(values) if self.pooled else values
         return require_numbers(values.cpu())
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+
+def feature_key(extractor: FeatureExtractor, transform: object) -> str:
+    """Hash of all that the features of a data set have in common: the one place that says it.
+
+    `transform` is that of the `ViewSet`, whose names tell one image and view from another. Neither
+    the names of files nor their order change a feature, or its key.
+    """
+    identity = extractor.identity
+    versions = [__version__, *(version(name) for name in ("torch", "torchvision", "timm"))]
+    built = (identity.library, identity.architecture, sorted(identity.model_args.items()))
+    network = (extractor.weights, built, extractor.cut.first, extractor.pooled)
+    computed = (versions, extractor.device.type, extractor.rounding)
+    return hashlib.sha256(repr((_FORMAT, network, computed, transform)).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
 class ViewSet:
-    """Ways to look at images."""
+    """Views of images: what they are, and their pixels."""
 
-    how: object
-    """All that the pixels depend on besides what `rows` say; its `repr` tells it from others."""
-    rows: Sequence[object]
-    """What the pixels of each look depend on, such as the hash of a file and a view's number."""
-    pixels: Callable[[Sequence[int]], Iterable[Tensor]]
-    """Some of the rows -> what the network sees of them, in batches (B, 3, H, W)."""
+    transform: object
+    """All that the pixels depend on besides the names, for the key; its `repr` counts."""
+    names: Sequence[object]
+    """What tells the views apart, such as an image's SHA-256 and the number of the view."""
+    batches: Callable[[Sequence[int]], Iterable[Tensor]]
+    """Rows of `names` -> their pixels, in batches (B, 3, H, W)."""
+    about: str = ""
+    """Describes them in `cnnft cache`."""
 
 
 def evaluation_view_set(
-    samples: Samples, spec: InputSpec, images: Images, loading: Loading
+    samples: Samples, spec: InputSpec, images: Images, loading: Loading, about: str
 ) -> ViewSet:
-    """As evaluation sees them; `images` are what `evaluation_crop` makes of the samples."""
-    how = ("evaluation", spec, decoder_versions())
+    """As evaluation sees the samples; `images` are what `evaluation_crop` makes of them."""
+    transform = ("evaluation", spec, decoder_versions())
     dataset = TrainingImages(samples, EvaluationViews(spec).normalize, 0, images)
 
-    def pixels(some: Sequence[int]) -> Iterator[Tensor]:
-        return in_batches(dataset, [(0, index) for index in some], loading)
+    def batches(rows: Sequence[int]) -> Iterator[Tensor]:
+        return pixel_batches(dataset, [(0, index) for index in rows], loading)
 
-    return ViewSet(how, samples.hashes, pixels)
+    return ViewSet(transform, samples.hashes, batches, about)
 
 
-def in_batches(dataset: TrainingImages, keys: Sequence[Key], loading: Loading) -> Iterator[Tensor]:
+def pixel_batches(
+    dataset: TrainingImages, keys: Sequence[Key], loading: Loading
+) -> Iterator[Tensor]:
     """(B, 3, H, W) of all keys, in order."""
     size = loading.batch_size
     batches = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
@@ -125,34 +138,39 @@ def in_batches(dataset: TrainingImages, keys: Sequence[Key], loading: Loading) -
 
 
 class Features:
-    """What a frozen network makes of each look: read from the disk, or computed."""
+    """What a feature extractor makes of each view: read from the disk, or computed.
 
-    def __init__(self, frozen: FeatureExtractor, looks: ViewSet, on_disk: bool) -> None:
-        self.frozen, self.looks, self.on_disk = frozen, looks, on_disk
-        what = (_FORMAT, frozen.named, frozen.cut.first, frozen.pooled, looks.how)
-        self._key = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
-        self._names = [_name(row) for row in looks.rows]
+    On the disk they lie in shards, files of some of them: images and views are added without
+    writing the others again, and each shard is whole.
+    """
+
+    def __init__(self, extractor: FeatureExtractor, views: ViewSet, on_disk: bool) -> None:
+        self.extractor, self.views, self.on_disk = extractor, views, on_disk
+        self._key = feature_key(extractor, views.transform)
+        self._names = [_hashed(name) for name in views.names]
+        self._values: Tensor | None = None
         self._values, self.missing = distributed.broadcast_from_main(self._read)
 
     def compute(self) -> Iterator[int]:
-        """Yields how many of the missing are done; each process computes its share."""
-        share = distributed.shard(len(self.missing))
-        mine, done, kept = self.missing[share.start : share.stop], 0, 0
+        """Yields how many of the missing are done; each process computes its shard of them."""
+        shard = distributed.shard(len(self.missing))
+        mine, done, saved = self.missing[shard.start : shard.stop], 0, 0
         written = time.monotonic()
-        for pixels in self.looks.pixels(mine) if mine else ():
+        for pixels in self.views.batches(mine) if mine else ():
             rows = mine[done : done + len(pixels)]
-            self._fill(rows, self.frozen(pixels))
+            self._fill(rows, self.extractor(pixels))
             done += len(rows)
-            if time.monotonic() - written > KEEP_EVERY:  # so that an interruption loses little
-                left = len(self.missing) - kept * distributed.world_size
-                kept = kept if self._keep(mine[kept:done], left) else done
+            if time.monotonic() - written > SAVE_EVERY:
+                left = len(self.missing) - saved * distributed.world_size
+                if self._save(mine[saved:done], left) is None:
+                    saved = done
                 written = time.monotonic()
             yield min(done * distributed.world_size, len(self.missing))
         if distributed.world_size > 1:
             parts = [] if self._values is None else [(mine, self._values[mine])]
             for rows, values in distributed.gather(parts):
                 self._fill(rows, values)
-        distributed.broadcast_from_main(self._keep_rest)
+        distributed.broadcast_from_main(self._save_rest)
 
     @property
     def values(self) -> Tensor:
@@ -166,30 +184,27 @@ class Features:
         self._values[rows] = values
 
     def _read(self) -> tuple[Tensor | None, list[int]]:
-        """What the disk has, in the rows of all, (N, ...), and the rows that it does not have."""
-        rows: dict[bytes, list[int]] = {}  # images of the same content have the same name
+        """The values (N, ...) with the rows that the disk has filled, and the rows it lacks."""
+        rows: dict[bytes, list[int]] = {}  # views of the same content have the same name
         for row, name in enumerate(self._names):
             rows.setdefault(name, []).append(row)
-        values: Tensor | None = None
-        for names, found in _stored(self._key, rows.keys()) if self.on_disk else ():
-            if values is None:
-                values = torch.empty(len(self._names), *found.shape[1:])
+        for names, found in _shards(self._key, rows.keys()) if self.on_disk else ():
             for name, value in zip(names, found, strict=False):
                 for row in rows.pop(name, ()):
-                    values[row] = value
-        return values, sorted(row for some in rows.values() for row in some)
+                    self._fill([row], value[None])
+        return self._values, sorted(row for some in rows.values() for row in some)
 
-    def _keep_rest(self) -> None:
-        """Those of the missing that this machine's disk does not have by now."""
-        missing = {self._names[row] for row in self.missing}
-        for names, _ in _stored(self._key, missing) if missing and self.on_disk else ():
-            missing -= set(names)
-        rows = [row for row in self.missing if self._names[row] in missing]
-        reason = self._keep(rows, len(rows))
+    def _save_rest(self) -> None:
+        """What this machine's disk still lacks: processes have saved while they computed."""
+        lacking = {self._names[row] for row in self.missing}
+        for names, _ in _shards(self._key, lacking) if lacking and self.on_disk else ():
+            lacking -= set(names)
+        rows = [row for row in self.missing if self._names[row] in lacking]
+        reason = self._save(rows, len(rows))
         if reason is not None:
-            _log.info("features are not kept for later runs: %s", reason)
+            _log.info("features are not cached for later runs: %s", reason)
 
-    def _keep(self, rows: Sequence[int], left: int) -> str | None:
+    def _save(self, rows: Sequence[int], left: int) -> str | None:
         """Write them to the disk; or why not, such as that it has no room for all that are left."""
         if not self.on_disk or not rows:
             return None
@@ -197,36 +212,42 @@ class Features:
         if reason := store.refusal(left * each):
             return reason
         try:
-            with store.writing(len(rows) * each, wait=False) as alone:
-                if not alone:
+            with store.writing(len(rows) * each, wait=False) as locked:
+                if not locked:
                     return "another process is writing to the cache"
-                size = max(_FILE // each, 1)
-                for start in range(0, len(rows), size):  # of each part there are copies
-                    part = rows[start : start + size]
-                    names = [self._names[row] for row in part]
-                    _write(self._key, names, self.values[part], self.frozen.about)
+                size = max(_SHARD_BYTES // each, 1)
+                for start in range(0, len(rows), size):  # of each shard there are copies
+                    self._write_shard(rows[start : start + size])
         except CnnftError as error:
             return str(error)
         return None
 
+    def _write_shard(self, rows: Sequence[int]) -> None:
+        joined = b"".join(self._names[row] for row in rows)
+        names = torch.frombuffer(bytearray(joined), dtype=torch.uint8).reshape(-1, _NAME_BYTES)
+        about = f"{self.extractor.identity.name}, {self.views.about}"
+        content = to_safetensors({"names": names, "values": self.values[rows]}, {"about": about})
+        path = _folder() / f"{self._key}-{hashlib.sha256(joined).hexdigest()[:16]}.safetensors"
+        write_whole(path, content)
 
-def fits(frozen: FeatureExtractor, size: int, count: int) -> bool:
-    """Whether memory has room for what becomes of `count` images of size × size."""
-    needed = count * frozen(example(frozen.network, size))[0].nbytes
+
+def fits(extractor: FeatureExtractor, size: int, count: int) -> bool:
+    """Whether memory has room for the features of `count` images of size × size pixels."""
+    needed = count * extractor(example(extractor.network, size))[0].nbytes
     copies = 1 if distributed.world_size == 1 else 3  # which processes that exchange them make
     return copies * needed <= MEMORY_SHARE * available(torch.device("cpu"))
 
 
-def _name(image: object) -> bytes:
-    return hashlib.blake2b(repr(image).encode(), digest_size=_NAME).digest()
+def _hashed(name: object) -> bytes:
+    return hashlib.blake2b(repr(name).encode(), digest_size=_NAME_BYTES).digest()
 
 
 def _folder() -> Path:
     return store.root() / "features"
 
 
-def _stored(key: str, wanted: Set[bytes]) -> Iterator[tuple[list[bytes], Tensor]]:
-    """(names, values) of each file that has any that is wanted; a damaged file has none."""
+def _shards(key: str, wanted: Set[bytes]) -> Iterator[tuple[list[bytes], Tensor]]:
+    """(names, values) of each shard that has any that is wanted; damaged ones are skipped."""
     for path in sorted(_folder().glob(f"{key}-*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
@@ -240,18 +261,12 @@ def _stored(key: str, wanted: Set[bytes]) -> Iterator[tuple[list[bytes], Tensor]
         yield names, values
 
 
-def _write(key: str, names: Sequence[bytes], values: Tensor, about: str) -> None:
-    joined = b"".join(names)
-    tensors = {"names": torch.frombuffer(bytearray(joined), dtype=torch.uint8).reshape(-1, _NAME)}
-    path = _folder() / f"{key}-{hashlib.sha256(joined).hexdigest()[:16]}.safetensors"
-    write_whole(path, to_safetensors(tensors | {"values": values}, {"about": about}))
-
-
-def kept_batches(
+def feature_batches(
     values: Tensor, labels: Tensor, keys: KeyedBatches
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`values` (K, N, ...) of K views, `labels` (N,) -> (activations (B, ...), labels (B,)) for all
-    epochs.
+    """Training batches of cached features.
+
+    `values` (V, N, ...) of V views, `labels` (N,) -> (features (B, ...), labels (B,)), all epochs.
     """
     for batch in keys:
         indices = torch.tensor([max(index, ~index) for _, index, *_ in batch])
@@ -262,13 +277,13 @@ def kept_batches(
 
 @dataclass(frozen=True)
 class ViewBatches:
-    """Features (N, ...) as `inference.infer` takes them: this process's share, in order."""
+    """Features (N, ...) as `inference.infer` takes them: this process's shard, in order."""
 
     values: Tensor
     batch_size: int
 
     def __iter__(self) -> Iterator[Views]:
-        share = distributed.shard(len(self.values))
-        for start in range(share.start, share.stop, self.batch_size):
-            indices = range(start, min(start + self.batch_size, share.stop))
+        shard = distributed.shard(len(self.values))
+        for start in range(shard.start, shard.stop, self.batch_size):
+            indices = range(start, min(start + self.batch_size, shard.stop))
             yield Views(list(indices), self.values[indices.start : indices.stop, None], {})

@@ -1,12 +1,9 @@
-"""Pixels that every epoch reads, decoded once: kept in memory, or in a file mapped into it."""
+"""Decoded images that every epoch reads: cached in memory, or in a memory-mapped file."""
 
 import hashlib
-import json
 import logging
-import math
 import multiprocessing
 import shutil
-import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,20 +34,19 @@ from cnnft.data.reading import in_threads
 from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed
-from cnnft.machine.files import whole_file
+from cnnft.machine.files import to_safetensors, whole_file
 from cnnft.machine.memory import available
 
 RESOLUTION = 2.0
-"""Times the network's input size has the shorter side of what training reads: docs/speed.md."""
+"""Training reads images whose shorter side is this many times the network's input size
+(docs/speed.md)."""
 MEMORY_SHARE = 0.5
 """Of the free memory may be filled with pixels."""
 
-_FORMAT = 2
+_FORMAT = 3
 _SAMPLED = 1000  # images whose sizes tell how much all of them take
 _MARGIN = 1.05  # for the others
-_UNDER_WAY = 32  # decoded images that wait to be kept: a few large ones fill the memory
-_LONGEST = 10**18  # bytes of pixels: a header has room for such a number
-_INDEX_BYTES = 32  # of an image, in the fields before the pixels
+_UNDER_WAY = 32  # decoded images that wait to be written: a few large ones fill the memory
 _SHARED_MEMORY = Path("/dev/shm")  # where Linux has what processes share; in containers 64 MB
 
 _log = logging.getLogger(__name__)
@@ -67,7 +63,7 @@ def training_pixels(config: InputConfig, spec: InputSpec) -> PixelSpec:
 
 @dataclass(frozen=True)
 class CacheProgress:
-    """The event of an image that was decoded, to be kept."""
+    """The event of images that were decoded, or whose features were computed, for the cache."""
 
     images: int
     """So far."""
@@ -76,30 +72,30 @@ class CacheProgress:
 
 
 class CachedImages:
-    """`images[index]` is that of `files`, bit for bit; what is not kept is decoded each time.
+    """`images[index]` is that of `files`, bit for bit; what is not cached is decoded each time.
 
-    Each content is kept once, in the order of the hashes: neither names nor their order matter.
+    Each content is cached once, in the order of the hashes: neither names nor their order matter.
     """
 
     def __init__(self, files: ImageFiles, hashes: Sequence[str], about: str) -> None:
-        """`hashes`: SHA-256 of the files; `about` tells the user what is kept."""
+        """`hashes`: SHA-256 of the files; `about` describes the images in `cnnft cache`."""
         self.files, self.about = files, about
         first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
         self.contents = [(digest, first[digest]) for digest in sorted(first)]
         """(SHA-256, index of the first such file)."""
         rows = {digest: row for row, (digest, _) in enumerate(self.contents)}
         self.rows = torch.tensor([rows[digest] for digest in hashes])
-        self.store: _Store | None = None
+        self.cached: PixelArray | None = None
 
     def __getitem__(self, index: int) -> Image.Image:
-        kept = None if self.store is None else self.store.image(int(self.rows[index]))
-        return self.files[index] if kept is None else kept
+        cached = None if self.cached is None else self.cached.image(int(self.rows[index]))
+        return self.files[index] if cached is None else cached
 
     def decode(self, row: int) -> Image.Image:
-        """What is to be kept of a content; for threads.
+        """The image of a content; for threads.
 
         Raises:
-            ImageError: the file is another one by now, or cannot be read.
+            ImageError: the file changed since it was hashed, or cannot be read.
         """
         digest, index = self.contents[row]
         path = self.files.paths[index]
@@ -121,32 +117,34 @@ class CachedImages:
 
     @property
     def path(self) -> Path:
-        """Where the disk has it; the name says all that the pixels depend on."""
+        """Of the entry in the disk cache; its name hashes all that the pixels depend on."""
         digests = [digest for digest, _ in self.contents]
         what = (_FORMAT, decoder_versions(), self.files.pixels, self.files.crop, digests)
         name = hashlib.sha256(repr(what).encode()).hexdigest()[:32]
         return store.root() / "pixels" / f"{name}.safetensors"
 
 
-def keep(images: Sequence[CachedImages], cache: Cache, epochs: int) -> Generator[CacheProgress]:
-    """Decode the images, and keep them where `cache` and the machine allow.
+def cache_images(
+    images: Sequence[CachedImages], cache: Cache, epochs: int
+) -> Generator[CacheProgress]:
+    """Decode the images once, into a cache where `cache` and the machine allow.
 
-    auto: where the disk has them from before; in memory, up to MEMORY_SHARE of it; else on the
-    disk; else nowhere. A single epoch needs nothing kept. Processes on one machine share what the
-    disk has. Closed before its end, it has kept nothing that is not whole.
+    auto: the disk, if an earlier run left them there; else memory, up to MEMORY_SHARE of what is
+    free; else the disk; else none. A single epoch needs no cache. Processes on one machine share
+    the disk cache. Closed before its end, it leaves only what is whole.
 
     Raises:
-        CnnftError: a file is another one by now; there is no room where `cache` says.
+        CnnftError: a file changed since it was hashed; there is no room where `cache` says.
     """
     if cache == "off" or (cache == "auto" and epochs == 1):
         return
     with nullcontext() if cache == "ram" else distributed.main_rank_first():
-        missing = [part for part in images if cache == "ram" or not _open_kept(part)]
+        missing = [part for part in images if cache == "ram" or not _open(part)]
         if not missing:
             _log.info("images are read from the pixel cache (%s)", store.root())
             return
         try:
-            yield from _keep(missing, cache)
+            yield from _decode_missing(missing, cache)
         except ImageError as error:
             raise CnnftError(f"{error}: the data changed meanwhile") from error
         except CnnftError as error:
@@ -157,7 +155,7 @@ def keep(images: Sequence[CachedImages], cache: Cache, epochs: int) -> Generator
             _log.warning("no pixel cache: %s", error)
 
 
-def _keep(images: Sequence[CachedImages], cache: Cache) -> Iterator[CacheProgress]:
+def _decode_missing(images: Sequence[CachedImages], cache: Cache) -> Iterator[CacheProgress]:
     needed = [part.bytes() for part in images]
     place = _place(cache, sum(needed))
     total, before = sum(len(part.contents) for part in images), 0
@@ -165,7 +163,7 @@ def _keep(images: Sequence[CachedImages], cache: Cache) -> Iterator[CacheProgres
     _log.info("decoding %d images once: about %s %s", total, gigabytes(sum(needed)), where)
     with nullcontext() if place == "ram" else store.writing(sum(needed)):
         for part, room in zip(images, needed, strict=True):
-            for count in _in_memory(part, room) if place == "ram" else _on_disk(part):
+            for count in _to_memory(part, room) if place == "ram" else _to_disk(part):
                 yield CacheProgress(before + count, total)
             before += len(part.contents)
 
@@ -206,77 +204,54 @@ def _forks() -> bool:
     return multiprocessing.get_start_method() == "fork"
 
 
-# ---------------------------------------------------------------- the pixels of many images
+class PixelArray:
+    """RGB images one after the other in one array of bytes."""
 
-
-@dataclass(frozen=True)
-class _Store:
-    """Images one after the other."""
-
-    ends: Tensor
-    """(N,), int64: where in `pixels` each image ends."""
-    checks: Tensor
-    """(N,), int64: CRC-32 of each image's pixels."""
-    sizes: Tensor
-    """(N, 2), int64: width and height; 0 where the image is not kept."""
-    pixels: Tensor
-    """(bytes,), uint8."""
-    path: Path | None = None
-    """The file that `pixels` is mapped from."""
+    def __init__(self, sizes: Tensor, pixels: Tensor, path: Path | None = None) -> None:
+        """`sizes`: (N, 2), int64, width and height, 0 where an image had no room; `pixels`:
+        (bytes,), uint8; `path`: of the entry whose file `pixels` is mapped from."""
+        self.sizes, self.pixels, self.path = sizes, pixels, path
+        self.ends = (3 * sizes.prod(dim=1)).cumsum(dim=0)
 
     def image(self, row: int) -> Image.Image | None:
-        """A copy of it; None where it is not kept, or damaged."""
+        """A copy of it; None where it had no room."""
         width, height = self.sizes[row].tolist()
         end = int(self.ends[row])
         content = self.pixels[end - 3 * width * height : end].numpy()
-        if not len(content) or zlib.crc32(content.data) != int(self.checks[row]):
+        if not len(content):
             return None
         return Image.frombuffer("RGB", (width, height), content, "raw", "RGB", 0, 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process maps the file itself; tensors reach it through shared memory."""
         if self.path is not None:
-            return _mapped, (self.path, len(self.ends))
-        return _Store, (self.ends, self.checks, self.sizes, self.pixels)
-
-    def __post_init__(self) -> None:
-        """Raises `ValueError`: a file may hold anything."""
-        areas = 3 * self.sizes.prod(dim=1)
-        if (
-            {tensor.dtype for tensor in (self.ends, self.checks, self.sizes)} != {torch.int64}
-            or (self.pixels.dtype, self.pixels.ndim) != (torch.uint8, 1)
-            or not len(self.ends) == len(self.checks) == len(areas)
-            or not torch.equal(self.ends, areas.cumsum(dim=0))
-            or int(self.sizes.min()) < 0
-            or int(self.ends[-1]) > len(self.pixels)
-        ):
-            raise ValueError("these are no pixels of images")
+            return _mapped, (self.path, len(self.sizes))
+        return PixelArray, (self.sizes, self.pixels)
 
 
-def _fill(
+def _decode_all(
     images: CachedImages, write: Callable[[bytes], bool]
-) -> Generator[int, None, tuple[Tensor, Tensor, Tensor]]:
-    """Decode all; yields how many are done, returns `ends`, `checks` and `sizes`.
+) -> Generator[int, None, Tensor]:
+    """Yields how many are decoded; returns the `sizes` of a `PixelArray`.
 
-    `write` appends an image's pixels, and says whether it could.
+    `write` appends an image's pixels, and says whether there was room.
     """
 
-    def decoded(row: int) -> tuple[tuple[int, int], bytes, int]:
+    def decoded(row: int) -> tuple[tuple[int, int], bytes]:
         image = images.decode(row)
-        pixels = image.tobytes()
-        return image.size, pixels, zlib.crc32(pixels)
+        return image.size, image.tobytes()
 
     rows = range(len(images.contents))
-    sizes, checks = torch.zeros(len(rows), 2).long(), torch.zeros(len(rows)).long()
-    for row, (size, pixels, check) in enumerate(in_threads(decoded, rows, _UNDER_WAY)):
-        if write(pixels):
-            sizes[row], checks[row] = torch.tensor(size), check
+    sizes = torch.zeros(len(rows), 2, dtype=torch.int64)
+    for row, (size, content) in enumerate(in_threads(decoded, rows, _UNDER_WAY)):
+        if write(content):
+            sizes[row] = torch.tensor(size)
         yield row + 1
-    return (3 * sizes.prod(dim=1)).cumsum(dim=0), checks, sizes
+    return sizes
 
 
-def _in_memory(images: CachedImages, room: int) -> Iterator[int]:
-    """`images.store` is then in memory, of `room` bytes at most: what does not fit is left out."""
+def _to_memory(images: CachedImages, room: int) -> Iterator[int]:
+    """Fill `room` bytes of memory; what does not fit is left out."""
     pixels = torch.empty(room, dtype=torch.uint8)
     if not _forks():
         pixels.share_memory_()
@@ -290,52 +265,40 @@ def _in_memory(images: CachedImages, room: int) -> Iterator[int]:
         end += len(content)
         return True
 
-    images.store = _Store(*(yield from _fill(images, write)), pixels)
+    images.cached = PixelArray((yield from _decode_all(images, write)), pixels)
 
 
-def _on_disk(images: CachedImages) -> Iterator[int]:
-    """`images.store` is then a file of safetensors' layout; it appears when it is whole."""
-    count, path = len(images.contents), images.path
-    reserved = -(-len(_header(images.about, count, _LONGEST)) // 8) * 8
-    with whole_file(path, 0o600) as file:
-        file.seek(8 + reserved + _INDEX_BYTES * count)
-        index = yield from _fill(images, lambda content: bool(file.write(content)))
-        header = _header(images.about, count, int(index[0][-1])).ljust(reserved)
-        file.seek(0)
-        file.write(reserved.to_bytes(8, "little") + header)
-        file.writelines(tensor.numpy().tobytes() for tensor in index)
-    images.store = _mapped(path, count)
-
-
-def _header(about: str, count: int, size: int) -> bytes:
-    """Names the fields of a `_Store` of `count` images and `size` bytes of pixels."""
-    fields = {"ends": [count], "checks": [count], "sizes": [count, 2], "pixels": [size]}
-    entries: dict[str, Any] = {"__metadata__": {"about": about}}
-    start = 0
-    for name, shape in fields.items():
-        end = start + math.prod(shape) * (1 if name == "pixels" else 8)
-        dtype = "U8" if name == "pixels" else "I64"
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-        start = end
-    return json.dumps(entries).encode()
-
-
-def _open_kept(images: CachedImages) -> bool:
-    """Take what the disk has from before, if it is whole."""
+def _to_disk(images: CachedImages) -> Iterator[int]:
+    """The pixels first, then the entry: without it they do not count."""
     path = images.path
-    images.store = _mapped(path, len(images.contents)) if path.exists() else None
-    if images.store is not None:
+    with whole_file(store.pixel_file(path), 0o600) as file:
+        sizes = yield from _decode_all(images, lambda content: bool(file.write(content)))
+    with whole_file(path, 0o600) as file:
+        file.write(to_safetensors({"sizes": sizes}, {"about": images.about}))
+    images.cached = _mapped(path, len(sizes))
+
+
+def _open(images: CachedImages) -> bool:
+    """Whether the disk has them from an earlier run."""
+    path = images.path
+    images.cached = _mapped(path, len(images.contents))
+    if images.cached is not None:
         store.mark_used(path)
-    return images.store is not None
+    return images.cached is not None
 
 
-def _mapped(path: Path, count: int) -> _Store | None:
-    """The file's `count` images; None where it is damaged, or gone."""
+def _mapped(path: Path, count: int) -> PixelArray | None:
+    """The entry of `count` images; None where it is damaged, incomplete, or gone."""
     try:
         with safe_open(path, "pt") as file:
-            store = _Store(
-                **{name: file.get_tensor(name) for name in file.offset_keys()}, path=path
-            )
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError):
+            sizes: Tensor = file.get_tensor("sizes")
+        pixels = store.pixel_file(path)
+        length = pixels.stat().st_size
+        if sizes.shape != (count, 2) or sizes.dtype != torch.int64 or int(sizes.min()) < 1:
+            return None
+        array = PixelArray(
+            sizes, torch.from_file(str(pixels), size=length, dtype=torch.uint8), path
+        )
+    except (OSError, RuntimeError, SafetensorError):
         return None
-    return store if len(store.ends) == count else None
+    return array if int(array.ends[-1]) == length else None

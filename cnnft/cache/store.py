@@ -1,9 +1,11 @@
-"""What cnnft keeps for later runs: where, how much it may be, and what goes first.
+"""The disk cache that runs share: its folder, its limit, and what is evicted first.
 
-    ~/.cache/cnnft/KIND/*.safetensors     $CNNFT_CACHE is another folder
+    ~/.cache/cnnft/KIND/NAME.safetensors    $CNNFT_CACHE is another folder
+                        NAME.pixels         what some entries describe: raw bytes
 
-Whatever lies there can be computed again. When more is to be kept than the bound, what was used
-longest ago goes. A file that a process has mapped into memory may be removed (Windows refuses).
+An entry is its .safetensors file, which is written last and removed first: without it, the pixels
+do not count. Whatever lies here can be computed again. Above the limit, the least recently used
+goes. A file that a process has mapped into memory may be removed (Windows refuses).
 """
 
 import logging
@@ -16,6 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
 from cnnft.errors import CnnftError, UsageError
@@ -24,33 +27,40 @@ from cnnft.machine.files import remove_unfinished
 LIMIT = 50.0
 """GB (10⁹ bytes) in all; $CNNFT_CACHE_LIMIT is another bound."""
 DISK_SHARE = 0.5
-"""Of the free disk may be filled by what is to be kept next."""
+"""Of the free disk may be filled by what is written next."""
+
+_PIXELS = ".pixels"
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of the cache."""
+    """What is read and evicted together."""
 
     path: Path
     kind: str
     """The folder it lies in."""
     about: str
     bytes: int
+    """The pixels beside it included."""
     used: datetime
     """Local time."""
 
 
 def root() -> Path:
-    """Where all of it lies."""
-    if chosen := os.environ.get("CNNFT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cnnft"
+    """The folder of the cache: $CNNFT_CACHE, or in the user's folder for caches."""
+    chosen = os.environ.get("CNNFT_CACHE")
+    return Path(chosen).expanduser() if chosen else user_cache_path("cnnft", appauthor=False)
+
+
+def pixel_file(path: Path) -> Path:
+    """Beside the entry at `path`."""
+    return path.with_suffix(_PIXELS)
 
 
 def limit() -> int:
-    """Bytes that all of it may have.
+    """Bytes that all entries may have.
 
     Raises:
         UsageError: $CNNFT_CACHE_LIMIT is no such number.
@@ -68,15 +78,18 @@ def limit() -> int:
 
 
 def entries() -> list[Entry]:
-    """All files of the cache, what was used last first."""
+    """All entries, the most recently used first."""
     found: list[Entry] = []
     for path in root().glob("*/*.safetensors"):
         try:
             status = path.stat()
         except OSError:  # it has just been removed
             continue
+        size = status.st_size
+        with suppress(OSError):
+            size += pixel_file(path).stat().st_size
         used = datetime.fromtimestamp(status.st_mtime)
-        found.append(Entry(path, path.parent.name, _about(path), status.st_size, used))
+        found.append(Entry(path, path.parent.name, _about(path), size, used))
     return sorted(found, key=lambda entry: entry.used, reverse=True)
 
 
@@ -89,13 +102,13 @@ def _about(path: Path) -> str:
 
 
 def mark_used(path: Path) -> None:
-    """It is the last to go."""
+    """It is evicted last."""
     with suppress(OSError):  # the folder may be somebody else's
         os.utime(path)
 
 
 def refusal(needed: int) -> str | None:
-    """Why `needed` more bytes have no room, or None; older entries would make room for them."""
+    """Why there is no room for `needed` more bytes, or None; older entries would be evicted."""
     most = limit()
     if needed > most:
         return f"the cache may have {gigabytes(most)} (CNNFT_CACHE_LIMIT)"
@@ -108,9 +121,9 @@ def refusal(needed: int) -> str | None:
 
 @contextmanager
 def writing(needed: int, *, wait: bool = True) -> Iterator[bool]:
-    """This process alone writes to the cache, which has room for `needed` bytes more.
+    """Lock the cache for writing, and evict until there is room for `needed` bytes more.
 
-    Gives whether that is so: unless it is to `wait`, another process may be writing.
+    Gives whether it is locked: without `wait`, another process may hold the lock.
 
     Raises:
         CnnftError: the folder cannot be written to.
@@ -126,7 +139,7 @@ def writing(needed: int, *, wait: bool = True) -> Iterator[bool]:
 
 
 def clear() -> list[Entry]:
-    """Remove everything; what was there.
+    """Remove all entries, and return them.
 
     Raises:
         CnnftError: another process is writing to it; a file cannot be removed.
@@ -140,7 +153,7 @@ def clear() -> list[Entry]:
         _remove_unfinished()
         for entry in found:
             try:
-                entry.path.unlink(missing_ok=True)
+                _remove(entry)
             except OSError as error:
                 raise CnnftError(f"{entry.path} cannot be removed ({error.strerror})") from error
     return found
@@ -169,19 +182,29 @@ def _locked() -> Iterator[FileLock]:
 
 
 def _remove_unfinished() -> None:
+    """What processes left that were killed while they wrote: for the one that writes now."""
     for kind in root().iterdir():
         if kind.is_dir():
             remove_unfinished(kind)
+            for pixels in kind.glob(f"*{_PIXELS}"):
+                if not pixels.with_suffix(".safetensors").exists():
+                    with suppress(OSError):  # Windows, and in use
+                        pixels.unlink(missing_ok=True)
+
+
+def _remove(entry: Entry) -> None:
+    entry.path.unlink(missing_ok=True)
+    pixel_file(entry.path).unlink(missing_ok=True)
 
 
 def _evict(most: int) -> None:
-    """Remove what was used longest ago until `most` bytes are left."""
+    """Remove the least recently used entries until at most `most` bytes are left."""
     total = 0
     for entry in entries():
         total += entry.bytes
         if total > most:
             try:
-                entry.path.unlink(missing_ok=True)
+                _remove(entry)
                 _log.info("removed %s from the cache, to make room", entry.about or entry.path.name)
             except OSError:  # Windows, and in use
                 continue

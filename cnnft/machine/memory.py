@@ -2,19 +2,10 @@
 
 from pathlib import Path
 
+import psutil
 import torch
 
 from cnnft.machine import distributed
-
-_CGROUPS = tuple(
-    (folder / limit, folder / used, folder / "memory.stat")
-    for folder, limit, used in (
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    )
-)
-"""(limit, used, statistics) of a container, in versions 2 and 1."""
-_MEMINFO = Path("/proc/meminfo")
 
 
 def available(device: torch.device) -> int:
@@ -23,26 +14,24 @@ def available(device: torch.device) -> int:
         torch.cuda.empty_cache()  # what was computed before left it to this process alone
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    room = max(min(_host_memory(), _container_memory()), 0)
+    room = max(min(psutil.virtual_memory().available, container_memory()), 0)
     return int(room) // distributed.local_world_size
 
 
-def _container_memory() -> float:
-    for limit, used, statistics in _CGROUPS:
+def container_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Free bytes below the limit of this process's container (cgroup version 2 or 1).
+
+    Infinite where there is no limit. psutil sees the host alone.
+    """
+    version_2 = (cgroup, "memory.max", "memory.current")
+    version_1 = (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+    for folder, limit, used in (version_2, version_1):
         try:
-            cached = dict(line.split() for line in statistics.read_text().splitlines())
-            # Files that were read count as used until somebody needs the room.
+            lines = (folder / "memory.stat").read_text().splitlines()
+            cached = dict(line.split() for line in lines)
+            # The page cache counts as used until somebody needs the room.
             files = int(cached.get("inactive_file", 0)) + int(cached.get("active_file", 0))
-            return int(limit.read_text()) - int(used.read_text()) + files
+            return int((folder / limit).read_text()) - int((folder / used).read_text()) + files
         except (OSError, ValueError):  # no such file; no limit is written "max"
             continue
     return float("inf")
-
-
-def _host_memory() -> int:
-    try:
-        lines = _MEMINFO.read_text().splitlines()
-        found = next(line for line in lines if line.startswith("MemAvailable:"))
-        return 1024 * int(found.split()[1])
-    except (OSError, StopIteration):
-        return 4 * 2**30  # not Linux: a guess on the safe side

@@ -80,9 +80,9 @@ class Fitting:
     always: bool = False
     """Also where the head is no single linear layer, for the accuracy alone."""
     on_disk: bool = True
-    """Whether features are kept on the disk for later runs."""
+    """Whether features are cached on the disk for later runs."""
     about: str = ""
-    """What the images are, for those who look into the cache."""
+    """Describes the images in `cnnft cache`."""
 
 
 def install(network: nn.Module, head: frozenset[str], fitted: Probe) -> None:
@@ -105,17 +105,17 @@ def _features(
     """(N, D): what enters the head, of each image as evaluation sees it."""
     spec = images.crop
     assert spec is not None
-    frozen = FeatureExtractor.before(
-        cut,
+    extractor = FeatureExtractor(
         backbone.network,
-        spec.size,
-        identity=backbone.identity,
-        weights=backbone_hash(backbone.network, backbone.head),
-        about=f"{backbone.identity.name}, {len(samples)} of {fitting.about} (probe)",
+        cut,
+        backbone.identity,
+        backbone_hash(backbone.network, backbone.head),
         pooled=True,
+        rounding=(loading.batch_size, torch.get_num_threads()),
     )
-    looks = evaluation_view_set(samples, spec, images, loading)
-    activations = Features(frozen, looks, fitting.on_disk)
-    for _ in activations.compute():
+    about = f"{len(samples)} of {fitting.about} (probe)"
+    views = evaluation_view_set(samples, spec, images, loading, about)
+    features = Features(extractor.folded(spec.size), views, fitting.on_disk)
+    for _ in features.compute():
         pass
-    return activations.values
+    return features.values

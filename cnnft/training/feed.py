@@ -1,4 +1,4 @@
-"""What training and validation read: pixels, or activations where all before them is frozen."""
+"""What training and validation read: pixels, or features of the frozen layers before a cut."""
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -16,11 +16,11 @@ from cnnft.cache.features import (
     ViewBatches,
     ViewSet,
     evaluation_view_set,
+    feature_batches,
     fits,
-    in_batches,
-    kept_batches,
+    pixel_batches,
 )
-from cnnft.cache.pixels import CachedImages, CacheProgress, keep, training_pixels
+from cnnft.cache.pixels import CachedImages, CacheProgress, cache_images, training_pixels
 from cnnft.data.augmentation import augmentation, training_transform
 from cnnft.data.images import decoder_versions
 from cnnft.data.loading import ImageFiles, TrainingImages, Views, training_batches, view_batches
@@ -54,7 +54,7 @@ class Feed:
             self.val_images,
         )
         self._cut: Cut | None = None
-        self._activations: Tensor | None = None
+        self._features: Tensor | None = None
 
     def tail(self, network: nn.Module) -> nn.Module:
         """What computes logits from what is read; `network` has the plan's architecture."""
@@ -65,80 +65,75 @@ class Feed:
     def training(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from `first_step` on."""
         keys = replace(self.plan.batches, first_step=first_step)
-        if self._activations is not None:
+        if self._features is not None:
             labels = torch.tensor(self.plan.train.labels)
-            return kept_batches(self._activations, labels, keys)
+            return feature_batches(self._features, labels, keys)
         return training_batches(self.dataset, keys, self.plan.loading)
 
     def prepare(self, stop: Callable[[], bool]) -> Generator[CacheProgress, None, bool]:
         """Decode, or compute, what every epoch reads; returns whether the caller asks to stop."""
-        with closing(self._keep()) as keeping:
-            for kept in keeping:
-                yield kept
+        with closing(self._fill_caches()) as progress:
+            for event in progress:
+                yield event
                 if stop() and distributed.world_size == 1:  # of several all have to stop together
                     break
         return any(distributed.any_rank(stop()))
 
-    def _keep(self) -> Generator[CacheProgress]:
+    def _fill_caches(self) -> Generator[CacheProgress]:
         config, views = self.plan.config, self.plan.batches.views
-        if views is None or (frozen := self._frozen(views)) is None:
-            yield from keep(
+        if views is None or (extractor := self._extractor(views)) is None:
+            yield from cache_images(
                 [self.images, self.val_images], config.machine.cache, config.training.epochs
             )
             return
         on_disk = config.machine.cache != "ram"
-        train = Features(frozen, self._training_looks(views), on_disk)
-        val = Features(frozen, self._validation_looks(), on_disk)
+        train = Features(extractor, self._training_views(views), on_disk)
+        val = Features(extractor, self._validation_views(), on_disk)
         if len(train.missing) > len(self.plan.train):  # of several views
-            yield from keep([self.images], config.machine.cache, views)
+            yield from cache_images([self.images], config.machine.cache, views)
         total = len(train.missing) + len(val.missing)
         for part, before in ((train, 0), (val, len(train.missing))):
             for done in part.compute():
                 yield CacheProgress(before + done, total, "computing features of")
         if not total:
-            _log.info("the frozen layers have seen all images before (%s)", store.root())
-        self.images.store = None  # seen for the last time
-        self._cut = frozen.cut
-        self._activations = train.values.unflatten(0, (-1, len(self.plan.train)))
+            _log.info(
+                "all features of the frozen layers are read from the cache (%s)", store.root()
+            )
+        self.images.cached = None  # read for the last time
+        self._cut = extractor.cut
+        self._features = train.values.unflatten(0, (-1, len(self.plan.train)))
         self.validation = ViewBatches(val.values, self.plan.loading.batch_size)
 
-    def _frozen(self, views: int) -> FeatureExtractor | None:
-        """The part of the network whose activations are worth keeping; None: there is none."""
+    def _extractor(self, views: int) -> FeatureExtractor | None:
+        """The frozen layers before the cut; None where their features cannot be cached."""
         plan, classifier = self.plan, self.plan.classifier
         config = plan.config
         if config.machine.cache == "off" or config.augmentation.mixes:
             return None
-        if (
-            plan.teachers and augmentation(config.augmentation).random
-        ):  # they look at pixels in every step
-            return None
+        if plan.teachers and augmentation(config.augmentation).random:
+            return None  # teachers need the pixels of every step
         size = classifier.input_spec.size
         cut = distributed.broadcast_from_main(lambda: find_cut(classifier.network, size))
         if cut is None:
             _log.info(
-                "this backbone cannot be cut where its frozen layers end: no features are cached"
+                "this backbone cannot be cut where its frozen layers end: features are not cached"
             )
             return None
-        frozen = FeatureExtractor.before(
-            cut,
-            classifier.network,
-            size,
-            identity=classifier.identity,
-            weights=classifier.pretrained_hash,
-            about=f"{classifier.identity.name}, {self.images.about}",
-        )
+        extractor = FeatureExtractor(
+            classifier.network, cut, classifier.identity, classifier.pretrained_hash
+        ).folded(size)
         count = views * len(plan.train) + len(plan.val)
-        if distributed.any_rank(not fits(frozen, size, count))[0]:
+        if distributed.any_rank(not fits(extractor, size, count))[0]:
             _log.warning(
                 "the features of the frozen layers do not fit in memory: they are not cached"
             )
             return None
-        return frozen
+        return extractor
 
-    def _training_looks(self, views: int) -> ViewSet:
+    def _training_views(self, views: int) -> ViewSet:
         config, names = self.plan.config, self.plan.train.names
         spec, parts = self.plan.classifier.input_spec, augmentation(config.augmentation)
-        how = (
+        transform = (
             "training",
             spec,
             parts,
@@ -147,13 +142,14 @@ class Feed:
             decoder_versions(),
         )
         keys: list[Key] = [(view, index) for view in range(views) for index in range(len(names))]
-        rows = [(view, names[index]) for view, index in keys]
+        view_names = [(view, names[index]) for view, index in keys]
 
-        def pixels(some: Sequence[int]) -> Iterator[Tensor]:
-            return in_batches(self.dataset, [keys[row] for row in some], self.plan.loading)
+        def batches(rows: Sequence[int]) -> Iterator[Tensor]:
+            return pixel_batches(self.dataset, [keys[row] for row in rows], self.plan.loading)
 
-        return ViewSet(how, rows, pixels)
+        return ViewSet(transform, view_names, batches, self.images.about)
 
-    def _validation_looks(self) -> ViewSet:
+    def _validation_views(self) -> ViewSet:
         spec = self.plan.classifier.input_spec
-        return evaluation_view_set(self.plan.val, spec, self.val_images, self.plan.loading)
+        images = self.val_images
+        return evaluation_view_set(self.plan.val, spec, images, self.plan.loading, images.about)
