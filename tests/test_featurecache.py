@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,21 @@ from torch import nn
 from cnnft import Config, load
 from cnnft.cache import features as featurecache
 from cnnft.cache import store
+from cnnft.cache.features import (
+    FeatureExtractor,
+    Features,
+    evaluation_view_set,
+    feature_key,
+)
 from cnnft.cache.pixels import CacheProgress
+from cnnft.data.loading import ImageFiles, Loading
+from cnnft.data.reading import read_dataset
+from cnnft.data.transforms import InputSpec
 from cnnft.models.backbones import open_backbone
 from cnnft.models.freezing import freeze, train_mode
-from cnnft.models.surgery.cut import find_cut
+from cnnft.models.surgery.cut import Cut, find_cut
+from cnnft.models.surgery.embed import find_head
+from cnnft.models.weights import backbone_hash
 from cnnft.runs.run import Run
 from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan
@@ -87,7 +99,7 @@ def test_a_head_of_zeros_behind_which_every_cut_looks_right_is_no_test():
 
 
 class Awkward(nn.Module):
-    """FeatureExtractor layers, a random layer, and a sum that reaches over the cut where `leaps`."""
+    """A frozen layer, a random one, and a sum that reaches over the cut where `leaps`."""
 
     def __init__(self, leaps: bool) -> None:
         super().__init__()
@@ -117,7 +129,7 @@ def test_a_network_that_uses_its_input_again_is_not_cut():
     assert find_cut(Awkward(leaps=True), 8) is None
 
 
-# ---------------------------------------------------------------- features that are kept
+# ---------------------------------------------------------------- features that are cached
 
 
 @pytest.mark.parametrize(
@@ -127,28 +139,27 @@ def test_a_network_that_uses_its_input_again_is_not_cut():
      {"sampling": "balanced"}],
     ids=lambda more: next(iter(more)),
 )  # fmt: skip
-def test_kept_features_train_as_computed_ones_do(flat, tmp_path, more):
+def test_cached_features_train_as_computed_ones_do(flat, tmp_path, more):
     off = finish(settings(flat, tmp_path, "off", cache="off", **more))
     for cache in ("ram", "auto"):
         on = finish(settings(flat, tmp_path, cache, cache=cache, **more))
         one, two = (load_file(run.path / "model.safetensors") for run in (off, on))
         for name, tensor in one.items():
             torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
-        for mine, other in zip(on.val_predictions(), off.val_predictions(), strict=True):
-            assert mine["predicted"] == other["predicted"]
-            assert float(mine["probability"]) == pytest.approx(
-                float(other["probability"]), abs=1e-4
-            )
+        mine, other = on.predictions(), off.predictions()
+        assert mine.samples.paths == other.samples.paths
+        assert torch.equal(mine.predicted, other.predicted)
+        torch.testing.assert_close(mine.log_probs.exp(), other.log_probs.exp(), rtol=0, atol=1e-4)
 
 
 def test_features_themselves_agree(flat, tmp_path, cache):
-    run = finish(settings(flat, tmp_path, "kept", epochs=2))
+    run = finish(settings(flat, tmp_path, "cached", epochs=2))
     classifier = load(run.path, device="cpu")
     shards = [load_file(path) for path in sorted((cache / "features").iterdir())]
     (val,) = (shard["values"] for shard in shards if len(shard["values"]) == 4)
     entering = []
     hook = classifier.network.fc.register_forward_pre_hook(lambda _, x: entering.append(x[0]))
-    classifier.predict([row["file"] for row in run.val_predictions()], batch_size=3)
+    classifier.predict(run.predictions().samples.paths, batch_size=3)
     hook.remove()
     # What comes before the images is the example that folding looks at.
     torch.testing.assert_close(val, torch.cat(entering)[-len(val) :], rtol=1e-5, atol=1e-6)
@@ -158,9 +169,9 @@ def computed(monkeypatch):
     """How many images go through frozen layers from now on, one number for each batch."""
     seen, plain = [], featurecache.FeatureExtractor.__call__
 
-    def counted(frozen, pixels):
+    def counted(extractor, pixels):
         seen.append(len(pixels))
-        return plain(frozen, pixels)
+        return plain(extractor, pixels)
 
     monkeypatch.setattr(featurecache.FeatureExtractor, "__call__", counted)
     return seen
@@ -204,12 +215,14 @@ def test_an_image_that_is_added_costs_its_own_time(separated, tmp_path, monkeypa
     assert sum(seen) == EXAMPLE + 2 * 2  # views of the one, and of a copy others than the first's
 
 
-def test_what_was_computed_before_an_interruption_is_kept(separated, tmp_path, monkeypatch, cache):
+def test_what_was_computed_before_an_interruption_is_cached(
+    separated, tmp_path, monkeypatch, cache
+):
     monkeypatch.setattr(featurecache, "SAVE_EVERY", 0.0)
     plan = prepare(settings(separated, tmp_path, "stopped"))
     with closing(run_plan(plan)) as events:
-        kept = (event for event in events if isinstance(event, CacheProgress))
-        done = next(event.images for event in kept if "features" in event.doing)
+        progress = (event for event in events if isinstance(event, CacheProgress))
+        done = next(event.images for event in progress if "features" in event.doing)
     seen = computed(monkeypatch)
     finish(settings(separated, tmp_path, "again"))
     assert sum(seen) == EXAMPLE + 2 * 18 + 9 - done
@@ -217,16 +230,98 @@ def test_what_was_computed_before_an_interruption_is_kept(separated, tmp_path, m
     assert len(torch.cat(names).unique(dim=0)) == sum(map(len, names))  # nothing twice
 
 
-def test_the_features_of_a_probe_are_kept(flat, tmp_path, monkeypatch, cache):
+def test_the_features_of_a_probe_are_cached(flat, tmp_path, monkeypatch, cache):
     config = settings(flat, tmp_path, "run", mode="finetune", feature_views=None)
     first = prepare(config)
     seen = computed(monkeypatch)
     second = prepare(config)
-    assert first.probed and not seen
+    assert first.head_from == "probe" and not seen
     for one, two in zip(*(p.classifier.network.parameters() for p in (first, second)), strict=True):
         assert torch.equal(one, two)
     prepare(config.replace(cache="off"))
     assert sum(seen) == 16
+
+
+# ---------------------------------------------------------------- the key of a feature
+
+
+def extractor(name="builtin", image_size=64, **more):
+    backbone = open_backbone(name, 3, pretrained=False, image_size=image_size)
+    place = find_head(backbone.network, backbone.head, image_size)
+    hashed = backbone_hash(backbone.network, backbone.head)
+    return FeatureExtractor(backbone.network, place.cut, backbone.identity, hashed, **more)
+
+
+SPEC = InputSpec(64, 0.875, "bicubic", (0.5,) * 3, (0.2,) * 3)
+
+
+def test_what_changes_a_feature_changes_its_key_and_nothing_else_does(monkeypatch):
+    plain = extractor()
+    identity, transform = plain.identity, ("evaluation", SPEC)
+    others = [
+        replace(plain, weights="0" * 64),
+        replace(plain, cut=Cut("layer3", frozenset())),
+        replace(plain, pooled=True),
+        replace(plain, identity=replace(identity, architecture="resnet18")),
+        replace(plain, identity=replace(identity, model_args={"drop_rate": 0.1})),
+        replace(plain, rounding=(8, 1)),
+        replace(plain, rounding=(16, 1)),
+        replace(plain, rounding=(8, 2)),
+        replace(plain, network=plain.network.to("meta")),
+    ]
+    keys = [feature_key(other, transform) for other in others[:-1]]
+    keys.append(feature_key(others[-1], transform))
+    keys += [
+        feature_key(extractor(), other)
+        for other in (
+            transform, ("training", SPEC), ("evaluation", replace(SPEC, crop_fraction=1.0)),
+        )
+    ]  # fmt: skip
+    monkeypatch.setattr(featurecache, "version", lambda name: f"9 of {name}")
+    keys.append(feature_key(extractor(), transform))
+    assert len(set(keys)) == len(keys)
+    renamed = replace(identity, name="another name", pretrained_cfg={"license": "mit"})
+    assert feature_key(replace(extractor(), identity=renamed), transform) == keys[-1]
+
+
+def test_names_and_order_of_files_do_not_change_a_feature(flat, cache):
+    """Nor do copies of an image."""
+
+    def features(samples):
+        images = ImageFiles(samples.paths, crop=SPEC)
+        views = evaluation_view_set(samples, SPEC, images, Loading(4, 0), "images")
+        return Features(extractor(pooled=True), views, on_disk=True)
+
+    torch.manual_seed(0)
+    first = features(read_dataset(flat, ("train",)).train)
+    assert len(first.missing) == 20
+    list(first.compute())
+    for path in [*flat.glob("*/*.png")]:
+        path.rename(path.with_name(f"{20 - int(path.stem)}-renamed.png"))
+    shutil.copy(next(flat.glob("ants/*")), flat / "ants" / "copy.png")
+    torch.manual_seed(0)  # the same random weights
+    samples = read_dataset(flat, ("train",)).train
+    again = features(samples)
+    assert again.missing == [] and again.values.shape == (21, 256)
+    order = {digest: row for row, digest in enumerate(samples.hashes)}
+    assert len(order) == 20
+    assert again.values.unique(dim=0).shape == first.values.unique(dim=0).shape
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 20])
+def test_features_of_another_batch_size_agree_to_rounding(flat, batch_size):
+    samples = read_dataset(flat, ("train",)).train
+    images = ImageFiles(samples.paths, crop=SPEC)
+    torch.manual_seed(0)
+    one = extractor(pooled=True)
+
+    def computed_in(size):
+        views = evaluation_view_set(samples, SPEC, images, Loading(size, 0), "images")
+        features = Features(one, views, on_disk=False)
+        list(features.compute())
+        return features.values
+
+    torch.testing.assert_close(computed_in(batch_size), computed_in(8), rtol=1e-5, atol=1e-6)
 
 
 def test_images_that_are_not_augmented_have_one_view(flat, tmp_path):
@@ -235,7 +330,7 @@ def test_images_that_are_not_augmented_have_one_view(flat, tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["memory", "mixup", "off"])
-def test_where_features_are_not_kept_training_goes_on(flat, tmp_path, monkeypatch, reason, cache):
+def test_where_features_are_not_cached_training_goes_on(flat, tmp_path, monkeypatch, reason, cache):
     more = {"mixup": {"mixup": 0.2, "feature_views": None}, "off": {"cache": "off"}}.get(reason, {})
     if reason == "memory":
         monkeypatch.setattr(featurecache, "MEMORY_SHARE", 0.0)
@@ -244,13 +339,13 @@ def test_where_features_are_not_kept_training_goes_on(flat, tmp_path, monkeypatc
     assert not (cache / "features").exists()
 
 
-def test_a_bounded_cache_does_not_keep_them(flat, tmp_path, monkeypatch, cache):
+def test_a_cache_without_room_leaves_them_out(flat, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("CNNFT_CACHE_LIMIT", "0")
     finish(settings(flat, tmp_path, "run", epochs=2))
     assert store.entries() == []
 
 
-def test_a_stopped_run_goes_on_with_kept_features(flat, tmp_path):
+def test_a_stopped_run_goes_on_with_cached_features(flat, tmp_path):
     expected = finish(settings(flat, tmp_path, "whole"))
     steps = []
     plan = prepare(settings(flat, tmp_path, "stopped"))

@@ -25,6 +25,7 @@ from cnnft.data.loading import ImageFiles, Loading, view_batches
 from cnnft.data.reading import read_dataset
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import UsageError
+from cnnft.machine.memory import container_memory
 from cnnft.runs.run import Run
 from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan
@@ -103,10 +104,10 @@ def test_draft_mode_leaves_alone_what_it_cannot_halve(photos: Path) -> None:
 
 
 def test_the_resolution_of_training_follows_the_input() -> None:
-    assert training_pixels(Config.of("x"), SPEC) == PixelSpec(48)
-    assert training_pixels(Config.of("x", decoder="draft"), SPEC) == PixelSpec(48, "draft")
-    assert training_pixels(Config.of("x", train_resolution=100), SPEC) == PixelSpec(100)
-    assert training_pixels(Config.of("x", train_resolution="full"), SPEC) == FULL
+    assert training_pixels(Config.of("x").input, SPEC) == PixelSpec(48)
+    assert training_pixels(Config.of("x", decoder="draft").input, SPEC) == PixelSpec(48, "draft")
+    assert training_pixels(Config.of("x", train_resolution=100).input, SPEC) == PixelSpec(100)
+    assert training_pixels(Config.of("x", train_resolution="full").input, SPEC) == FULL
 
 
 # ---------------------------------------------------------------- what is cached is right
@@ -235,6 +236,25 @@ def test_auto_takes_memory_then_the_disk_then_nothing(photos, monkeypatch, caplo
     assert "no pixel cache: the decoded images take about" in caplog.text
 
 
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    """cgroup version 2, then 1; the page cache is free memory."""
+    assert container_memory(tmp_path) == float("inf")
+    (tmp_path / "memory").mkdir()
+    for folder, limit, used in (
+        (tmp_path / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        (tmp_path, "memory.max", "memory.current"),
+    ):
+        (folder / limit).write_text("1000\n")
+        (folder / used).write_text("700\n")
+        (folder / "memory.stat").write_text("inactive_file 100\nactive_file 50\nanon 7\n")
+        assert container_memory(tmp_path) == 450
+        (folder / used).write_text("800\n")
+    assert container_memory(tmp_path) == 350
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory" / "memory.limit_in_bytes").unlink()
+    assert container_memory(tmp_path) == float("inf")
+
+
 def test_one_epoch_needs_no_cache(photos: Path) -> None:
     assert list(cache_images([cached_images(photos)], "auto", epochs=1)) == []
     assert len(list(cache_images([cached_images(photos)], "ram", epochs=1))) == 12
@@ -324,7 +344,7 @@ def test_the_resolution_of_training_changes_the_weights(photos: Path) -> None:
     runs = [train(photos, f"r{side}", train_resolution=side) for side in (32, "full")]
     one, two = map(weights, runs)
     assert any(not torch.equal(one[name], two[name]) for name in one)
-    assert runs[0].config().train_resolution == 32
+    assert runs[0].config().input.train_resolution == 32
 
 
 SPAWNED = """

@@ -37,6 +37,9 @@ print("\\nheavy:", heavy, "code:", code)
         (["diff", "run"], 2),
         (["predict", "x.jpg", "-m", "run", "--tta", "all"], 2),
         (["export", "run", "--format", "pickle"], 2),
+        (["backbones"], 0),
+        (["backbones", "resnet*", "--json"], 0),
+        (["backbones", "nonsense"], 2),
     ],
 )
 def test_no_heavy_import(arguments, code):

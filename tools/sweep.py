@@ -1,6 +1,7 @@
-"""Try every backbone of timm and torchvision and write cnnft/models/catalogue.csv.
+"""Try every backbone of timm and torchvision and write the tables of cnnft/models.
 
     python -m tools.sweep [--only PATTERN] [--jobs 2] [--train 30]
+    python -m tools.sweep --weights     # pretrained.csv alone, which builds nothing
 
 Each network is built with a head for 7 classes, without memory where it can (torch's meta device),
 and `examine` checks what cnnft promises of it. `--train N` takes a real training step, on noise
@@ -30,7 +31,7 @@ from cnnft.models.build import build, with_auxiliary
 from cnnft.models.freezing import freeze
 from cnnft.models.heads import head_tensors
 from cnnft.models.identity import input_spec
-from cnnft.models.registry import names, resolve
+from cnnft.models.registry import names, remote_weights, resolve
 from cnnft.models.stages import stages
 from cnnft.training.optim import Start, learning_rates, make_optimizer
 from cnnft.training.schedules import Length, make_schedule
@@ -39,6 +40,7 @@ from cnnft.training.step import StepDone, train
 from tools.document import fill
 
 TABLE = Path(__file__).parents[1] / "cnnft" / "models" / "catalogue.csv"
+PRETRAINED = TABLE.with_name("pretrained.csv")
 DOCUMENT = Path(__file__).parents[1] / "docs" / "backbones.md"
 CLASSES = 7
 SMALL = 30_000_000  # parameters of a network that takes a training step
@@ -154,6 +156,60 @@ def take_step(name: str) -> str:
         return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
+@dataclass
+class PretrainedRow:
+    """A set of weights."""
+
+    backbone: str
+    weights: str
+    """As --backbone takes it."""
+    licence: str
+    """Empty where the library does not say."""
+    place: str
+    """A URL, or a repository on the Hugging Face hub; empty: it ships with cnnft."""
+    files: str
+    """In the repository, any of them, the one preferred first."""
+
+
+def pretrained(name: str) -> list[PretrainedRow]:
+    """What the installed library has for an architecture, the default first."""
+    if name == "builtin":
+        return [PretrainedRow(name, name, "apache-2.0", "", "")]
+    rows = []
+    for full in _tagged(name):
+        identity = resolve(full)
+        remote = remote_weights(identity)
+        licence = identity.pretrained_cfg.get("license") or ""
+        rows.append(PretrainedRow(name, full, licence, remote.place, " ".join(remote.names)))
+    return rows
+
+
+def _tagged(name: str) -> list[str]:
+    if name.startswith("torchvision/"):
+        options = torchvision.models.get_model_weights(name.removeprefix("torchvision/"))
+        found = [f"{name}@{option.name}" for option in options]
+        default = f"{name}@{options['DEFAULT'].name}"
+    else:
+        found = timm.list_pretrained(name)
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+        default = f"{name}.{config.tag}" if config is not None and config.tag else name
+    return sorted(found, key=lambda full: full != default)
+
+
+def write_pretrained(backbones: list[str], path: Path) -> None:
+    """The table of all of them, under the versions that it is of."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        file.write(f"# timm {timm.__version__} and torchvision {_release(torchvision)}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(field.name for field in fields(PretrainedRow))
+        for name in backbones:
+            writer.writerows(asdict(row).values() for row in pretrained(name))
+
+
+def _release(module) -> str:
+    return module.__version__.partition("+")[0]
+
+
 def _quiet() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -165,7 +221,12 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--train", type=int, default=30, help="networks that take a step")
     parser.add_argument("--output", type=Path, default=TABLE)
+    parser.add_argument("--weights", action="store_true", help="write pretrained.csv alone")
     options = parser.parse_args()
+    if options.only == "*" and options.output == TABLE:
+        write_pretrained(["builtin", *names()], PRETRAINED)
+    if options.weights:
+        return
 
     started = time.monotonic()
     chosen = fnmatch.filter(["builtin", *names()], options.only)

@@ -23,8 +23,12 @@ def command(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """List backbones: parameters, input size, stages, pretrained weights."""
-    from cnnft.models.catalogue import find
+    """List backbones: their size, input, stages, and pretrained weights.
+
+    From the tables that ship with cnnft; --backbone takes what the installed timm and torchvision
+    have besides.
+    """
+    from cnnft.models.catalogue import find, versions
 
     found = find(pattern)
     if not found:
@@ -34,7 +38,7 @@ def command(
         return
     head = ("name", "parameters", "input", "stages", "licence", "weights")
     console.result(table(head, map(_row, found), numbers=range(1, 4)))
-    console.say(f"{len(found)} backbones; * marks weights that are on this machine")
+    console.say(f"{len(found)} backbones of {versions()}; * marks weights that are on this machine")
 
 
 def _row(entry: "Entry") -> tuple[str, ...]:

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any
 
 from cnnft.errors import CnnftError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _DEEPEST = 50
 """Levels of JSON: what cnnft and timm write has a tenth; Python's own recursion must bear it."""
@@ -23,7 +23,9 @@ _DEEPEST = 50
 _UNFINISHED = ".unfinished"
 
 
-def to_safetensors(state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
+def to_safetensors(state: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> bytes:
+    from safetensors.torch import save  # and torch, which takes a second
+
     return bytes(save({k: v.detach().cpu().contiguous() for k, v in state.items()}, metadata))
 
 

@@ -1,20 +1,16 @@
-"""What backbones there are: `cnnft backbones` without building one.
+"""What backbones there are: `cnnft backbones`, without the libraries that build them.
 
-Parameters, input sizes and stages come from catalogue.csv, which tools/sweep.py writes by building
-every network; what a newer timm has besides is listed without them.
+tools/sweep.py writes both tables: catalogue.csv (parameters, input sizes and stages, by building
+every network) and pretrained.csv (sets of weights, and where the hub libraries cache them).
 """
 
 import csv
 import fnmatch
-import io
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-import timm
-
-from cnnft.errors import CnnftError
-from cnnft.models.registry import names, remote_weights, resolve
+from cnnft.models.hub import Remote
 
 
 @dataclass(frozen=True)
@@ -47,57 +43,46 @@ def find(pattern: str = "*") -> list[Entry]:
     """Entries whose name matches: a shell pattern, or a part of the name."""
     if not any(character in pattern for character in "*?["):
         pattern = f"*{pattern}*"
-    return [_entry(name) for name in ["builtin", *names()] if fnmatch.fnmatch(name, pattern)]
+    return [_entry(row) for row in _read("catalogue") if fnmatch.fnmatch(row["name"], pattern)]
 
 
-def _entry(name: str) -> Entry:
-    if name == "builtin":
-        return Entry(name, *_measured()[name], (Weights(name, "apache-2.0", local=True),))
-    measured = _measured().get(name, (None, None, None, None))
-    return Entry(name, *measured, tuple(_weights(full) for full in _tagged(name)))
+def versions() -> str:
+    """Of the libraries that the tables were made from."""
+    return _text("pretrained").partition("\n")[0].removeprefix("# ")
 
 
-@cache
-def _measured() -> dict[str, tuple[int | None, int | None, int | None, str | None]]:
-    text = (files("cnnft.models") / "catalogue.csv").read_text(encoding="utf-8")
-    return {
-        row["name"]: (
-            int(row["parameters"]) or None,
-            int(row["input_size"]) or None,
-            int(row["stages"]) or None,
-            None if row["result"] == "ok" else row["result"],
-        )
-        for row in csv.DictReader(io.StringIO(text))
-    }
+def _entry(row: dict[str, str]) -> Entry:
+    return Entry(
+        name=row["name"],
+        parameters=int(row["parameters"]) or None,
+        input_size=int(row["input_size"]) or None,
+        stages=int(row["stages"]) or None,
+        refused=None if row["result"] == "ok" else row["result"],
+        weights=tuple(_weights(of) for of in _pretrained().get(row["name"], [])),
+    )
 
 
-def _tagged(name: str) -> list[str]:
-    """Full names of the pretrained weights of an architecture, the default first."""
-    if name.startswith("torchvision/"):
-        from torchvision.models import get_model_weights
-
-        options = get_model_weights(name.removeprefix("torchvision/"))
-        found = [f"{name}@{option.name}" for option in options]
-        default = f"{name}@{options['DEFAULT'].name}"
-    else:
-        found = _timm_weights().get(name, [])
-        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
-        default = f"{name}.{config.tag}" if config is not None and config.tag else name
-    return sorted(found, key=lambda full: full != default)
+def _weights(row: dict[str, str]) -> Weights:
+    """A row without a place, a URL or a repository, ships with cnnft."""
+    remote = Remote(row["weights"], row["place"], tuple(row["files"].split()))
+    local = not row["place"] or remote.cached() is not None
+    return Weights(row["weights"], row["licence"] or None, local)
 
 
 @cache
-def _timm_weights() -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for full in timm.list_pretrained():
-        found.setdefault(full.partition(".")[0], []).append(full)
+def _pretrained() -> dict[str, list[dict[str, str]]]:
+    """Backbone -> its sets of weights."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in _read("pretrained"):
+        found.setdefault(row["backbone"], []).append(row)
     return found
 
 
-def _weights(full: str) -> Weights:
-    try:
-        identity = resolve(full)
-        licence = identity.pretrained_cfg.get("license")
-        return Weights(full, licence, remote_weights(identity).cached() is not None)
-    except CnnftError:
-        return Weights(full, None, local=False)
+def _read(table: str) -> list[dict[str, str]]:
+    lines = (line for line in _text(table).splitlines() if not line.startswith("#"))
+    return list(csv.DictReader(lines))
+
+
+@cache
+def _text(table: str) -> str:
+    return (files("cnnft.models") / f"{table}.csv").read_text(encoding="utf-8")

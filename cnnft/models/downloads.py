@@ -1,87 +1,83 @@
-"""Give up on a download when nothing arrives any more, and never on a slow one.
+"""Download a file: give up when nothing arrives any more, and never on a slow server.
 
-The hub libraries time out in their own ways: torch.hub never does, huggingface_hub retries for
-almost a minute. Neither offers one limit that holds from the last byte received, so the bytes are
-counted where all of them pass: at Python's sockets.
+The libraries' own downloads cannot promise that. torch.hub waits for ever; huggingface_hub retries
+for a minute, and its files grow in steps of 10 MB, so that a slow one looks like a dead one; hf_xet
+has its own limits. A timeout of this one connection counts from the last byte received.
 """
 
-import socket
+import hashlib
+import http.client
 import ssl
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from urllib.request import Request, urlopen
 
-from huggingface_hub import constants
-
+from cnnft import __version__
 from cnnft.errors import CnnftError
-
-T = TypeVar("T")
+from cnnft.machine.files import writing_whole
 
 PATIENCE = 15.0
 """Seconds without a byte after which a download has failed."""
 
+_CHUNK = 2**20
+
 
 class DownloadError(CnnftError):
-    """The hub cannot be reached, or it stopped answering."""
+    """The server cannot be reached, stopped answering, or sent something else."""
 
 
-def patiently(download: Callable[[], T], patience: float = PATIENCE) -> T:
-    """Return `download()`; where no byte arrives for `patience` seconds, raise `DownloadError`.
+def download(
+    url: str,
+    path: Path,
+    *,
+    headers: Mapping[str, str] | None = None,
+    sha256: str = "",
+    patience: float = PATIENCE,
+) -> None:
+    """The file at `url` becomes `path`, whole or not at all; its SHA-256 begins with `sha256`.
 
-    The library's own exceptions pass through. After giving up, the download's thread is left to
-    itself: it is a daemon, so it cannot keep the process alive.
+    Raises:
+        DownloadError: no byte for `patience` seconds, too few bytes, or another SHA-256.
+        OSError: the server cannot be reached, or has no such file.
     """
-    outcome: list[T] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            outcome.append(download())
-        except BaseException as error:
-            failure.append(error)
-
-    with _watch_sockets() as last_byte:
-        thread = threading.Thread(target=run, daemon=True, name="cnnft-download")
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.05)
-            if time.monotonic() - last_byte() > patience and thread.is_alive():
-                raise DownloadError(f"nothing was received for {patience:.0f} seconds")
-    if failure:
-        raise failure[0]
-    return outcome[0]
-
-
-@contextmanager
-def _watch_sockets() -> Iterator[Callable[[], float]]:
-    """Gives a function that tells when (time.monotonic) this process last received a byte."""
-    latest = time.monotonic()
-
-    def watched(receive: Callable[..., Any]) -> Callable[..., Any]:
-        def receive_and_note(*args: Any, **kwargs: Any) -> Any:
-            nonlocal latest
-            received = receive(*args, **kwargs)
-            if received:
-                latest = time.monotonic()
-            return received
-
-        return receive_and_note
-
-    # hf_xet downloads in Rust, past Python's sockets; without it the hub falls back to HTTP.
-    xet = constants.HF_HUB_DISABLE_XET
-    constants.HF_HUB_DISABLE_XET = True
-    originals = [
-        (owner, name, getattr(owner, name))
-        for owner in (socket.socket, ssl.SSLSocket)
-        for name in ("recv", "recv_into")
-    ]
-    for owner, name, receive in originals:
-        setattr(owner, name, watched(receive))
+    digest = hashlib.sha256()
+    request = Request(url, headers={"User-Agent": f"cnnft/{__version__}", **(headers or {})})
     try:
-        yield lambda: latest
-    finally:
-        for owner, name, receive in originals:
-            setattr(owner, name, receive)
-        constants.HF_HUB_DISABLE_XET = xet
+        response = urlopen(request, timeout=patience, context=_certificates())
+    except TimeoutError as error:  # after the connection
+        raise DownloadError(_silence(patience)) from error
+    with response, writing_whole(path) as file:
+        for chunk in _chunks(response, patience):
+            digest.update(chunk)
+            file.write(chunk)
+        if not digest.hexdigest().startswith(sha256):
+            raise DownloadError(f"its SHA-256 is {digest.hexdigest()}, not {sha256}")
+
+
+def _chunks(response: http.client.HTTPResponse, patience: float) -> Iterator[bytes]:
+    expected, received = response.length, 0
+    try:
+        while chunk := response.read1(_CHUNK):
+            received += len(chunk)
+            yield chunk
+    except TimeoutError as error:
+        raise DownloadError(_silence(patience)) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DownloadError(f"the connection broke ({error})") from error
+    if expected is not None and received < expected:
+        raise DownloadError(f"the connection ended after {received} of {expected} bytes")
+
+
+def _silence(patience: float) -> str:
+    return f"nothing was received for {patience:.0f} seconds"
+
+
+def _certificates() -> ssl.SSLContext:
+    """The system's; and certifi's, where it is, for Pythons that do not find the system's."""
+    context = ssl.create_default_context()
+    with suppress(ImportError):
+        import certifi
+
+        context.load_verify_locations(certifi.where())
+    return context

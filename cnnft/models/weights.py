@@ -6,7 +6,6 @@ import math
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,15 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cnnft.errors import CnnftError, UsageError, first_line
-from cnnft.models.build import build
 from cnnft.models.heads import without_head
 from cnnft.models.hub import Pin
 from cnnft.models.identity import Identity
-from cnnft.models.registry import local_folder, remote_weights, resolve
+from cnnft.models.registry import local_folder, remote_weights
 
 _POSITIONS = ("pos_embed", "pos_embedding")
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Keys under which checkpoints keep their weights; averaged ones are meant to be used."""
-
-_POPULAR = (
-    *("resnet18", "resnet34", "resnet50", "resnet101", "resnext50_32x4d", "wide_resnet50_2"),
-    *("efficientnet_b0", "mobilenetv2_100", "mobilenetv3_large_100", "convnext_tiny"),
-    *("vit_small_patch16_224", "vit_base_patch16_224", "swin_tiny_patch4_window7_224"),
-    *("regnety_016", "densenet121", "vgg16"),
-    *("torchvision/mobilenet_v2", "torchvision/mobilenet_v3_large", "torchvision/efficientnet_b0"),
-    *("torchvision/convnext_tiny", "torchvision/vit_b_16", "torchvision/swin_t"),
-    *("torchvision/densenet121", "torchvision/densenet161", "torchvision/vgg16"),
-    *("torchvision/alexnet", "torchvision/squeezenet1_0", "torchvision/shufflenet_v2_x1_0"),
-    *("torchvision/mnasnet1_0", "torchvision/inception_v3", "torchvision/googlenet"),
-)
-"""Architectures that a weights file of an unknown one is compared with."""
 
 MIN_MATCH = 0.9
 """A weights file that fits fewer of the backbone's tensors belongs to another architecture."""
@@ -88,7 +73,6 @@ def load_weights(
         raise CnnftError(
             f"{source} does not hold weights of {identity.architecture}: {matched} of the "
             f"backbone's {len(counted)} tensors match; give the --backbone that it was made with"
-            f"{_likeliest(state)}"
         )
     try:
         network.load_state_dict(fitting, strict=False)
@@ -101,25 +85,6 @@ def load_weights(
         missing=tuple(sorted(counted - fitting.keys())),
         unused=tuple(sorted(state.keys() - fitting.keys())),
     )
-
-
-def _likeliest(state: dict[str, Tensor]) -> str:
-    """Which popular architecture has most tensors of these names and shapes."""
-    shapes = {(name, tensor.shape) for name, tensor in state.items()}
-    best, share = "", MIN_MATCH
-    for name in _POPULAR:
-        expected = _tensors_of(name)
-        found = len(expected & shapes) / len(expected)
-        if found > share:
-            best, share = name, found
-    return f": it looks like {best}" if best else ""
-
-
-@cache
-def _tensors_of(name: str) -> frozenset[tuple[str, torch.Size]]:
-    with torch.device("meta"):
-        state = build(resolve(name), 1000).state_dict()
-    return frozenset((n, tensor.shape) for n, tensor in state.items())
 
 
 def _at_shape(name: str, tensor: Tensor, wanted: dict[str, Tensor]) -> Tensor:
