@@ -142,7 +142,7 @@ def test_a_head_file_finds_its_backbone_in_the_hubs_cache(tmp_path, monkeypatch,
         flat, backbone="test_resnet", mode="feature-extractor", epochs=1, workers=0,
         runs_dir=tmp_path / "runs", device="cpu",
     )  # fmt: skip
-    head = export_model(run, "head")
+    head = export_model(run.path, "head")
     image = flat / "ants" / "0.png"
     assert load(head, device="cpu").predict(image) == load(run.path, device="cpu").predict(image)
 
