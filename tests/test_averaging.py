@@ -195,11 +195,9 @@ def test_snapshots_are_taken_where_the_cosines_end_also_after_a_warm_up(
 def test_an_average_is_kept_only_if_val_is_not_worse(separated, tmp_path, settings):
     run = finetune(separated, epochs=3, runs_dir=tmp_path, batchnorm="train", **settings, **SMALL)
     metrics = run.metrics()
-    rows = (run.path / "history.csv").read_text().splitlines()[1:]
-    best = max(float(row.split(",")[6]) for row in rows)
-    assert metrics["val"]["accuracy"] >= best
+    assert metrics.val.accuracy >= max(epoch.val_accuracy for epoch in run.history())
     predictions = run.predictions()
-    assert predictions.score().correct == metrics["val"]["correct"]
+    assert predictions.score().correct == metrics.val.correct
     again = [p.label for p in load(run.path, device="cpu").predict(predictions.samples.paths)]
     classes = predictions.samples.classes
     assert again == [classes[label] for label in predictions.predicted]

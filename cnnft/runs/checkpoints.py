@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole one; None where there is none. A damaged one is told in the log."""
+    """The newest whole one; None where there is none. A damaged one is logged."""
     for path in _newest_first(folder):
         try:
             return _read(path)

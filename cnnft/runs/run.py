@@ -1,18 +1,19 @@
 """The run directory: the only reader and writer of what training leaves behind.
 
+    formats.json        the version of each file's format, and of the cnnft that wrote them
     config.toml         the settings, to run again with `cnnft finetune --config`
     config.json         the network, classes and preprocessing; timm opens the directory too
     model.safetensors   the weights of the best epoch so far
-    snapshots/          with --snapshots the weights of each network that votes
+    snapshots/          with --snapshots the weights of each network of the snapshot ensemble
     history.csv         one row per epoch
     metrics.jsonl       the same for machines: one JSON object per epoch, with its step
     metrics.json        the best epoch and its scores
-    predictions.csv     what the model says of each validation image: the logits of all classes
+    predictions.csv     the logits of each validation image
     environment.json    versions and machine
-    data.csv            every image used: split, class, file, SHA-256
+    data.csv            every image used: split, class, file, SHA-256, group, weight
     skipped.csv         every file left out, and why
-    run.log             what `cnnft finetune` said, with the time
-    state/              checkpoints, to go on after an interruption
+    run.log             the log of `cnnft finetune`, with the time
+    state/              checkpoints, to resume after an interruption
     tensorboard/        the history for TensorBoard, where that was asked for
 
 Every file appears whole: it is written beside its place, synced and renamed. Only the log grows by
