@@ -23,7 +23,7 @@ from cnnft.models.freezing import batchnorms, freeze, freezes_statistics, train_
 from cnnft.models.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
 from cnnft.models.stages import stages
 from cnnft.probe.solve import fit, fit_probe
-from cnnft.training.advice import SIMILAR, SMALL, TABLE, advise
+from cnnft.training.advice import SIMILAR, SMALL, TABLE, Advice
 from cnnft.training.finetune import run_plan
 from cnnft.training.optim import Start, learning_rates, make_optimizer
 from cnnft.training.plan import prepare
@@ -287,15 +287,15 @@ def test_a_probe_that_cannot_be_the_head(cnnft: Cli, flat: Path, tmp_path: Path)
 @pytest.mark.parametrize("images", [SMALL - 1, SMALL])
 @pytest.mark.parametrize("accuracy", [0.0, 1.0])
 def test_every_dataset_is_in_one_cell(images, accuracy):
-    advice = advise(images, accuracy, chance=0.25)
+    advice = Advice(images, accuracy, chance=0.25)
     assert (advice.cell.size == "small") is (images < SMALL)
     assert (advice.cell.similarity == "similar") is (advice.learned >= SIMILAR)
     assert [cell for cell in TABLE if cell == advice.cell] == [advice.cell]
 
 
 def test_learned_is_measured_from_chance():
-    assert advise(10, 0.25, 0.25).learned == 0 and advise(10, 1.0, 0.25).learned == 1
-    assert advise(10, 0.625, 0.25).learned == pytest.approx(0.5)
+    assert Advice(10, 0.25, 0.25).learned == 0 and Advice(10, 1.0, 0.25).learned == 1
+    assert Advice(10, 0.625, 0.25).learned == pytest.approx(0.5)
 
 
 def test_auto_is_the_mode_that_it_chose_to_the_bit(flat: Path, tmp_path: Path):

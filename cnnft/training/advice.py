@@ -22,38 +22,27 @@ class Cell:
 
 
 TABLE = (
-    Cell(
-        "small",
-        "similar",
-        "frozen backbone, new head",
-        {"mode": "feature-extractor"},
-    ),
+    Cell("small", "similar", "frozen backbone, new head", {"mode": "feature-extractor"}),
     Cell(
         "small",
         "different",
         "probe first, then train the last stage",
         {"mode": "finetune", "train_stages": 1},
     ),
-    Cell(
-        "larger",
-        "similar",
-        "probe first, then train everything",
-        {"mode": "finetune"},
-    ),
-    Cell(
-        "larger",
-        "different",
-        "probe first, then train everything",
-        {"mode": "finetune"},
-    ),
+    Cell("larger", "similar", "probe first, then train everything", {"mode": "finetune"}),
+    Cell("larger", "different", "probe first, then train everything", {"mode": "finetune"}),
 )
 
 
 @dataclass(frozen=True)
 class Advice:
-    """A cell of the table, and the evidence that led there."""
+    """The evidence that places a dataset in the table, and its cell.
 
-    cell: Cell
+    How similar it is to the pretraining data is measured by what the pretrained features are worth
+    as they are: a linear probe's accuracy predicts what transfer learning gains (Kornblith, Shlens
+    and Le, 2019).
+    """
+
     images_per_class: float
     probe_accuracy: float
     """Of a linear classifier on frozen features, in cross-validation over the training images."""
@@ -63,27 +52,17 @@ class Advice:
     @property
     def learned(self) -> float:
         """What the probe learned of what chance leaves: 0 is chance, 1 is perfect."""
-        return _learned(self.probe_accuracy, self.chance)
+        left = 1 - self.chance
+        return (self.probe_accuracy - self.chance) / left if left > 0 else 0.0
 
-
-def advise(images_per_class: float, probe_accuracy: float, chance: float) -> Advice:
-    """Place a dataset in the table.
-
-    How similar it is to the pretraining data is measured by what the pretrained features are worth
-    as they are: a linear probe's accuracy predicts what transfer learning gains (Kornblith, Shlens
-    and Le, 2019).
-    """
-    size = "small" if images_per_class < SMALL else "larger"
-    similarity = "similar" if _learned(probe_accuracy, chance) >= SIMILAR else "different"
-    (cell,) = (cell for cell in TABLE if (cell.size, cell.similarity) == (size, similarity))
-    return Advice(cell, images_per_class, probe_accuracy, chance)
+    @property
+    def cell(self) -> Cell:
+        size = "small" if self.images_per_class < SMALL else "larger"
+        similarity = "similar" if self.learned >= SIMILAR else "different"
+        return next(cell for cell in TABLE if (cell.size, cell.similarity) == (size, similarity))
 
 
 def advise_on(train: Samples, probe_accuracy: float) -> Advice:
-    """`advise`, on training images of which each content counts once."""
+    """`Advice` on training images, of which each content counts once."""
     counts = train.once().counts()
-    return advise(sum(counts) / len(counts), probe_accuracy, max(counts) / sum(counts))
-
-
-def _learned(accuracy: float, chance: float) -> float:
-    return (accuracy - chance) / (1 - chance) if chance < 1 else 0.0
+    return Advice(sum(counts) / len(counts), probe_accuracy, max(counts) / sum(counts))

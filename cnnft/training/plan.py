@@ -2,7 +2,8 @@
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +68,6 @@ class Plan:
     checkpoint: Checkpoint | None
     """Where training goes on from; None: it begins."""
     teachers: tuple[Classifier, ...]
-    rates: LearningRates
     batches: KeyedBatches
     device: torch.device
     loading: Loading
@@ -80,6 +80,21 @@ class Plan:
             self.batches.steps_per_epoch,
             averaging.swa or 0,
             averaging.snapshots or 0,
+        )
+
+    @cached_property
+    def rates(self) -> LearningRates:
+        head, parameters = self.classifier.head, self.classifier.network.named_parameters()
+        trains = any(p.requires_grad for name, p in parameters if name not in head)
+        pretrained = self.config.network.pretrained
+        return learning_rates(
+            self.config.optim,
+            self.classifier.identity.architecture,
+            min(self.config.training.images_per_step, len(self.train)),
+            Start(
+                "frozen" if not trains else "pretrained" if pretrained else "random",
+                self.head_is_fitted,
+            ),
         )
 
     @property
@@ -151,13 +166,12 @@ def prepare(
         head_from="checkpoint" if checkpoint else "probe" if fitted else "new",
         checkpoint=checkpoint,
         teachers=teachers,
-        rates=LearningRates(0.0, 0.0, ""),
         batches=_batches(config, images.train),
         device=device,
         loading=_loading(config, device),
     )
     _require_statistics_to_recompute(plan)
-    return replace(plan, rates=_rates(plan))
+    return plan
 
 
 # ---------------------------------------------------------------- settings
@@ -258,7 +272,7 @@ def _batches(config: Config, train: Samples) -> KeyedBatches:
     )
 
 
-# ---------------------------------------------------------------- statistics and rates
+# ---------------------------------------------------------------- BatchNorm statistics
 
 
 def _freezes_statistics(config: Config, images: int) -> bool:
@@ -277,19 +291,3 @@ def _require_statistics_to_recompute(plan: Plan) -> None:
             "--recalibrate-bn: no BatchNorm layer learns its statistics here; leave it out, or "
             "take --batchnorm train"
         )
-
-
-def _rates(plan: Plan) -> LearningRates:
-    classifier = plan.classifier
-    parameters = classifier.network.named_parameters()
-    trains = any(p.requires_grad for name, p in parameters if name not in classifier.head)
-    pretrained = plan.config.network.pretrained
-    return learning_rates(
-        plan.config.optim,
-        classifier.identity.architecture,
-        min(plan.config.training.images_per_step, len(plan.train)),
-        Start(
-            "frozen" if not trains else "pretrained" if pretrained else "random",
-            plan.head_is_fitted,
-        ),
-    )
