@@ -10,9 +10,7 @@ from torch import Tensor, nn
 from cnnft.errors import CnnftError
 from cnnft.models.freezing import evaluating
 from cnnft.models.surgery.cut import Cut
-from cnnft.models.surgery.trace import example, trace
-
-_TOLERANCE = 1e-4
+from cnnft.models.surgery.trace import example, same_output, trace
 
 Embed = Callable[[nn.Module, Tensor], Tensor]
 """(network, pixels (B, 3, H, W)) -> features (B, D); gradients flow."""
@@ -85,7 +83,7 @@ def _trace_head(
         entered = _joined([pooled(call.entered) for call in calls])
         layer = modules[calls[0].path]
         linear = isinstance(layer, nn.Linear) and layer.bias is not None and len(calls) == 1
-        same = linear and _close(calls[0].output, logits)
+        same = linear and same_output(calls[0].output, logits)
     return HeadPlace(tuple(call.path for call in calls), same), entered
 
 
@@ -129,7 +127,7 @@ def _timm_agrees(network: Any, pixels: Tensor, entered: Tensor) -> bool:
         return False
     try:
         with torch.no_grad(), evaluating(network):
-            return _close(_pre_logits(network, pixels), entered)
+            return same_output(_pre_logits(network, pixels), entered)
     except TypeError:  # some networks take no pre_logits
         return False
 
@@ -137,11 +135,3 @@ def _timm_agrees(network: Any, pixels: Tensor, entered: Tensor) -> bool:
 def _pre_logits(network: Any, pixels: Tensor) -> Tensor:
     features: Tensor = network.forward_head(network.forward_features(pixels), pre_logits=True)
     return pooled(features)
-
-
-def _close(found: object, expected: object) -> bool:
-    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        return False
-    if found.shape != expected.shape:
-        return False
-    return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE)
