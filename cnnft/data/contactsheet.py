@@ -2,14 +2,13 @@
 
 import io
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cnnft.data.augmentation import PRESETS, Augmentation, training_transform
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import TrainingImages
-from cnnft.data.transforms import InputSpec
+from cnnft.data.transforms import InputSpec, denormalize
 from cnnft.errors import CnnftError
 
 _CLASSES, _IMAGES, _DRAWS = 8, 3, 7
@@ -55,9 +54,7 @@ def _row(images: list[Tensor], spec: InputSpec) -> Image.Image:
 
 
 def _tile(pixels: Tensor, spec: InputSpec) -> Image.Image:
-    """Undo the normalisation of pixels (3, H, W)."""
-    mean, std = torch.tensor(spec.mean)[:, None, None], torch.tensor(spec.std)[:, None, None]
-    values = ((pixels * std + mean) * 255).round().clamp(0, 255).byte()
+    values = (denormalize(pixels, spec) * 255).round().clamp(0, 255).byte()
     image = Image.fromarray(values.permute(1, 2, 0).numpy())
     return image.resize((_TILE, _TILE), Image.Resampling.BICUBIC)
 

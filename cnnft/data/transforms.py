@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from cnnft.config.choices import Fit, TestTimeViews
 from cnnft.config.pixels import LARGEST_IMAGE
-from cnnft.config.texts import are_statistics
+from cnnft.config.texts import Channels, are_statistics
 
 _CROP_FRACTIONS = 0.1, 10.0
 
@@ -27,8 +27,8 @@ class InputSpec:
     crop_fraction: float
     """size / (shorter side after resizing): the share of the image that a centre crop keeps."""
     interpolation: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: Channels
+    std: Channels
     fit: Fit = "crop"
     """What becomes of images that are not square: centre crop, resize to a square, or pad."""
 
@@ -153,6 +153,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     # timm and torchvision's presets divide by 255; v2.to_dtype multiplies by 1 / 255, which
     # differs in the last bit.
     return F.pil_to_tensor(image) / 255
+
+
+def denormalize(pixels: Tensor, spec: InputSpec) -> Tensor:
+    """The inverse of normalisation: (..., 3, H, W), 255 being 1."""
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (spec.mean, spec.std))
+    return pixels * std + mean
 
 
 def _resize(image: Image.Image, spec: InputSpec, side: int) -> Image.Image:

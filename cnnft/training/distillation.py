@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.transforms.v2.functional import normalize
 
 from cnnft.data.dataset import Samples
-from cnnft.data.transforms import InputSpec
+from cnnft.data.transforms import InputSpec, denormalize
 from cnnft.errors import UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.predict import Inference, collect, predict_files
@@ -74,12 +75,7 @@ def _logits(
 ) -> Tensor:
     """Of pixels that are normalised and sized as the student's `spec` has them."""
     own = teacher.input_spec
-    image = pixels * _channels(spec.std, pixels) + _channels(spec.mean, pixels)
+    image = denormalize(pixels, spec)
     if own.size != spec.size:
         image = interpolate(image, size=(own.size, own.size), mode="bilinear", antialias=True)
-    image = (image - _channels(own.mean, pixels)) / _channels(own.std, pixels)
-    return teacher.forward(image)[:, _order(teacher, classes)]
-
-
-def _channels(values: tuple[float, float, float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype)[:, None, None]
+    return teacher.forward(normalize(image, own.mean, own.std))[:, _order(teacher, classes)]
