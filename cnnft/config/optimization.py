@@ -15,6 +15,9 @@ from cnnft.config.panels import (
 )
 from cnnft.config.texts import parse_milestones
 
+TEMPERATURE = 4.0
+DISTILL_WEIGHT = 0.5
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -111,7 +114,7 @@ class LossConfig:
         "Softmax temperature of the soft targets.",
         bounds=above(0),
         panel=DISTILLATION,
-        shown="4",
+        shown=f"{TEMPERATURE:g}",
         metavar="T",
     )
     distill_weight: float | None = option(
@@ -119,7 +122,7 @@ class LossConfig:
         "Weight of the distillation loss; that of the labels has the rest.",
         bounds=above(0, 1),
         panel=DISTILLATION,
-        shown="0.5",
+        shown=f"{DISTILL_WEIGHT:g}",
         metavar="P",
     )
 

@@ -27,11 +27,8 @@ def contradictions(config: "Config") -> Iterator[str]:
 
 
 def _lengths(config: "Config") -> Iterator[str]:
-    epochs, swa, warmup = (
-        config.training.epochs,
-        config.averaging.swa,
-        config.schedule.warmup_epochs,
-    )
+    epochs, swa = config.training.epochs, config.averaging.swa
+    warmup = config.schedule.warmup_epochs
     if warmup >= epochs:
         yield (
             f"--warmup-epochs {warmup} is out of range: it must be at least 0, below "

@@ -154,10 +154,7 @@ def mixing(config: AugmentationConfig, classes: int) -> Mix:
     """
     mixes = [
         mix(alpha=float(alpha), num_classes=classes)  # Beta takes no integers
-        for mix, alpha in (
-            (v2.MixUp, config.mixup),
-            (v2.CutMix, config.cutmix),
-        )
+        for mix, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix))
         if alpha
     ]
 

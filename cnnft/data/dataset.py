@@ -10,6 +10,9 @@ import numpy as np
 
 SplitName = Literal["train", "val", "test"]
 
+_COLUMNS = ("paths", "labels", "hashes", "groups", "weights")
+"""Of `Samples`: a value for each image, or none at all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
@@ -40,8 +43,7 @@ class Samples:
     def take(self, indices: Iterable[int]) -> "Samples":
         """Some of the samples, in the order of `indices`."""
         chosen = list(indices)
-        columns = ("paths", "labels", "hashes", "groups", "weights")
-        given = {name: values for name in columns if (values := getattr(self, name))}
+        given = {name: values for name in _COLUMNS if (values := getattr(self, name))}
         taken = {name: tuple(values[i] for i in chosen) for name, values in given.items()}
         return replace(self, **taken)
 
@@ -86,11 +88,8 @@ class Samples:
 
 def join(parts: Sequence[Samples]) -> Samples:
     """One after the other; all must have the same classes."""
-    columns = ("paths", "labels", "hashes", "groups", "weights")
-    return replace(
-        parts[0],
-        **{name: tuple(v for part in parts for v in getattr(part, name)) for name in columns},
-    )
+    joined = {name: tuple(v for part in parts for v in getattr(part, name)) for name in _COLUMNS}
+    return replace(parts[0], **joined)
 
 
 @dataclass(frozen=True)

@@ -210,12 +210,15 @@ def _split_folders(folder: Path) -> dict[SplitName, Path]:
     found: dict[SplitName, Path] = {}
     named = _splits_in(folder)
     for split in SPLIT_FOLDERS:
-        holding = [path for path in named.get(split, ()) if class_folders(path)]
-        if len(holding) > 1:
-            raise CnnftError(f"{holding[0]} and {holding[1]} are both a {split} folder: remove one")
-        if holding:
-            found[split] = holding[0]
+        if holding := [path for path in named.get(split, ()) if class_folders(path)]:
+            found[split] = _only(holding, split)
     return found
+
+
+def _only(folders: Sequence[Path], split: SplitName) -> Path:
+    if len(folders) > 1:
+        raise CnnftError(f"{folders[0]} and {folders[1]} are both a {split} folder: remove one")
+    return folders[0]
 
 
 def _splits_in(folder: Path) -> dict[SplitName, list[Path]]:
@@ -232,11 +235,7 @@ def _class_splits(folder: Path) -> dict[SplitName, dict[str, Path]]:
     found: dict[SplitName, dict[str, Path]] = {split: {} for split in SPLIT_FOLDERS}
     for name in class_folders(folder):
         for split, folders in _splits_in(folder / name).items():
-            if len(folders) > 1:
-                raise CnnftError(
-                    f"{folders[0]} and {folders[1]} are both a {split} folder: remove one"
-                )
-            found[split][name] = folders[0]
+            found[split][name] = _only(folders, split)
     return {split: classes for split, classes in found.items() if classes}
 
 

@@ -68,9 +68,8 @@ def _dist() -> Any:
         with _results_aside():
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                timeout=timedelta(
-                    days=1
-                ),  # one of them decodes for all; torchrun ends what is dead
+                # One of them decodes for all meanwhile; torchrun ends what is dead.
+                timeout=timedelta(days=1),
                 store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
                 rank=rank,
                 world_size=world_size,

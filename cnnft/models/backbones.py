@@ -97,7 +97,5 @@ def open_backbone(
         raise UsageError(f"--drop-path: backbone {identity.name} has no blocks that can be skipped")
     if not head:
         raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
-    backbone = Backbone(network, head, groups, spec, identity, None)
-    if pretrained:
-        backbone.weights = load_weights(network, head, identity, weights)
-    return backbone
+    loaded = load_weights(network, head, identity, weights) if pretrained else None
+    return Backbone(network, head, groups, spec, identity, loaded)

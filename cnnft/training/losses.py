@@ -6,15 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, one_hot
 
-from cnnft.config.optimization import LossConfig
+from cnnft.config.optimization import DISTILL_WEIGHT, TEMPERATURE, LossConfig
 from cnnft.data.sampler import IGNORED
 
 Objective = Callable[..., Tensor]
 """(logits (B, C), labels (B,) or class probabilities (B, C)[, soft targets: a teacher's logits
 (B, C)]) -> summed loss of the batch, scalar; images labelled IGNORED add nothing."""
-
-TEMPERATURE = 4.0
-DISTILL_WEIGHT = 0.5
 
 
 def make_objective(config: LossConfig, counts: Sequence[int]) -> Objective:

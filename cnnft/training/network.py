@@ -53,13 +53,13 @@ def settle_input(
 ) -> InputSpec:
     """The backbone's, with the user's `fit` and `normalize`."""
     spec = spec if config.fit is None else replace(spec, fit=config.fit)
+    if config.normalize == "pretrained":
+        return spec
     if config.normalize == "dataset":
         mean, std = channel_statistics(samples.paths, spec, loading)
-        return replace(spec, mean=mean, std=std)
-    if config.normalize != "pretrained":
+    else:
         mean, std = parse_statistics(config.normalize)
-        return replace(spec, mean=mean, std=std)
-    return spec
+    return replace(spec, mean=mean, std=std)
 
 
 def wants_probe(config: Config) -> bool:
