@@ -420,7 +420,7 @@ def test_flags(cnnft: Cli, photos: Path, arguments: list[str], words: str) -> No
     [
         ({"train_resolution": 8}, "train_resolution 8 is out of range: it must be at least 16"),
         ({"train_resolution": "half"}, "train_resolution 'half' is unknown"),
-        ({"train_resolution": "full", "decoder": "draft"}, "--decoder draft reads reduced images"),
+        ({"train_resolution": "full", "decoder": "draft"}, "--decoder draft"),
     ],
 )
 def test_settings(settings: dict, words: str) -> None:
