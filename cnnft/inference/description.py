@@ -25,7 +25,7 @@ _MOST_SNAPSHOTS = 1000
 
 def describe(classifier: Classifier) -> dict[str, Any]:
     """All but the tensors, as JSON values; timm reads what is outside "cnnft" too."""
-    identity = classifier.identity.to_dict()
+    identity = asdict(classifier.identity)
     config: dict[str, Any] = {
         "architecture": identity.pop("architecture"),
         "num_classes": len(classifier.classes),

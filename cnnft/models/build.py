@@ -45,7 +45,7 @@ def build(identity: Identity, classes: int) -> nn.Module:
 
 
 def try_out(network: nn.Module, size: int) -> None:
-    """Let it compute one image of size × size pixels; raises what the network says."""
+    """A forward pass of one image of size × size pixels; raises what the network says."""
     with torch.inference_mode():
         network.eval()(torch.zeros(1, 3, size, size))
 

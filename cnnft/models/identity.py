@@ -1,7 +1,7 @@
 """`Identity`: what is needed to build the same network again; and what input it expects."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import timm
@@ -50,9 +50,6 @@ class Identity:
             raise ValueError(f"a model description may not set {forbidden[0]}")
         if any(abs(number) > _LARGEST_ARGUMENT for number in _numbers(self.model_args)):
             raise ValueError(f"an argument is larger than {_LARGEST_ARGUMENT:,}")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def _is_known(library: str, architecture: str) -> bool:

@@ -1,4 +1,4 @@
-"""What is done to gradients before a step, and to weights after it."""
+"""L1 penalty and gradient clipping before a step, max-norm constraint after it."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,16 @@ Rule = Callable[[], None]
 
 
 def gradient_rules(network: nn.Module, config: OptimizerConfig) -> Rule:
-    """The gradient of l1 · Σ|w| is added, then all gradients together are scaled to a norm.
+    """L1 penalty, whose gradient is added, then gradient clipping by the norm of all together.
 
-    L1 is of what weight decay is of: together they are an elastic net (Zou and Hastie, 2005).
+    L1 applies to the weights that decay: with weight decay an elastic net (Zou and Hastie, 2005).
     """
     trained = [p for p in network.parameters() if p.requires_grad]
-    drawn = [p for p in trained if p.ndim > 1 or config.decay_all]
+    penalised = [p for p in trained if p.ndim > 1 or config.decay_all]
 
     def apply() -> None:
         if config.l1:
-            for parameter in drawn:
+            for parameter in penalised:
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach().sign(), alpha=config.l1)
         if config.clip_grad is not None:
@@ -31,7 +31,7 @@ def gradient_rules(network: nn.Module, config: OptimizerConfig) -> Rule:
 
 
 def weight_rules(network: nn.Module, head: frozenset[str], config: OptimizerConfig) -> Rule:
-    """No class's weights in the head have a norm above `max_norm` (Srivastava et al., 2014)."""
+    """Max-norm constraint on each class's weights in the head (Srivastava et al., 2014)."""
     weights = [p for name, p in network.named_parameters() if name in head and p.ndim > 1]
 
     @torch.no_grad()

@@ -159,7 +159,7 @@ def make_optimizer(
 
 
 def _decaying_and_not(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Scales, shifts and biases, which have one dimension, are not drawn towards zero."""
+    """No weight decay for scales, shifts and biases, which have one dimension."""
     decaying = [p for p in group["params"] if p.ndim > 1]
     others = [p for p in group["params"] if p.ndim <= 1]
     return [group | {"params": decaying}, group | {"params": others, "weight_decay": 0.0}]

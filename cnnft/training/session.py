@@ -139,8 +139,8 @@ class Session:
 
     def _end_epoch(self, event: EpochDone) -> Epoch:
         run, plan, average = self.run, self.plan, self.state.average
-        running = average is not None and plan.config.averaging.ema is not None
-        model = average.module if average is not None and running else self.state.network
+        ema = plan.config.averaging.ema is not None
+        model = average.module if average is not None and ema else self.state.network
         predictions, val = self._validate(model)
         best = best_epoch(self.history)
         better = (
@@ -212,17 +212,17 @@ class Session:
         what, classifier = other
         predictions, other_val = self._validate(classifier.network)
         balanced = plan.config.balanced
-        if not classifier.snapshots and is_better(val, other_val, balanced):
+        selected = not classifier.snapshots  # an ensemble becomes the model whatever its score
+        if selected and is_better(val, other_val, balanced):
             _log.warning(
                 "%s has %.1f %% of val right, %s has %.1f %%: the run keeps the latter",
                 *(what, 100 * selected_by(other_val, balanced)),
                 *(model, 100 * selected_by(val, balanced)),
             )
             return Finished(run, best, val, model)
-        if not classifier.snapshots:
+        if selected:
             run.save_classifier(classifier)
         run.save_predictions(predictions)
-        selected = not classifier.snapshots
         metrics = replace(metrics_of(plan, best), model=what, val=other_val, selected=selected)
         run.save_metrics(metrics)
         return Finished(run, best, other_val, what, selected)

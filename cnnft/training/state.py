@@ -121,7 +121,8 @@ class TrainState:
         for parameter, kept in self.optimizer.state.items():
             for name, value in kept.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    kept[name] = _like(parameter, value)
+                    # In the memory format that the optimizer had given it.
+                    kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         if distributed.is_main:  # it had the sum of all processes
             self.totals.copy_(tensors["totals"])
         self.step, self.skipped_steps = values["step"], values["skipped_steps"]
@@ -131,16 +132,11 @@ class TrainState:
         self.micro_batch = min(sizes, default=None)
 
 
-def _like(parameter: Tensor, value: Tensor) -> Tensor:
-    """`value` in the order in memory that the optimizer had given it."""
-    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON; the tensors in it are moved to `tensors`, named after their place.
 
-    An optimizer's state holds what its author liked: step counts, None, lists of tensors; and keys
-    that are numbers, tuples and types, which JSON does not know.
+    An optimizer's state may hold step counts, None, lists of tensors; and numbers as keys, tuples
+    and dtypes, which JSON does not know.
     """
     if isinstance(value, Tensor):
         tensors[name] = value

@@ -181,7 +181,7 @@ def _gradients_in_parts(
 
 @contextmanager
 def _seeded(state: TrainState, device: torch.device) -> Iterator[None]:
-    """Within it all that is drawn depends on (seed, step, rank); the caller's generators rest."""
+    """Random numbers in it depend on (seed, step, rank); the caller's generators are restored."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(keyed_seed("step", state.keys.seed, state.step, distributed.rank))
         yield
@@ -203,7 +203,7 @@ def _usable(state: TrainState, loss: Tensor) -> bool:
 
 
 def _skip(state: TrainState, buffers: Buffers) -> None:
-    """As if the step had not been computed; its learning rate is used up."""
+    """Restore what the step changed; the learning-rate schedule moves on."""
     _log.warning("step %d: the loss is not finite; the step is skipped", state.step + 1)
     state.skipped_steps += 1
     buffers.restore()
