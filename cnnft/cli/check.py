@@ -124,7 +124,7 @@ def _advise(
     settings: Config, spec: "InputSpec", dataset: "Dataset", facts: "Mapping[str, ImageFacts]"
 ) -> "Advice":
     """As `finetune --mode auto` does, on the images that were decoded already."""
-    from cnnft.data.loading import Loading, default_workers
+    from cnnft.data.loading import Loading, worker_count
     from cnnft.data.split import train_and_val
     from cnnft.machine.devices import choose_device, keep_freed_memory, place
     from cnnft.models.backbones import open_backbone
@@ -141,7 +141,7 @@ def _advise(
     crops = {path: facts[path].crop for path in train.paths}
     kept = {path: crop for path, crop in crops.items() if crop is not None}
     workers = settings.machine.workers
-    workers = default_workers() if workers is None else workers
+    workers = worker_count(workers)
     loading = Loading(32, workers if len(kept) < len(train) else 0, pinned=device.type == "cuda")
     fitting = Fitting(seed=settings.training.seed, always=True, about=Path(asked.data).name)
     probed = probe(backbone, spec, train, loading, fitting, kept)

@@ -197,8 +197,10 @@ def forward_batch(training: TrainingConfig) -> int:
     return min(own, training.micro_batch or own)
 
 
-def default_workers() -> int:
-    """Half of the processors that this process may use, at most 8: the rest compute."""
+def worker_count(requested: int | None) -> int:
+    """None: half of the processors that this process may use, at most 8; the rest compute."""
+    if requested is not None:
+        return requested
     allowed = getattr(os, "sched_getaffinity", None)
     count = len(allowed(0)) if allowed else os.cpu_count() or 1
     return min(count // 2 // distributed.local_world_size, 8)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cnnft.config.choices import Precision, TestTimeViews
 from cnnft.data.dataset import Samples
-from cnnft.data.loading import Loading, Views, default_workers, view_batches
+from cnnft.data.loading import Loading, Views, view_batches, worker_count
 from cnnft.data.transforms import VIEWS, EvaluationViews, Normalizing
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.predictions import Predictions, Role
@@ -63,7 +63,7 @@ class Inference:
     def loading(self, device: torch.device, images: int) -> Loading:
         automatic = max(_AUTO.get(device.type, _AUTO["cpu"]) // VIEWS[self.tta], 1)
         size = automatic if self.batch_size == "auto" else self.batch_size
-        workers = default_workers() if self.workers is None else self.workers
+        workers = worker_count(self.workers)
         # One batch is not worth the start of a worker.
         return Loading(size, workers if images > size else 0, pinned=device.type == "cuda")
 

@@ -67,13 +67,7 @@ def open_backbone(
     identity = resolve(name)
     if weights is not None:
         identity = described_beside(Path(weights), identity)
-    spec = input_spec(identity)
-    if image_size is not None:
-        identity = at_size(identity, image_size)
-        spec = replace(spec, size=image_size)
-    # Smaller images leave maps that the auxiliary classifiers cannot work on.
-    if auxiliary and spec.size >= input_spec(identity).size:
-        identity = with_auxiliary(identity)
+    identity, spec = _at_size(identity, image_size, auxiliary)
     described = ":" in name  # by a file from anywhere
     # What is skipped in training is no part of the identity: evaluation skips nothing.
     trained = with_drop_path(identity, drop_path) if drop_path else identity
@@ -99,3 +93,18 @@ def open_backbone(
         raise UsageError(f"backbone {identity.name} is no classifier: it has no head to replace")
     loaded = load_weights(network, head, identity, weights) if pretrained else None
     return Backbone(network, head, groups, spec, identity, loaded)
+
+
+def _at_size(
+    identity: Identity, image_size: int | None, auxiliary: bool
+) -> tuple[Identity, InputSpec]:
+    """The identity and input for images of that size; None: of the pretraining's."""
+    spec = input_spec(identity)
+    pretrained_size = spec.size
+    if image_size is not None:
+        identity = at_size(identity, image_size)
+        spec = replace(spec, size=image_size)
+    # Smaller images leave maps that the auxiliary classifiers cannot work on.
+    if auxiliary and spec.size >= pretrained_size:
+        identity = with_auxiliary(identity)
+    return identity, spec

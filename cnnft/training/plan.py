@@ -14,7 +14,7 @@ from cnnft.config.run import DataConfig
 from cnnft.config.schema import Config
 from cnnft.data.augmentation import augmentation
 from cnnft.data.dataset import Samples, Skipped
-from cnnft.data.loading import Loading, default_workers, forward_batch
+from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
 from cnnft.data.sources import OnFiles, require_source
@@ -210,10 +210,9 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _loading(config: Config, device: torch.device) -> Loading:
-    workers = config.machine.workers
     return Loading(
         forward_batch(config.training),
-        default_workers() if workers is None else workers,
+        worker_count(config.machine.workers),
         pinned=device.type == "cuda",
     )
 
