@@ -82,15 +82,15 @@ class Bench:
         folder = self.folder / "data"
         if not folder.exists():
             size = (320, 240) if self.full else (40, 32)
-            draw_images(folder / "train", 640 if self.full else 40, size=size)
-            draw_images(folder / "val", 64 if self.full else 12, size=size, seed=1)
+            draw_images(folder / "train", 640 if self.full else 24, size=size)
+            draw_images(folder / "val", 64 if self.full else 8, size=size, seed=1)
         return folder
 
     def config(self, **settings: object) -> Config:
         """In float32, of batches that leave the last one of an epoch partial."""
         own = {
             "backbone": "builtin", "device": self.device, "precision": "float32", "workers": 0,
-            "epochs": 2, "batch_size": 96 if self.full else 12, "probe_first": False,
+            "epochs": 2, "batch_size": 96 if self.full else 8, "probe_first": False,
             "image_size": 128 if self.full else 32, "runs_dir": self.folder / "runs",
         }  # fmt: skip
         return Config.of(self.data, **(own | settings))
