@@ -18,6 +18,7 @@ from tools import options
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = get_command(app).commands
 
@@ -44,7 +45,7 @@ def test_links_to_files_lead_somewhere(document):
         assert (document.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "format", "bench"])
+@pytest.mark.parametrize("target", re.findall(r"make ([a-z-]+) ", README + CONTRIBUTING))
 def test_every_make_target_that_is_named_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
