@@ -1,4 +1,4 @@
-"""Averages of weights, statistics that belong to them, and models that vote."""
+"""Averages of weights, statistics that belong to them, and ensembles."""
 
 import json
 
@@ -164,11 +164,11 @@ def test_snapshots_vote_in_predict_and_evaluate(cnnft, separated, tmp_path):
             mean = sum(one[name] for one in single) / 2
             assert probability == pytest.approx(mean, abs=1e-6)
     metrics = json.loads((run.path / "metrics.json").read_text())
-    assert metrics["model"] == "the vote of 2 snapshots"
+    assert metrics["model"] == "the snapshot ensemble of 2"
     assert metrics["val"]["note"] == "not selected on val"
     outcome = cnnft("evaluate", separated, "-m", run.path, "--json")
     assert json.loads(outcome.out)["correct"] == metrics["val"]["correct"]
-    cnnft("export", run.path, "--format", "head").fails_with(2, "2 networks that vote", "onnx")
+    cnnft("export", run.path, "--format", "head").fails_with(2, "an ensemble of 2 networks", "onnx")
 
 
 def test_snapshots_are_taken_where_the_cosines_end_also_after_a_warm_up(
@@ -176,7 +176,7 @@ def test_snapshots_are_taken_where_the_cosines_end_also_after_a_warm_up(
 ):
     taken = []
     monkeypatch.setattr(Run, "save_snapshot", lambda run, number, _: taken.append(number))
-    monkeypatch.setattr(Run, "save_vote", lambda run, classifier, _: classifier)
+    monkeypatch.setattr(Run, "save_ensemble", lambda run, classifier, _: classifier)
     config = Config.of(
         separated, epochs=5, warmup_epochs=1, schedule="cosine-restarts", snapshots=2,
         runs_dir=tmp_path, name="s", **SMALL,

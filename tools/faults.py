@@ -53,7 +53,7 @@ MATRIX: dict[str, tuple[str, ...]] = {
     ),
     "average of weights": ("--workers=0", "--ema=0.9", "--clip-grad=1"),
     "last epochs averaged": ("--workers=0", "--swa=2", "--batchnorm=train"),
-    "snapshots that vote": ("--workers=0", "--schedule=cosine-restarts", "--snapshots=3"),
+    "snapshot ensemble": ("--workers=0", "--schedule=cosine-restarts", "--snapshots=3"),
     "new statistics, balanced": (
         "--workers=0", "--recalibrate-bn", "--batchnorm=train", "--sampling=balanced",
     ),

@@ -51,7 +51,7 @@ def export_model(
         raise UsageError(f"--output {path} is a folder: give the file to write")
     if classifier.snapshots and format != "onnx":
         raise UsageError(
-            f"{folder} is {classifier.snapshots} networks that vote, which only --format onnx "
+            f"{folder} is an ensemble of {classifier.snapshots} networks, which only --format onnx "
             "puts into one file"
         )
     writers: dict[ExportFormat, Callable[[], bytes]] = {

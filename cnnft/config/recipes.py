@@ -23,7 +23,7 @@ RECIPES = {
         {"train_stages": 3, "epochs": 10, "lr": 3e-4, "head_lr": 1e-3, **_ADAMW},
     ),
     "thorough": Recipe(
-        "three such networks that vote, for better probabilities",
+        "a snapshot ensemble of three such networks, for better probabilities",
         {
             "train_stages": 3,
             "epochs": 24,

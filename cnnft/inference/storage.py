@@ -17,7 +17,7 @@ from cnnft.models.registry import resolve
 from cnnft.models.weights import backbone_hash, load_weights
 
 SNAPSHOT = "snapshots/{}.safetensors"
-"""In a run: the weights of each network that votes, from 1."""
+"""In a run: the weights of each network of a snapshot ensemble, from 1."""
 
 
 _HOLDS_ALL = "{} holds all its weights: --weights goes with a head file only"
@@ -67,11 +67,11 @@ def _load_run(folder: Path, weights: str | Path | None) -> Classifier:
     classifier = from_description(config, config_file, state)
     fill(classifier.network, state, weights_file)
     if classifier.snapshots:
-        classifier.network = voters(classifier, folder)
+        classifier.network = snapshot_ensemble(classifier, folder)
     return classifier
 
 
-def voters(classifier: Classifier, folder: Path) -> Ensemble:
+def snapshot_ensemble(classifier: Classifier, folder: Path) -> Ensemble:
     """The networks of a run's snapshots."""
     networks = []
     for number in range(1, classifier.snapshots + 1):

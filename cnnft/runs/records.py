@@ -84,7 +84,7 @@ class Metrics:
     """metrics.json: which weights are the run's model, and its scores."""
 
     model: str
-    """"best epoch 7", or the average or vote that was asked for."""
+    """"best epoch 7", or an average or ensemble."""
     best_epoch: int
     train: TrainScore
     val: Score

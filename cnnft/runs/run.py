@@ -39,7 +39,7 @@ from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.description import Description, describe, parse_description
 from cnnft.inference.predictions import Predictions
-from cnnft.inference.storage import SNAPSHOT, fill, read_tensors, voters
+from cnnft.inference.storage import SNAPSHOT, fill, read_tensors, snapshot_ensemble
 from cnnft.machine import distributed
 from cnnft.machine.files import parse_json, to_json, to_safetensors, write_whole
 from cnnft.runs import records
@@ -219,14 +219,14 @@ class Run:
             forget_replaced(self.path)
 
     def save_snapshot(self, number: int, network: nn.Module) -> None:
-        """The weights of one of the networks that will vote."""
+        """The weights of one network of a snapshot ensemble."""
         self._write(SNAPSHOT.format(number), to_safetensors(network.state_dict()))
 
-    def save_vote(self, classifier: Classifier, snapshots: int) -> Classifier:
+    def save_ensemble(self, classifier: Classifier, snapshots: int) -> Classifier:
         """From now on the run's classifier is that of its snapshots, which is returned."""
-        voting = replace(classifier, snapshots=snapshots)
-        self._write("config.json", to_json(describe(voting)))
-        return replace(voting, network=voters(voting, self.path))
+        ensemble = replace(classifier, snapshots=snapshots)
+        self._write("config.json", to_json(describe(ensemble)))
+        return replace(ensemble, network=snapshot_ensemble(ensemble, self.path))
 
     def weights_hash(self) -> str | None:
         """SHA-256 of the best epoch's weights; None: no epoch has ended yet."""

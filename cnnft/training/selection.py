@@ -1,4 +1,4 @@
-"""Which weights become the run's model: the best epoch, or an average or vote that is as good."""
+"""Which weights become the run's model: the best epoch, an average or an ensemble."""
 
 from collections.abc import Sequence
 

@@ -231,15 +231,18 @@ class Session:
         """(what it is, the classifier) of an average or ensemble, where the settings have one."""
         config, classifier, average = self.plan.config, self.plan.classifier, self.state.average
         if config.averaging.snapshots is not None:
-            what = f"the vote of {config.averaging.snapshots} snapshots"
-            return what, self.run.save_vote(classifier, config.averaging.snapshots)
+            what = f"the snapshot ensemble of {config.averaging.snapshots}"
+            return what, self.run.save_ensemble(classifier, config.averaging.snapshots)
         layers = learning_statistics(classifier.network, self.state.keep_statistics)
         if config.averaging.swa is not None:
             assert average is not None
-            what = f"the mean of the last {config.averaging.swa} epochs"
+            what = f"the stochastic weight average of the last {config.averaging.swa} epochs"
             network = average.module
         elif config.averaging.recalibrate_bn:
-            what, network = "the best epoch with new BatchNorm statistics", classifier.network
+            what, network = (
+                "the best epoch with recomputed BatchNorm statistics",
+                classifier.network,
+            )
             self.run.load_weights(network)
         else:
             return None
