@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -186,7 +186,8 @@ def progress(*columns: str, beside_results: bool = False) -> Iterator[Progress]:
     """
     quiet = _shown.level > logging.INFO
     shown = screen.is_terminal and not quiet and not (beside_results and _out.is_terminal)
-    with Progress(
+    shown = shown and distributed.is_main and "CI" not in os.environ
+    bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -194,8 +195,9 @@ def progress(*columns: str, beside_results: bool = False) -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=screen,
         transient=True,
-        disable=not shown or not distributed.is_main or "CI" in os.environ,
-    ) as bar:
+        disable=not shown,
+    )
+    with bar if shown else nullcontext():  # before rich 14.3 even one that is off ends its line
         yield bar
 
 
