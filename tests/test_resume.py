@@ -240,6 +240,7 @@ def test_without_a_readable_checkpoint_training_begins_anew_with_a_probed_head(
         path.write_bytes(b"damaged")
     outcome = cnnft("finetune", "--resume", run.path)
     assert outcome.code == 0 and "is damaged" in outcome.err
+    assert "no checkpoint is whole: training begins anew" in outcome.err
     assert history(run) == expected
 
 

@@ -48,3 +48,10 @@ def test_no_heavy_import(arguments, code):
     )
     assert done.stdout.splitlines()[-1] == f"heavy: [] code: {code}", done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_closed_standard_output_is_no_error():
+    """As a daemon may start a training: Python has None for it."""
+    command = f"{sys.executable} -m cnnft recipes >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

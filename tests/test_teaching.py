@@ -1,5 +1,7 @@
 """Distillation from the command line, and what teachers say."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -79,3 +81,30 @@ def test_a_teacher_that_knows_validation_images_is_told(cnnft, trained, tmp_path
     assert outcome.code == 0 and "of the validation images" in outcome.err
     outcome = cnnft("finetune", data, *flags, "--teacher", trained)
     assert outcome.code == 0 and "of the validation images" not in outcome.err
+
+
+def test_a_resumed_run_learns_from_the_same_teacher(cnnft, trained, finetuned, tmp_path):
+    data, teacher = trained.parents[1] / "data", tmp_path / "teacher"
+    shutil.copytree(trained, teacher)
+    flags = ("--backbone", "builtin", "--workers", 0, "--image-size", 64, "--epochs", 1)
+    flags += ("--runs-dir", tmp_path, "--name", "student")
+    assert cnnft("finetune", data, *flags, "--teacher", teacher).code == 0
+    assert cnnft("finetune", "--resume", tmp_path / "student").code == 0
+    shutil.rmtree(teacher)
+    shutil.copytree(finetuned, teacher)
+    resumed = cnnft("finetune", "--resume", tmp_path / "student", "--epochs", 2)
+    resumed.fails_with(1, "a teacher's weights are others", "start a new run")
+
+
+@pytest.mark.parametrize("role", ["teacher", "backbone", "weights"])
+def test_force_replaces_no_run_that_training_is_to_learn_from(cnnft, trained, tmp_path, role):
+    data, run = trained.parents[1] / "data", tmp_path / "run"
+    shutil.copytree(trained, run)
+    given = {
+        "teacher": ("--backbone", "builtin", "--teacher", run),
+        "backbone": ("--backbone", f"local-dir:{run}"),
+        "weights": ("--backbone", "resnet18", "--weights", run / "model.safetensors"),
+    }[role]
+    flags = ("--runs-dir", tmp_path, "--name", "run", "--force", "--workers", 0)
+    cnnft("finetune", data, *flags, *given).fails_with(2, "--force", str(run), role, "--name")
+    assert (run / "model.safetensors").exists()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from cnnft.data.dataset import Skipped
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
-# A pipe does not fold lines.
-_out = Console(**_PLAIN, width=None if sys.stdout.isatty() else 1000)
+# A pipe does not fold lines; a closed standard output is None.
+_out = Console(**_PLAIN, width=None if sys.stdout and sys.stdout.isatty() else 1000)
 screen = Console(**_PLAIN, stderr=True)
 """Standard error."""
 _page = Console(**_PLAIN, width=120, color_system=None, force_terminal=False)

@@ -13,7 +13,7 @@ from cnnft.machine import distributed
 from cnnft.machine.environment import environment
 from cnnft.runs.run import Run
 from cnnft.training.events import Event, Finished, Started
-from cnnft.training.plan import Plan, prepare
+from cnnft.training.plan import Plan, prepare, run_name
 from cnnft.training.session import DivergedError, Session
 from cnnft.training.state import NonFiniteLossError
 from cnnft.training.tensorboard import Board
@@ -39,7 +39,7 @@ def run_plan(
     Raises:
         CnnftError: the loss is not finite; a file cannot be read any more, or none be written.
     """
-    name = plan.config.run.name or _default_name(plan.config)
+    name = run_name(plan.config)
     with run.locked() if run else Run.create(plan.config, name) as run:
         run.save_config(plan.config)
         run.save_data(plan.train, plan.val, plan.skipped)
@@ -96,8 +96,3 @@ def finetune(data: str | Path, *, recipe: str | None = None, **settings: Any) ->
         finished = event
     assert isinstance(finished, Finished)
     return finished.run
-
-
-def _default_name(config: Config) -> str:
-    backbone = config.network.backbone.removeprefix("local-dir:").rstrip("/")
-    return f"{Path(config.dataset.data).name}-{Path(backbone).name}"

@@ -25,7 +25,7 @@ from cnnft.inference.storage import require_model
 from cnnft.machine.devices import choose_device, choose_precision
 from cnnft.models.freezing import batchnorms, freezes_statistics, learning_statistics
 from cnnft.models.registry import local_folder, resolve
-from cnnft.models.weights import LoadedWeights
+from cnnft.models.weights import LoadedWeights, backbone_hash
 from cnnft.runs.checkpoints import Checkpoint
 from cnnft.runs.run import Run
 from cnnft.training.advice import Advice, advise_on
@@ -71,6 +71,11 @@ class Plan:
     batches: KeyedBatches
     device: torch.device
     loading: Loading
+
+    @cached_property
+    def teacher_hashes(self) -> list[str]:
+        """SHA-256 of each teacher's weights: a resumed run learns from the same."""
+        return [backbone_hash(teacher.network, frozenset()) for teacher in self.teachers]
 
     @property
     def length(self) -> Length:
@@ -191,7 +196,33 @@ def _checked_early(config: Config, device: torch.device) -> Config:
         require_tensorboard()
     require_source(config.dataset.data)
     precision = choose_precision(config.machine.precision, device)
-    return _with_absolute_paths(config).replace(precision=precision)
+    config = _with_absolute_paths(config).replace(precision=precision)
+    _require_kept(config)
+    return config
+
+
+def run_name(config: Config) -> str:
+    if config.run.name is not None:
+        return config.run.name
+    backbone = config.network.backbone.removeprefix("local-dir:").rstrip("/")
+    return f"{Path(config.dataset.data).name}-{Path(backbone).name}"
+
+
+def _require_kept(config: Config) -> None:
+    """Raises `UsageError` where --force would replace what the run is to learn from."""
+    if not config.run.force:
+        return
+    replaced = Path(config.run.runs_dir, run_name(config)).resolve()
+    backbone, weights = local_folder(config.network.backbone), config.network.weights
+    sources = [("teacher", path) for path in config.loss.teacher]
+    sources += [("backbone", str(backbone))] if backbone else []
+    sources += [("weights", str(weights))] if weights else []
+    for what, path in sources:
+        if Path(path).resolve().is_relative_to(replaced):
+            raise UsageError(
+                f"--force would replace {replaced}, which holds the {what} {path}: choose "
+                "another --name"
+            )
 
 
 def _with_absolute_paths(config: Config) -> Config:

@@ -79,6 +79,8 @@ class Session:
             self.state.restore(saved.tensors, saved.values["state"])
             if saved.values["pretrained"] != self.plan.classifier.pretrained_hash:
                 raise ValueError("the backbone's weights are others than when it began")
+            if saved.values["teachers"] != self.plan.teacher_hashes:
+                raise ValueError("a teacher's weights are others than when it began")
             self.history.extend(Epoch(**row) for row in saved.values["history"])
             best = saved.values["best_weights"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -181,6 +183,7 @@ class Session:
             "frozen_statistics": self.plan.freezes_statistics,
             "head_is_fitted": self.plan.head_is_fitted,
             "pretrained": self.plan.classifier.pretrained_hash,
+            "teachers": self.plan.teacher_hashes,
             "best_weights": self.run.weights_hash(),
         }
         self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
