@@ -473,3 +473,8 @@ def test_processes_share_what_the_disk_has(photos: Path, tmp_path: Path, cache_f
     assert started.returncode == 0, err
     assert err.count("decoding 12 images once") == 1
     assert len(list(cache_folder.glob("pixels/*.safetensors"))) == 2
+
+
+def test_a_limit_that_is_none_is_known_before_anything_is_shown(cnnft: Cli, monkeypatch) -> None:
+    monkeypatch.setenv("CNNFT_CACHE_LIMIT", "abc")
+    cnnft("cache").fails_with(2, "CNNFT_CACHE_LIMIT 'abc'")

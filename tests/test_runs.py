@@ -406,3 +406,20 @@ def test_weights_and_scores_are_of_one_epoch_after_a_kill(
     for answer, probabilities in zip(answers, kept.log_probs.exp(), strict=True):
         expected = dict(zip(model.classes, probabilities.tolist(), strict=True))
         assert dict(answer.top) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_setting_of_another_type_names_the_file(cnnft, trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    file = run / "config.toml"
+    file.write_text(file.read_text().replace("epochs = 2", 'epochs = "two"'))
+    cnnft("diff", run, trained).fails_with(1, str(file), "is damaged", "'two'")
+
+
+def test_other_weights_for_a_head_file_are_refused_with_the_way_out(cnnft, trained, tmp_path):
+    head = tmp_path / "head.safetensors"
+    assert cnnft("export", trained, "--format", "head", "--output", head).code == 0
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, other)
+    image = next(trained.parents[1].glob("data/*/*.png"))
+    refused = cnnft("predict", image, "-m", head, "--weights", other)
+    refused.fails_with(1, str(head), "trained on builtin", "leave out --weights")

@@ -23,10 +23,11 @@ def command(
     from cnnft.cache.store import clear as remove_all
     from cnnft.cache.store import entries, gigabytes, limit, root
 
+    most = limit()
     found = remove_all() if clear else entries()
     total = sum(entry.bytes for entry in found)
     if json:
-        described = {"folder": str(root()), "bytes": total, "limit": limit()}
+        described = {"folder": str(root()), "bytes": total, "limit": most}
         console.result_json(described | {"entries": [asdict(entry) for entry in found]})
     elif clear:
         console.result(f"removed {len(found)} file(s), {gigabytes(total)}, from {root()}")
@@ -35,7 +36,7 @@ def command(
             head = ("kind", "of", "file", "size", "last used")
             console.result(table(head, map(_row, found), numbers=range(3, 4)))
         console.result(
-            f"{gigabytes(total)} of at most {gigabytes(limit())} in {root()} "
+            f"{gigabytes(total)} of at most {gigabytes(most)} in {root()} "
             "(CNNFT_CACHE_LIMIT in GB, CNNFT_CACHE)"
         )
 

@@ -99,12 +99,16 @@ def _load_file(path: Path, weights: str | Path | None) -> Classifier:
         identity = classifier.identity
         if source is None:  # where to fetch them from is the library's to say, not the file's
             identity = replace(identity, pretrained_cfg=resolve(identity.name).pretrained_cfg)
-        load_weights(classifier.network, classifier.head, identity, source)
+        others = f"{path} was trained on {classifier.weights_source}, and these weights differ"
+        way_out = "leave out --weights, or give the same" if weights else "give --weights FILE"
+        try:
+            load_weights(classifier.network, classifier.head, identity, source)
+        except UsageError:
+            raise
+        except CnnftError as error:
+            raise error if weights is None else CnnftError(f"{others}: {way_out}") from error
         if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
-            raise CnnftError(
-                f"{path} was trained on {classifier.weights_source}, and these weights of "
-                f"{classifier.identity.architecture} differ: give the same with --weights FILE"
-            )
+            raise CnnftError(f"{others}: {way_out}")
         state = {**classifier.network.state_dict(), **state}
     elif weights is not None:
         raise UsageError(_HOLDS_ALL.format(path))

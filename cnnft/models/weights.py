@@ -55,13 +55,14 @@ def load_weights(
         UsageError: a missing file, or no weights exist for this backbone.
         CnnftError: a download that fails, a file that cannot be read or is of another network.
     """
+    of_library = weights is None and (identity.name == "builtin" or not local_folder(identity.name))
     if weights is None and (folder := local_folder(identity.name)):
         weights = folder / "model.safetensors"
     if weights is not None:
         state, pin = read_weights(weights), Pin.of(weights)
     else:
         state, pin = _library_weights(identity)
-    source = identity.name if weights is None or identity.name == "builtin" else str(weights)
+    source = identity.name if of_library else str(weights)
     wanted = without_head(network.state_dict(), head)
     state = _without_prefix(state, wanted)
     state = {name: _at_shape(name, tensor, wanted) for name, tensor in state.items()}

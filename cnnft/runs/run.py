@@ -146,7 +146,10 @@ class Run:
         self._require_known("config.toml")
         file = self.path / "config.toml"
         settings = read_config_file(file)
-        return Config.from_dict({k: v for k, v in settings.items() if k in FIELDS}, str(file))
+        try:
+            return Config.from_dict({k: v for k, v in settings.items() if k in FIELDS}, str(file))
+        except UsageError as error:  # nobody gave these as flags now
+            raise CnnftError(f"{file} is damaged: {error}") from error
 
     def save_config(self, config: Config) -> None:
         self._write("formats.json", formats_to_json())
