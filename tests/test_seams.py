@@ -95,7 +95,10 @@ def classifier_of(
     from cnnft.data.transforms import InputSpec
 
     spec = InputSpec(size, 1.0, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    return Classifier(network, tuple("abcde"), spec, identity, head, "linear", None, (), "")
+    return Classifier(
+        network=network, classes=tuple("abcde"), input_spec=spec, identity=identity, head=head,
+        head_kind="linear", weights_source=None, missing=(), pretrained_hash="",
+    )  # fmt: skip
 
 
 def entering(network: nn.Module, paths: list[str], pixels: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ def feature_batches(
 
 @dataclass(frozen=True)
 class ViewBatches:
-    """Features (N, ...) as `inference.infer` takes them: this process's shard, in order."""
+    """Features (N, ...) as `predict_batches` takes them: this process's shard, in order."""
 
     values: Tensor
     batch_size: int

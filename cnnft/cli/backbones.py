@@ -25,8 +25,7 @@ def command(
 ) -> None:
     """List backbones: their size, input, stages, and pretrained weights.
 
-    From the tables that ship with cnnft; --backbone takes what the installed timm and torchvision
-    have besides.
+    From tables that ship with cnnft; --backbone takes any of the installed libraries.
     """
     from cnnft.models.catalogue import find, versions
 

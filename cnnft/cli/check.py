@@ -43,10 +43,7 @@ def command(
             metavar="FILE.png", help="Draw augmented views of a few images of each class."
         ),
     ] = None,
-    augment: Annotated[
-        Augment | None,
-        options.as_for_finetune("augment"),
-    ] = None,
+    augment: Annotated[Augment | None, options.as_for_finetune("augment")] = None,
     config: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="Augmentation settings without a flag, as for finetune."),
@@ -140,8 +137,7 @@ def _advise(
     place(backbone.network, device)
     crops = {path: facts[path].crop for path in train.paths}
     kept = {path: crop for path, crop in crops.items() if crop is not None}
-    workers = settings.machine.workers
-    workers = worker_count(workers)
+    workers = worker_count(settings.machine.workers)
     loading = Loading(32, workers if len(kept) < len(train) else 0, pinned=device.type == "cuda")
     fitting = Fitting(seed=settings.training.seed, always=True, about=Path(asked.data).name)
     probed = probe(backbone, spec, train, loading, fitting, kept)

@@ -35,5 +35,6 @@ def command(
     if json:
         console.result_json({"file": str(path), "format": format, "bytes": size})
         return
-    console.say(f"wrote {format}, {size / 1e6:.2f} MB")
+    shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+    console.say(f"wrote {format}, {shown}")
     console.result(str(path))

@@ -29,7 +29,7 @@ class TrainingConfig:
     )
     batch_size: int | Literal["auto"] = option(
         32,
-        "Images per step, over all processes; auto: as many as fit into memory.",
+        "Images per step, over all processes; auto: about ten steps per epoch, as memory allows.",
         bounds=Bounds(1),
         panel=MAIN,
         metavar="N|auto",

@@ -34,11 +34,10 @@ class Prediction:
         return self.top[0][0] if self.top else None
 
 
-@dataclass
-class Classifier:
-    """A network and all that its logits mean: class names, preprocessing, origin."""
+@dataclass(kw_only=True)
+class Description:
+    """All of a classifier but its network."""
 
-    network: nn.Module
     classes: tuple[str, ...]
     """In the order of the logits."""
     input_spec: InputSpec
@@ -53,9 +52,16 @@ class Classifier:
     pretrained_hash: str
     """`backbone_hash` before training."""
     snapshots: int = 0
-    """How many networks of a snapshot ensemble `network` holds; 0: it is a single one."""
+    """How many networks a snapshot ensemble has; 0: it is a single one."""
     pin: Pin | None = None
     """The file of the pretrained weights; None: there was none, or an older cnnft kept no pin."""
+
+
+@dataclass(kw_only=True)
+class Classifier(Description):
+    """A network and all that its logits mean: class names, preprocessing, origin."""
+
+    network: nn.Module
     _embed: Embed | None = field(default=None, init=False, repr=False)
 
     @property

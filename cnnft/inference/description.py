@@ -1,7 +1,7 @@
 """A classifier described as JSON."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +11,7 @@ from cnnft import __version__
 from cnnft.config.choices import Head
 from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError, first_line
-from cnnft.inference.classifier import Classifier
+from cnnft.inference.classifier import Classifier, Description
 from cnnft.machine.files import known
 from cnnft.models.build import build, numbers_held, try_out
 from cnnft.models.heads import head_tensors, replace_by_mlp
@@ -64,22 +64,6 @@ def _timm_config(classifier: Classifier) -> dict[str, Any]:
         "mean": list(spec.mean),
         "std": list(spec.std),
     }
-
-
-@dataclass(frozen=True)
-class Description:
-    """All of a `Classifier` but its network: fields of the same names."""
-
-    classes: tuple[str, ...]
-    input_spec: InputSpec
-    identity: Identity
-    head: frozenset[str]
-    head_kind: Head
-    weights_source: str | None
-    missing: tuple[str, ...]
-    pretrained_hash: str
-    snapshots: int
-    pin: Pin | None
 
 
 def parse_description(config: dict[str, Any], source: Path) -> Description:
@@ -157,7 +141,7 @@ def from_description(
         raise CnnftError(
             f"{source}: {identity.architecture} cannot be built ({first_line(error)})"
         ) from error
-    return Classifier(network, **vars(found))
+    return Classifier(network=network, **vars(found))
 
 
 def _names(what: str, values: object) -> tuple[str, ...]:

@@ -19,7 +19,6 @@ from cnnft.models.weights import backbone_hash, load_weights
 SNAPSHOT = "snapshots/{}.safetensors"
 """In a run: the weights of each network of a snapshot ensemble, from 1."""
 
-
 _HOLDS_ALL = "{} holds all its weights: --weights goes with a head file only"
 
 
@@ -90,30 +89,41 @@ def _load_file(path: Path, weights: str | Path | None) -> Classifier:
         )
     classifier = from_description(parse_json(metadata["cnnft"], path), path, state)
     if state.keys() == classifier.head:
-        source = weights if weights is not None else _file_of(classifier)
-        if weights is None and source is not None and not Path(source).is_file():
-            raise CnnftError(
-                f"{path} was trained on {source}, which is not there any more: give the file with "
-                "--weights FILE"
-            )
-        identity = classifier.identity
-        if source is None:  # where to fetch them from is the library's to say, not the file's
-            identity = replace(identity, pretrained_cfg=resolve(identity.name).pretrained_cfg)
-        others = f"{path} was trained on {classifier.weights_source}, and these weights differ"
-        way_out = "leave out --weights, or give the same" if weights else "give --weights FILE"
-        try:
-            load_weights(classifier.network, classifier.head, identity, source)
-        except UsageError:
-            raise
-        except CnnftError as error:
-            raise error if weights is None else CnnftError(f"{others}: {way_out}") from error
-        if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
-            raise CnnftError(f"{others}: {way_out}")
+        _load_backbone(classifier, path, weights)
         state = {**classifier.network.state_dict(), **state}
     elif weights is not None:
         raise UsageError(_HOLDS_ALL.format(path))
     fill(classifier.network, state, path)
     return classifier
+
+
+def _load_backbone(classifier: Classifier, path: Path, weights: str | Path | None) -> None:
+    """The weights that the head file `path` was trained on, from `weights` or where they were.
+
+    Raises:
+        CnnftError: they are not there any more, or are others.
+    """
+    source = weights if weights is not None else _file_of(classifier)
+    if weights is None and source is not None and not Path(source).is_file():
+        raise CnnftError(
+            f"{path} was trained on {source}, which is not there any more: give the file with "
+            "--weights FILE"
+        )
+    identity = classifier.identity
+    if source is None:  # where to fetch them from is the library's to say, not the file's
+        identity = replace(identity, pretrained_cfg=resolve(identity.name).pretrained_cfg)
+    way_out = "give --weights FILE" if weights is None else "leave out --weights, or give the same"
+    differ = CnnftError(
+        f"{path} was trained on {classifier.weights_source}, and these weights differ: {way_out}"
+    )
+    try:
+        load_weights(classifier.network, classifier.head, identity, source)
+    except UsageError:
+        raise
+    except CnnftError as error:
+        raise error if weights is None else differ from error
+    if backbone_hash(classifier.network, classifier.head) != classifier.pretrained_hash:
+        raise differ
 
 
 def _file_of(classifier: Classifier) -> str | None:

@@ -36,8 +36,8 @@ from cnnft.config.file import read_config_file
 from cnnft.config.schema import FIELDS, Config
 from cnnft.data.dataset import Dataset, Samples, Skipped
 from cnnft.errors import CnnftError, UsageError, first_line
-from cnnft.inference.classifier import Classifier
-from cnnft.inference.description import Description, describe, parse_description
+from cnnft.inference.classifier import Classifier, Description
+from cnnft.inference.description import describe, parse_description
 from cnnft.inference.predictions import Predictions
 from cnnft.inference.storage import SNAPSHOT, fill, read_tensors, snapshot_ensemble
 from cnnft.machine import distributed

@@ -59,7 +59,7 @@ class Feed:
     def tail(self, network: nn.Module) -> nn.Module:
         """What computes logits from what is read; `network` has the plan's architecture."""
         if isinstance(network, Ensemble):
-            return Ensemble([self.tail(voter) for voter in network.networks])
+            return Ensemble([self.tail(one) for one in network.networks])
         return network if self._cut is None else self._cut.tail(network)
 
     def training(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:

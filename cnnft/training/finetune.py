@@ -13,8 +13,9 @@ from cnnft.machine import distributed
 from cnnft.machine.environment import environment
 from cnnft.runs.run import Run
 from cnnft.training.events import Event, Finished, Started
-from cnnft.training.plan import Plan, prepare, run_name
+from cnnft.training.plan import Plan, prepare
 from cnnft.training.session import DivergedError, Session
+from cnnft.training.settings import run_name
 from cnnft.training.state import NonFiniteLossError
 from cnnft.training.tensorboard import Board
 

@@ -1,10 +1,8 @@
 """`Plan`: what is settled before the first step: data, network, what trains, how fast."""
 
 import logging
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,14 +15,12 @@ from cnnft.data.dataset import Samples, Skipped
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
-from cnnft.data.sources import OnFiles, require_source
+from cnnft.data.sources import OnFiles
 from cnnft.data.split import train_and_val
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
-from cnnft.inference.storage import require_model
-from cnnft.machine.devices import choose_device, choose_precision
+from cnnft.machine.devices import choose_device
 from cnnft.models.freezing import batchnorms, freezes_statistics, learning_statistics
-from cnnft.models.registry import local_folder, resolve
 from cnnft.models.weights import LoadedWeights, backbone_hash
 from cnnft.runs.checkpoints import Checkpoint
 from cnnft.runs.run import Run
@@ -40,9 +36,9 @@ from cnnft.training.network import (
     settle_network,
     trains_auxiliary,
 )
-from cnnft.training.optim import LearningRates, Start, learning_rates, require_optimizer
+from cnnft.training.optim import LearningRates, Start, learning_rates
 from cnnft.training.schedules import Length
-from cnnft.training.tensorboard import require_tensorboard
+from cnnft.training.settings import check_settings
 
 _log = logging.getLogger(__name__)
 
@@ -139,7 +135,7 @@ def prepare(
         CnnftError: what the user has to mend, in a sentence.
     """
     device = choose_device(config.machine.device)
-    requested, config = config.freezing.mode, _checked_early(config, device)
+    requested, config = config.freezing.mode, check_settings(config, device)
     images = _read(config.dataset, on_files)
     classes = images.train.classes
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
@@ -177,67 +173,6 @@ def prepare(
     )
     _require_statistics_to_recompute(plan)
     return plan
-
-
-# ---------------------------------------------------------------- settings
-
-
-def _checked_early(config: Config, device: torch.device) -> Config:
-    """What can be refused before the data is read; with absolute paths, and the precision."""
-    if config.machine.sync_bn and device.type != "cuda":
-        raise UsageError(
-            f"--sync-bn is for several GPUs, and this trains on {device}: leave it out"
-        )
-    for teacher in config.loss.teacher:
-        require_model(teacher)
-    resolve(config.network.backbone)
-    require_optimizer(config.optim)
-    if config.run.tensorboard:
-        require_tensorboard()
-    require_source(config.dataset.data)
-    precision = choose_precision(config.machine.precision, device)
-    config = _with_absolute_paths(config).replace(precision=precision)
-    _require_kept(config)
-    return config
-
-
-def run_name(config: Config) -> str:
-    if config.run.name is not None:
-        return config.run.name
-    backbone = config.network.backbone.removeprefix("local-dir:").rstrip("/")
-    return f"{Path(config.dataset.data).name}-{Path(backbone).name}"
-
-
-def _require_kept(config: Config) -> None:
-    """Raises `UsageError` where --force would replace what the run is to learn from."""
-    if not config.run.force:
-        return
-    replaced = Path(config.run.runs_dir, run_name(config)).resolve()
-    backbone, weights = local_folder(config.network.backbone), config.network.weights
-    sources = [("teacher", path) for path in config.loss.teacher]
-    sources += [("backbone", str(backbone))] if backbone else []
-    sources += [("weights", str(weights))] if weights else []
-    for what, path in sources:
-        if Path(path).resolve().is_relative_to(replaced):
-            raise UsageError(
-                f"--force would replace {replaced}, which holds the {what} {path}: choose "
-                "another --name"
-            )
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """So that the run can be read from another working directory."""
-    # Not Path.resolve: a run is named after the link that the user gave, not after its target.
-    data = Path(os.path.abspath(config.dataset.data))  # noqa: PTH100
-    weights = None if config.network.weights is None else Path(config.network.weights).absolute()
-    backbone = config.network.backbone
-    folder = local_folder(backbone) if backbone != "builtin" else None
-    return config.replace(
-        data=data,
-        weights=weights,
-        backbone=f"local-dir:{folder.absolute()}" if folder else backbone,
-        teacher=tuple(str(Path(teacher).absolute()) for teacher in config.loss.teacher),
-    )
 
 
 def _loading(config: Config, device: torch.device) -> Loading:

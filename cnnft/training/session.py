@@ -77,10 +77,7 @@ class Session:
     def _restore(self, saved: Checkpoint) -> None:
         try:
             self.state.restore(saved.tensors, saved.values["state"])
-            if saved.values["pretrained"] != self.plan.classifier.pretrained_hash:
-                raise ValueError("the backbone's weights are others than when it began")
-            if saved.values["teachers"] != self.plan.teacher_hashes:
-                raise ValueError("a teacher's weights are others than when it began")
+            self._require_same_weights(saved)
             self.history.extend(Epoch(**row) for row in saved.values["history"])
             best = saved.values["best_weights"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -93,6 +90,18 @@ class Session:
         # That epoch comes again; on another machine it may be no better than the one before.
         self.best_is_lost = not self.over and best != self.run.weights_hash()
         _log.info("going on after step %d of %d", self.state.step, len(self.plan.batches))
+
+    def _require_same_weights(self, saved: Checkpoint) -> None:
+        plan = self.plan
+        for whose, before, now in (
+            ("the backbone's", saved.values["pretrained"], plan.classifier.pretrained_hash),
+            ("a teacher's", saved.values["teachers"], plan.teacher_hashes),
+        ):
+            if before != now:
+                raise CnnftError(
+                    f"{self.run.path} cannot go on: {whose} weights are others than when it "
+                    "began; start a new run"
+                )
 
     def events(
         self, stop: Callable[[], bool]
@@ -239,13 +248,11 @@ class Session:
         layers = learning_statistics(classifier.network, self.state.keep_statistics)
         if config.averaging.swa is not None:
             assert average is not None
-            what = f"the stochastic weight average of the last {config.averaging.swa} epochs"
+            what = f"the stochastic weight average of {config.averaging.swa} epoch(s)"
             network = average.module
         elif config.averaging.recalibrate_bn:
-            what, network = (
-                "the best epoch with recomputed BatchNorm statistics",
-                classifier.network,
-            )
+            what = "the best epoch with recomputed BatchNorm statistics"
+            network = classifier.network
             self.run.load_weights(network)
         else:
             return None
