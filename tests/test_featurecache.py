@@ -51,7 +51,7 @@ def settings(flat, tmp_path, name, **more):
 
 
 def finish(config, run=None):
-    for event in run_plan(prepare(config, run and run.load_checkpoint()), run):
+    for event in run_plan(prepare(config, run), run):
         last = event
     return last.run
 

@@ -33,7 +33,7 @@ def settings(flat: Path, tmp_path: Path, name: str, **more: object) -> Config:
 
 
 def finish(config: Config, run: Run | None = None) -> Run:
-    for event in run_plan(prepare(config, run and run.load_checkpoint()), run):
+    for event in run_plan(prepare(config, run), run):
         last = event
     return last.run
 
@@ -249,7 +249,7 @@ def test_the_plan_knows_where_its_head_comes_from(whole, tmp_path: Path):
     assert prepare(config).head_from == "probe"
     assert prepare(config.replace(probe_first=False)).head_from == "new"
     run = finish(config)
-    resumed = prepare(run.config(), run.load_checkpoint())
+    resumed = prepare(run.config(), run)
     assert resumed.head_from == "checkpoint" and resumed.head_is_fitted
     assert resumed.rates == prepare(config).rates
 

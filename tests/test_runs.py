@@ -396,7 +396,7 @@ def test_weights_and_scores_are_of_one_epoch_after_a_kill(
     run = Run.open(tmp_path / "run")
     assert len(run.load_checkpoint().values["history"]) == 1
     monkeypatch.setattr("cnnft.training.session.is_better", lambda *scores: False)
-    list(run_plan(prepare(config, run.load_checkpoint()), run))
+    list(run_plan(prepare(config, run), run))
 
     assert [epoch.best for epoch in run.history()] == [True, True, False]
     kept, metrics, model = run.predictions(), run.metrics(), load(run.path, device="cpu")

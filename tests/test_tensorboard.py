@@ -78,7 +78,7 @@ def test_an_epoch_that_is_done_again_is_told_once(
     assert [step for step, _ in scalars(run.path)["loss/val"]] == [1, 2]
     if torn:
         events.write_bytes(events.read_bytes()[:-5])
-    resumed = run_plan(prepare(run.config(), run.load_checkpoint()), run)
+    resumed = run_plan(prepare(run.config(), run), run)
     assert [event.epoch for event in resumed if isinstance(event, Epoch)] == [2, 3]
     assert len(list(run.tensorboard.iterdir())) == 2
     assert scalars(run.path) == history(run.path) and len(history(run.path)["loss/val"]) == 3

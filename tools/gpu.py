@@ -221,7 +221,7 @@ def resume(bench: Bench) -> str:
     run: Run = stopped.run
     saved = run.load_checkpoint()
     assert saved is not None and saved.step == 2
-    for _ in run_plan(prepare(run.config(), saved), run):
+    for _ in run_plan(prepare(run.config(), run), run):
         pass
     one, other = (r.load_checkpoint() for r in (whole, run))
     assert one is not None and other is not None and one.step == other.step > 2

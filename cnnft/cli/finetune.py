@@ -52,7 +52,8 @@ def command(
         typer.Option(
             metavar="RUN",
             rich_help_panel=MAIN,
-            help="Resume an interrupted run; --epochs may be more than before.",
+            help="Resume an interrupted run; --epochs may be more than before. DATA, if its "
+            "images were moved, says where they are now.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -96,10 +97,7 @@ def command(
     if choose_device(chosen.machine.device).type == "cpu":
         keep_freed_memory()
     with console.progress() as bar:
-        checkpoint = run.load_checkpoint() if run is not None else None
-        plan = prepare(chosen, checkpoint, on_files=console.reading_images(bar))
-    if run is not None:
-        run.require_same_data(plan.train, plan.val)
+        plan = prepare(chosen, run, on_files=console.reading_images(bar))
     show_plan(plan)
     if plot_schedule is not None:
         from cnnft.training.plots import plot_schedule as draw

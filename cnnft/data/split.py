@@ -1,6 +1,7 @@
 """train and val: as the source separates them, or a stratified split."""
 
 import hashlib
+from collections.abc import Collection
 
 from cnnft.data.dataset import Dataset, Samples
 from cnnft.errors import CnnftError
@@ -56,7 +57,13 @@ def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Sa
         contents.sort(key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
         count = min(max(round(val_fraction * len(contents)), 1), len(contents) - 1)
         val_hashes.update(contents[:count])
-    in_val = [digest in val_hashes for digest in samples.hashes]
+    return split_by(samples, val_hashes)
+
+
+def split_by(samples: Samples, val_hashes: Collection[str]) -> tuple[Samples, Samples]:
+    """(train, val), where the contents of val are known."""
+    known = frozenset(val_hashes)
+    in_val = [digest in known for digest in samples.hashes]
     return (
         samples.take(i for i, chosen in enumerate(in_val) if not chosen),
         samples.take(i for i, chosen in enumerate(in_val) if chosen),

@@ -5,7 +5,7 @@ and columns that it does not know.
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import IO, Any, TypeVar
@@ -162,16 +162,51 @@ def data_from_csv(file: IO[bytes]) -> dict[SplitName, Samples]:
     return {"train": found["train"], "val": found["val"]}
 
 
-def uses(splits: Mapping[SplitName, Samples]) -> list[tuple[object, ...]]:
-    """What training made of each image, wherever its file lies."""
+def what_changed(
+    before: Mapping[SplitName, Samples], now: Mapping[SplitName, Samples]
+) -> list[str]:
+    """How the images of `now` differ from those of `before`, by content: clauses with a number and
+    the first file of each kind; none where training makes the same of them, in the same order.
+    """
+    if _uses(before) == _uses(now):
+        return []
+    gone, new = _surplus(before, now), _surplus(now, before)
+    both = {digest for digest, _ in gone} & {digest for digest, _ in new}
+    found = {
+        "not there, or changed": [path for digest, path in gone if digest not in both],
+        "in another split or class": [path for digest, path in gone if digest in both],
+        "new, or changed": [path for digest, path in new if digest not in both],
+    }
     return [
-        (split, samples.classes[label], *rest)
+        f"{len(paths)} image(s) are {what}, such as {paths[0]}"
+        for what, paths in found.items()
+        if paths
+    ] or ["the order of its classes is another"]
+
+
+def _surplus(
+    splits: Mapping[SplitName, Samples], others: Mapping[SplitName, Samples]
+) -> list[tuple[str, str]]:
+    """(SHA-256, file) of the images that the others have not, or less often."""
+    left, found = Counter(_uses(others)), []
+    paths = (path for samples in splits.values() for path in samples.paths)
+    for use, path in zip(_uses(splits), paths, strict=True):
+        left[use] -= 1
+        if left[use] < 0:
+            found.append((use[2], path))
+    return found
+
+
+def _uses(splits: Mapping[SplitName, Samples]) -> list[tuple[str, str, str, str, float]]:
+    """(split, class, SHA-256, group, weight) of each image, wherever its file lies."""
+    return [
+        (split, samples.classes[label], digest, group, weight)
         for split, samples in splits.items()
-        for label, *rest in zip(
+        for label, digest, group, weight in zip(
             samples.labels,
             samples.hashes,
             samples.groups or [""] * len(samples),
-            samples.weights or [None] * len(samples),
+            samples.weights or [1.0] * len(samples),
             strict=True,
         )
     ]

@@ -21,9 +21,8 @@ lines, and TensorBoard's files by events.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import nn
 
 from cnnft.config.file import read_config_file
 from cnnft.config.schema import FIELDS, Config
-from cnnft.data.dataset import Dataset, Samples, Skipped
+from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName
 from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.inference.classifier import Classifier, Description
 from cnnft.inference.description import describe, parse_description
@@ -177,23 +176,28 @@ class Run:
 
     def require_same_data(self, train: Samples, val: Samples) -> None:
         """Raises `CnnftError` where the images are not those that the run began with."""
-        if not (self.path / "data.csv").exists():  # it was interrupted before it began
-            return
-        before = records.uses(self._read("data.csv", records.data_from_csv))
-        now = records.uses({"train": train, "val": val})
-        if before != now:
-            one, other = Counter(before), Counter(now)
-            changed = max((one - other).total(), (other - one).total())
-            what = f"{changed} image(s)" if changed else "the names of images"
+        before = self.images()
+        if before and (changes := records.what_changed(before, {"train": train, "val": val})):
             raise CnnftError(
-                f"{self.path} cannot go on: {what} of its data were added, removed or changed "
-                "since it began; start a new run"
+                f"{self.path} cannot go on: since it began, {', and '.join(changes)}; bring its "
+                f"images back (elsewhere: --resume {self.path} DATA), or start a new run"
             )
 
+    def images(self) -> dict[SplitName, Samples] | None:
+        """Those that it began with, by split; None: it was interrupted before that."""
+        return self._read_if_there("data.csv", records.data_from_csv)
+
     def save_data(self, train: Samples, val: Samples, skipped: Sequence[Skipped]) -> None:
+        """Which images it uses, and what their files are called now, in its predictions too."""
+        before = self.images()
         self._write("data.csv", records.data_to_csv({"train": train, "val": val}))
-        if skipped:
+        if skipped or (self.path / "skipped.csv").exists():
             self._write("skipped.csv", records.skipped_to_csv(skipped))
+        if before and before["val"].paths != val.paths:
+            with suppress(CnnftError):  # damaged, or of an epoch that comes again
+                found = self.predictions()
+                if found and found.samples.hashes == val.hashes:
+                    self.save_predictions(replace(found, samples=val))
 
     def dataset(self) -> Dataset:
         """The images that it was trained and validated on; the files may have moved since.
@@ -211,8 +215,7 @@ class Run:
 
     def skipped(self) -> tuple[Skipped, ...]:
         """Files of its data that were left out."""
-        exists = (self.path / "skipped.csv").exists()
-        return self._read("skipped.csv", records.skipped_from_csv) if exists else ()
+        return self._read_if_there("skipped.csv", records.skipped_from_csv) or ()
 
     def save_classifier(self, classifier: Classifier) -> None:
         """Weights and description. The weights come last: with them the run can be used."""
@@ -267,11 +270,9 @@ class Run:
         Raises:
             CnnftError: they are not those of all validation images of the run.
         """
-        path = self.path / "predictions.csv"
-        if not path.exists():
-            return None
-        found = self._read("predictions.csv", predictions_from_csv)
-        if Counter(found.samples.hashes) != Counter(self.dataset().splits["val"].hashes):
+        found = self._read_if_there("predictions.csv", predictions_from_csv)
+        if found and sorted(found.samples.hashes) != sorted(self.dataset().splits["val"].hashes):
+            path = self.path / "predictions.csv"
             raise CnnftError(f"{path} is damaged: it does not list the validation images")
         return found
 
@@ -280,8 +281,7 @@ class Run:
 
     def environment(self) -> dict[str, str] | None:
         """Versions and machine of its last session; None: it was made before runs kept them."""
-        exists = (self.path / "environment.json").exists()
-        return self._read("environment.json", records.environment_from_json) if exists else None
+        return self._read_if_there("environment.json", records.environment_from_json)
 
     def save_history(self, history: Sequence[Epoch], steps_per_epoch: int) -> None:
         self._write("history.csv", records.history_to_csv(history))
@@ -295,6 +295,9 @@ class Run:
 
     def metrics(self) -> Metrics:
         return self._read("metrics.json", records.metrics_from_json)
+
+    def _read_if_there(self, name: str, parse: Callable[[IO[bytes]], T]) -> T | None:
+        return self._read(name, parse) if (self.path / name).exists() else None
 
     def _read(self, name: str, parse: Callable[[IO[bytes]], T]) -> T:
         """Raises `CnnftError`: the file is not there, damaged, or of a newer format."""

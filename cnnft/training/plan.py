@@ -11,12 +11,12 @@ from cnnft.config.choices import Mode
 from cnnft.config.run import DataConfig
 from cnnft.config.schema import Config
 from cnnft.data.augmentation import augmentation
-from cnnft.data.dataset import Samples, Skipped
+from cnnft.data.dataset import Samples, Skipped, SplitName
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
 from cnnft.data.sources import OnFiles
-from cnnft.data.split import train_and_val
+from cnnft.data.split import split_by, train_and_val
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.machine.devices import choose_device
@@ -123,20 +123,22 @@ class Plan:
 @torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def prepare(
     config: Config,
-    checkpoint: Checkpoint | None = None,
+    run: Run | None = None,
     *,
     on_files: OnFiles = lambda count, total: None,
 ) -> Plan:
     """Read the data, open the backbone, decide what trains and how fast.
 
-    With a `checkpoint` all weights will be its, so the head is not fitted again.
+    With a `run` training goes on there: its images must be the same, wherever they lie now, and
+    where it has a checkpoint all weights will be its, so the head is not fitted again.
 
     Raises:
         CnnftError: what the user has to mend, in a sentence.
     """
     device = choose_device(config.machine.device)
     requested, config = config.freezing.mode, check_settings(config, device)
-    images = _read(config.dataset, on_files)
+    checkpoint = None if run is None else run.load_checkpoint()
+    images = _read(config.dataset, run, on_files)
     classes = images.train.classes
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
     _warn_of_known(config.loss.teacher, images.val)
@@ -194,11 +196,24 @@ class _Images:
     leaked: int
 
 
-def _read(config: DataConfig, on_files: OnFiles) -> _Images:
-    """Training and validation images; no file of val is in train too."""
-    dataset = read_dataset(config.data, ("train", "val"), layout=config.layout, on_files=on_files)
+def _read(config: DataConfig, run: Run | None, on_files: OnFiles) -> _Images:
+    """Training and validation images; no file of val is in train too.
+
+    Where a run goes on its own images say what a folder is: they hold its classes, and its split.
+    """
+    before = None if run is None else run.images()
+    classes = None if before is None else before["train"].classes
+    splits: tuple[SplitName, ...] = ("train", "val")
+    dataset = read_dataset(
+        config.data, splits, layout=config.layout, classes=classes, on_files=on_files
+    )
     _refuse_skipped(dataset.skipped, config.strict)
-    train, val = train_and_val(dataset, config.val_fraction, config.split_seed)
+    if before is not None and dataset.val is None:
+        train, val = split_by(dataset.train, before["val"].hashes)
+    else:
+        train, val = train_and_val(dataset, config.val_fraction, config.split_seed)
+    if run is not None:
+        run.require_same_data(train, val)
     leaked = 0 if dataset.val is None else len(dataset.val) - len(val)
     return _Images(train, val, dataset.skipped, leaked)
 

@@ -1,17 +1,25 @@
 """Going on with an interrupted run: which of its settings may be others now."""
 
+import hashlib
+import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from cnnft.config.schema import Config
-from cnnft.errors import UsageError
+from cnnft.data.dataset import Samples
+from cnnft.errors import CnnftError, UsageError
 from cnnft.runs.run import Run
+
+_log = logging.getLogger(__name__)
 
 FREE = frozenset(
     {"epochs", "patience", "workers", "device", "micro_batch", "checkpoint_every"}
-    | {"skip_nonfinite", "cache", "precision"}
+    | {"skip_nonfinite", "cache", "precision", "data", "layout"}
 )
-"""Settings that change no step that was taken, or only how it is computed."""
+"""Settings that change no step that was taken, or only how it is computed: the images stay the same
+wherever they lie, which `Run.require_same_data` checks.
+"""
 
 
 def resumed_config(run: Run, given: dict[str, Any]) -> Config:
@@ -19,6 +27,7 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
 
     Raises:
         UsageError: one of the others differs, or the training would end before it does now.
+        CnnftError: its images were moved, and nobody says to where.
     """
     before = run.config()
     saved = before.to_dict()
@@ -32,7 +41,10 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
             f"--resume {run.path} goes on with the settings of the run, which differ in "
             f"{', '.join(sorted(other))}: leave out, or start a new run"
         )
-    config = before.replace(**{name: value for name, value in given.items() if name in FREE})
+    place = {} if "data" in given else {"data": _find_data(run, Path(before.dataset.data))}
+    config = before.replace(
+        **place, **{name: value for name, value in given.items() if name in FREE}
+    )
     epochs, planned = config.training.epochs, before.training.epochs
     averaging = config.averaging
     if epochs > planned and (averaging.swa or averaging.snapshots or averaging.recalibrate_bn):
@@ -43,6 +55,36 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
     if epochs < planned:
         raise UsageError(f"--epochs {epochs} is less than the {planned} of {run.path}")
     return config
+
+
+def _find_data(run: Run, data: Path) -> Path:
+    """Where the images are that lay in `data`: there, or moved together with the run.
+
+    Raises:
+        CnnftError: they are at neither place.
+    """
+    if data.exists():
+        return data
+    images = run.images()
+    for parent in run.path.resolve().parents if images else ():
+        moved = parent / data.name
+        if images and _holds(moved, images["train"], data):
+            _log.warning("%s is not there any more: going on with the images in %s", data, moved)
+            return moved
+    run.load_checkpoint()  # of an older cnnft it raises: the images would not help
+    raise CnnftError(
+        f"{run.path} cannot go on: its images are not in {data} any more; say where they are: "
+        f"cnnft finetune --resume {run.path} DATA"
+    )
+
+
+def _holds(folder: Path, samples: Samples, data: Path) -> bool:
+    """Whether the first image is there, as it was in `data`: all are checked when they are read."""
+    file = folder / os.path.relpath(samples.paths[0], data)
+    if not file.is_file():
+        return False
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest() == samples.hashes[0]
 
 
 def _same(given: Any, before: Any) -> bool:

@@ -1,0 +1,176 @@
+"""A run whose images, or which itself, lies elsewhere now; and one whose images are gone."""
+
+import csv
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Outcome, draw, draw_folder
+from test_resume import finish, same, settings
+
+from cnnft.runs.run import Run
+from cnnft.training.events import Stopped
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
+from cnnft.training.step import StepDone
+
+Cli = Callable[..., Outcome]
+
+
+def begin(data: Path, runs: Path, name: str) -> Run:
+    """A run that is stopped in its second epoch."""
+    taken: list[StepDone] = []
+    config = settings(data, runs.parent, name).replace(runs_dir=runs, epochs=2)
+    for event in run_plan(prepare(config), stop=lambda: len(taken) > 4):
+        if isinstance(event, StepDone):
+            taken.append(event)
+    assert isinstance(event, Stopped)
+    return event.run
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run, Run]:
+    """(a folder of photos/ and runs/begun, for each test to copy; what its ends must be like)."""
+    folder = tmp_path_factory.mktemp("origin")
+    photos = draw_folder(folder / "photos", ("ants", "bees"), 10)
+    shutil.copy(photos / "ants" / "3.png", photos / "ants" / "copy.png")
+    whole = finish(settings(photos, folder, "whole").replace(runs_dir=folder / "other", epochs=2))
+    return folder, begin(photos, folder / "runs", "begun"), whole
+
+
+@pytest.fixture
+def begun(origin: tuple[Path, Run, Run], tmp_path: Path) -> tuple[Path, Run]:
+    """(photos, the run that was begun on them), for this test alone."""
+    folder, run, _ = origin
+    old, new = folder / "photos", tmp_path / "photos"
+    shutil.copytree(old, new)
+    shutil.copytree(run.path, tmp_path / "runs" / "begun")
+    for name in ("config.toml", "data.csv", "predictions.csv"):
+        file = tmp_path / "runs" / "begun" / name
+        file.write_text(file.read_text().replace(str(old), str(new)))
+    return new, Run.open(tmp_path / "runs" / "begun")
+
+
+def files_of(run: Run, name: str) -> dict[str, str]:
+    """SHA-256 and class -> file, as a table of the run has them."""
+    with (run.path / name).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["sha256"] + row.get("class", row.get("label", "")): row["file"] for row in rows}
+
+
+def elsewhere(photos: Path, run: Run) -> Path:
+    return photos.rename(photos.parent / "attic")
+
+
+def renamed_and_nested(photos: Path, run: Run) -> Path:
+    """Other names, in another order, in folders of the classes."""
+    for n, path in enumerate(sorted(photos.glob("*/*.png"), reverse=True)):
+        (path.parent / f"{n % 2}").mkdir(exist_ok=True)
+        path.rename(path.parent / f"{n % 2}" / f"{n:03}.png")
+    return photos.rename(photos.parent / "sorted")
+
+
+def split_folders(photos: Path, run: Run) -> Path:
+    """The split that was drawn, as folders."""
+    for split, samples in run.images().items():
+        for path, label in zip(samples.paths, samples.labels, strict=True):
+            to = photos.parent / "splits" / split / samples.classes[label]
+            to.mkdir(parents=True, exist_ok=True)
+            shutil.move(path, to)
+    return photos.parent / "splits"
+
+
+@pytest.mark.parametrize("move", [elsewhere, renamed_and_nested, split_folders])
+def test_a_run_goes_on_with_the_same_images_elsewhere(cnnft: Cli, origin, begun, move) -> None:
+    photos, run = begun
+    data = move(photos, run)
+    outcome = cnnft("finetune", "--resume", run.path, data)
+    assert outcome.code == 0, outcome.err
+    same(run, origin[2])
+    for name in ("data.csv", "predictions.csv"):
+        files = files_of(run, name)
+        assert files.keys() == files_of(origin[2], name).keys()
+        assert all(
+            Path(file).is_relative_to(data) and Path(file).is_file() for file in files.values()
+        )
+    assert run.config().dataset.data == str(data)
+
+
+def test_train_and_val_folders_may_become_one(cnnft: Cli, tmp_path: Path, separated: Path) -> None:
+    """The split is the run's, not one that is drawn."""
+    whole = finish(settings(separated, tmp_path, "whole").replace(epochs=2))
+    run = begin(separated, tmp_path / "runs", "begun")
+    for path in sorted(separated.glob("*/*/*.png")):
+        to = tmp_path / "flat" / path.parent.name / f"{path.parts[-3]}-{path.name}"
+        to.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(to)
+    outcome = cnnft("finetune", "--resume", run.path, tmp_path / "flat", "--layout", "auto")
+    assert outcome.code == 0, outcome.err
+    same(run, whole)
+
+
+def test_a_project_that_was_moved_finds_its_images(cnnft: Cli, origin, begun) -> None:
+    photos, run = begun
+    project = photos.parent / "project"
+    project.mkdir()
+    for folder in (photos, run.path.parent):
+        folder.rename(project / folder.name)
+    run = Run.open((project / "runs" / "begun").rename(project / "runs" / "renamed"))
+    outcome = cnnft("finetune", "--resume", run.path)
+    assert outcome.code == 0, outcome.err
+    assert f"going on with the images in {project / 'photos'}" in outcome.err
+    same(run, origin[2])
+    assert run.config().dataset.data == str(project / "photos")
+
+
+def test_images_that_are_nowhere_are_asked_for(cnnft: Cli, begun) -> None:
+    photos, run = begun
+    draw_folder(photos.parent / "runs" / "photos", ("ants", "bees"), 2, first_seed=50)  # not they
+    elsewhere(photos, run)
+    before = (run.path / "data.csv").read_bytes()
+    cnnft("finetune", "--resume", run.path).fails_with(
+        1, f"are not in {photos} any more", f"cnnft finetune --resume {run.path} DATA"
+    )
+    cnnft("finetune", "--resume", run.path, photos).fails_with(2, f"{photos}: no such folder")
+    assert (run.path / "data.csv").read_bytes() == before
+
+
+def removed(photos: Path) -> list[str]:
+    for n in (4, 5):
+        (photos / "bees" / f"{n}.png").unlink()
+    return ["2 image(s) are not there, or changed, such as ", "/bees/"]
+
+
+def added(photos: Path) -> list[str]:
+    draw(photos / "ants" / "new.png", 0, 77)
+    return [f"1 image(s) are new, or changed, such as {photos / 'ants' / 'new.png'}"]
+
+
+def changed(photos: Path) -> list[str]:
+    draw(photos / "ants" / "0.png", 0, 77)
+    return [
+        "1 image(s) are not there, or changed, such as ",
+        f"1 image(s) are new, or changed, such as {photos / 'ants' / '0.png'}",
+    ]
+
+
+def relabelled(photos: Path) -> list[str]:
+    (photos / "ants" / "1.png").rename(photos / "bees" / "11.png")
+    return ["began, 1 image(s) are in another split or class, such as ", "ants/1.png;"]
+
+
+def doubled(photos: Path) -> list[str]:
+    shutil.copy(photos / "ants" / "1.png", photos / "ants" / "1 (copy).png")
+    return ["began, 1 image(s) are new, or changed, such as "]
+
+
+@pytest.mark.parametrize("change", [removed, added, changed, relabelled, doubled])
+def test_other_images_are_refused_and_counted(cnnft: Cli, begun, change) -> None:
+    photos, run = begun
+    parts = change(photos)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    data = elsewhere(photos, run)
+    parts = [part.replace(str(photos), str(data)) for part in parts]
+    cnnft("finetune", "--resume", run.path, data).fails_with(1, "cannot go on", *parts)
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
