@@ -200,6 +200,33 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(data: Path, tmp_path:
     assert runs[0].metrics() == runs[1].metrics()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="children are read from /proc")
+def test_a_process_that_stands_still_is_named_and_the_run_can_go_on(
+    data: Path, tmp_path: Path, cnnft
+) -> None:
+    started = start_torchrun(
+        2, "-m", "cnnft", "finetune", data, "--backbone=builtin", "--epochs=2000",
+        "--batch-size=4", "--workers=1", "--device=cpu", "--checkpoint-every=1", "--name=run",
+        "--image-size=64", "--runs-dir", tmp_path,
+    )  # fmt: skip
+    state = tmp_path / "run" / "state"
+    wait_until(lambda: len(list(state.glob("*.safetensors"))) == 2)
+    os.kill(children(started.pid)[1], signal.SIGSTOP)
+    since = time.monotonic()
+    _, err = started.communicate(timeout=200)
+    assert 45 < time.monotonic() - since < 120
+    assert started.returncode == 1
+    assert err.count("error: ") == err.count("error: rank 1 on ") == 1, err
+    saved = Run(tmp_path / "run").load_checkpoint()
+    assert saved is not None
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(
+        config.read_text().replace("epochs = 2000", f"epochs = {saved.step // 4 + 1}")
+    )
+    assert cnnft("finetune", "--resume", tmp_path / "run").code == 0
+
+
 def wait_until(holds: Callable[[], bool], seconds: float = 200) -> None:
     end = time.monotonic() + seconds
     while not holds():

@@ -4,6 +4,7 @@ import sys
 
 from cnnft.cli import app, console
 from cnnft.errors import CnnftError
+from cnnft.machine import distributed
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -15,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     with console.speaking(sys.argv[1:] if arguments is None else arguments):
-        sys.exit(_run(arguments))
+        code = _run(arguments)
+        distributed.finished = code == 0
+        sys.exit(code)
 
 
 def _run(arguments: list[str] | None) -> int:

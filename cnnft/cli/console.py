@@ -96,6 +96,7 @@ def speaking(arguments: list[str]) -> Iterator[None]:
     for handler in _log.handlers:
         handler.addFilter(_spoken)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else the hub prints its retries
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else torch prints lost connections
     _log.debug("%s", shlex.join(["cnnft", *arguments]))
     try:
         yield

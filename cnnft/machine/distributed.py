@@ -30,6 +30,9 @@ local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if _launched else 
 is_main = rank == 0
 """The one that writes and speaks."""
 
+finished = True
+"""Set to False before a process ends that has not done its part: the others are to notice."""
+
 _main_works_alone = False
 """Whether this is the main process within `broadcast_from_main`."""
 
@@ -56,26 +59,43 @@ def _results_aside() -> Iterator[None]:
 def _dist() -> Any:
     """torch.distributed, where all processes have met."""
     _require_all()
-    from datetime import timedelta
-
-    import torch
     from torch import distributed as dist
 
     if not dist.is_initialized():
-        store, *_ = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        # The store outlives processes that die; those after them must not read their addresses.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        with _results_aside():
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                # One of them decodes for all meanwhile; torchrun ends what is dead.
-                timeout=timedelta(days=1),
-                store=dist.PrefixStore(f"attempt {attempt}", store),  # type: ignore[attr-defined]
-                rank=rank,
-                world_size=world_size,
-            )
-        atexit.register(dist.destroy_process_group)
+        _join(dist)
     return dist
+
+
+def _join(dist: Any) -> None:
+    """Meet the other processes, and watch from then on that none of them stands still."""
+    from datetime import timedelta
+
+    import torch
+
+    from cnnft.machine.heartbeat import Heartbeat
+    from cnnft.machine.rendezvous import ARRIVAL
+
+    def connect() -> Any:
+        store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))
+        return store
+
+    heartbeat = Heartbeat(connect, rank, world_size)
+    store = heartbeat.meet()
+    with _results_aside():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            # One of them may work long alone; the heartbeat ends the wait for one that does not.
+            timeout=timedelta(days=1),
+            store=dist.PrefixStore("groups", store),
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def leave() -> None:
+        dist.destroy_process_group()
+        heartbeat.leave(done=finished and not hasattr(sys, "last_value"))
+
+    atexit.register(leave)
 
 
 def _require_all() -> None:
@@ -89,6 +109,8 @@ def shard(count: int) -> range:
 
     Where they are fewer than the processes, the main one has some.
     """
+    if _launched and world_size > 1:
+        _dist()  # before each works on its own for long
     return range(-(-rank * count // world_size), -(-(rank + 1) * count // world_size))
 
 
@@ -111,6 +133,8 @@ def broadcast_from_main(function: Callable[[], T]) -> T:
     _require_all()
     box: list[Any] = [None, None]
     raised: CnnftError | None = None
+    if world_size > 1:
+        _dist()  # before the others wait for long
     if is_main:
         _main_works_alone = True
         try:
@@ -136,13 +160,14 @@ def main_rank_first() -> Iterator[None]:
     if world_size == 1:
         yield
         return
+    dist = _dist()  # before the others wait for long
     if local_rank:
-        _dist().barrier()
+        dist.barrier()
     try:
         yield
     finally:
         if not local_rank:
-            _dist().barrier()
+            dist.barrier()
 
 
 def all_reduce_sum(values: "Tensor") -> "Tensor":
