@@ -1,7 +1,8 @@
-"""A few of the kills and faults of tools/faults.py, which tries many."""
+"""A few of the kills and faults of tools/kills.py and tools/faults.py, which try many."""
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,25 +10,66 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("forks, and reads /proc", allow_module_level=True)
 
-from tools.faults import MATRIX, bytes_lost, draw_data, kill_and_resume, other_faults
+from tools.faults import FAULTS, KINDS, Crowd, Place
+from tools.forked import bytes_lost, draw_data, make_backbone
+from tools.kills import MATRIX, Subjects, kill_and_repeat
+from tools.tally import Tally
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
+    return Subjects(tmp_path_factory.mktemp("subjects"))
+
+
+QUICK = ("finetune, probe first", "predict --output")
 
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if i == 0 else pytest.mark.slow) for i, name in enumerate(MATRIX)],
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MATRIX],
 )
-def test_killed_at_random_instants_and_resumed(tmp_path: Path, name: str) -> None:
-    data = draw_data(tmp_path / "data")
-    killed = kill_and_resume(data, tmp_path / "kills", MATRIX[name], 3, random.Random(0))
-    assert killed.phases.total() == 3 and killed.bytes_lost == 0
+def test_killed_at_random_instants_and_resumed(
+    subjects: Subjects, tmp_path: Path, name: str
+) -> None:
+    counts: Counter[str] = Counter()
+    kill_and_repeat(MATRIX[name], subjects, tmp_path / "t", 3, random.Random(0), counts.update)
+    assert counts["killed"] >= 3 and counts["bytes that differ"] == 0
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(draw_data(tmp_path / "data"), tmp_path, random.Random(0))
 
 
 @pytest.mark.slow
-def test_other_faults_lose_nothing(tmp_path: Path) -> None:
-    data = draw_data(tmp_path / "data")
-    for fault in other_faults(data, tmp_path / "faults", 1, random.Random(0)):
-        assert fault.survived == fault.tries and fault.bytes_lost == 0, fault
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_other_faults_lose_nothing(place: Place, fault) -> None:
+    counts, _ = fault(place, place.undisturbed())
+    assert counts["survived"] == 1 and counts["bytes that differ"] == 0
+
+
+def test_one_of_two_commands_on_one_cache_is_killed(place: Place, tmp_path: Path) -> None:
+    tiny = (f"--backbone=local-dir:{make_backbone(tmp_path / 'tiny')}", "--image-size=32")
+    counts = Crowd(place, *tiny).attempt(1, (KINDS[0], KINDS[0]))
+    assert counts["survived"] == 1 and counts["bytes that differ"] == 0
+
+
+@pytest.mark.slow
+def test_four_commands_on_one_cache_two_of_them_killed(place: Place) -> None:
+    crowd = Crowd(place)
+    for counts in (crowd.attempt(2), crowd.attempt_with_clear("0.0002")):
+        assert counts["survived"] == 1 and counts["bytes that differ"] == 0
 
 
 def test_a_difference_is_counted() -> None:
     assert bytes_lost({"a": b"12", "b": b"1"}, {"a": b"13"}) == 2
+
+
+def test_counts_are_summed_over_commands(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for _ in range(2):
+            tally = Tally("kills", seed, tmp_path / "kills.json")
+            tally.add("row", {"killed": 2, "slowest": seed}, f"seed {seed}")
+    assert tally.sums() == {"row": Counter({"killed": 8, "slowest": 2})}
+    assert [record["seed"] for record in tally.records()] == [1, 2]
+    assert tally.words("row") == "seed 2" and tally.words("other") == ""

@@ -1,5 +1,6 @@
 """A few hundred of the damaged and hostile files that tools/fuzz.py reads for an hour."""
 
+import re
 import warnings
 from pathlib import Path
 from random import Random
@@ -56,3 +57,18 @@ def test_damaged_files_are_read_or_refused(
             example(targets[name], random, tmp_path / "example")
 
     read()
+
+
+@pytest.mark.parametrize("value", [b"0", b"{}", b"[]", b"false"])
+def test_where_weights_came_from_is_a_text(
+    targets: dict[str, Target], tmp_path: Path, value: bytes
+) -> None:
+    """Found by seeds 3014690 and 4023858 of "head file": such values are false, as None is."""
+    target = targets["head file"]
+    (content,) = target.seeds[0].values()
+    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
+    changed = re.sub(rb'(weights_source\\": )\\".*?\\"', rb"\g<1>" + value, header)
+    assert changed != header
+    damaged = len(changed).to_bytes(8, "little") + changed + content[8 + len(header) :]
+    hostile = Target(({"model.safetensors": damaged},), lambda random, files: files, target.reads)
+    assert not example(hostile, Random(0), tmp_path / "example")

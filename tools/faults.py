@@ -1,247 +1,107 @@
-"""Break training in every way that is known, resume it, and compare what comes out, byte for byte.
+"""Break training in other ways than by kills (tools/kills.py), resume it, and compare the bytes.
 
-    python -m tools.faults --kills 60        fills docs/reliability.md
+    python -m tools.faults [--tries 10] [--seed N]
 
-Training runs in forked processes, so that none of them loads torch again. A kill is SIGKILL at a
-random instant between the start of the command and the time that the whole training takes.
+docs/results/faults.json has the sum over all such commands, docs/reliability.md its table.
+Interrupt it at any time; `--tries 0` writes the table alone.
 """
 
 import argparse
-import gc
-import mmap
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
-from cnnft.cli import main as cnnft
-from cnnft.inference.predict import collect
-from cnnft.machine.files import write_whole
-from cnnft.runs.run import Run
-from cnnft.training.step import train
 from tools.document import fill
 from tools.each_step import children, start_torchrun
-
-DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
-
-COMMON = (
-    "--backbone=builtin", "--epochs=3", "--batch-size=6", "--image-size=64", "--device=cpu",
-    "--checkpoint-every=1", "--name=run",
-)  # fmt: skip
-MATRIX: dict[str, tuple[str, ...]] = {
-    "finetune, probe first": ("--workers=0",),
-    "two workers": ("--workers=2",),
-    "feature-extractor": ("--workers=0", "--mode=feature-extractor"),
-    "accumulation, dropout": ("--workers=0", "--micro-batch=2", "--dropout=0.5"),
-    "layer decay, tolerance": ("--workers=0", "--layer-decay=0.5", "--skip-nonfinite=3"),
-    "adamw, plateau, warm-up": (
-        "--workers=0", "--optimizer=adamw", "--weight-decay=0.05", "--schedule=plateau",
-        "--warmup-epochs=0.5",
-    ),
-    "average of weights": ("--workers=0", "--ema=0.9", "--clip-grad=1"),
-    "last epochs averaged": ("--workers=0", "--swa=2", "--batchnorm=train"),
-    "snapshot ensemble": ("--workers=0", "--schedule=cosine-restarts", "--snapshots=3"),
-    "new statistics, balanced": (
-        "--workers=0", "--recalibrate-bn", "--batchnorm=train", "--sampling=balanced",
-    ),
-}  # fmt: skip
-"""What holds state while training joins here, in one line."""
-
-DETERMINED = ("model.safetensors", "config.json", "metrics.json", "predictions.csv", "data.csv")
-"""Files of a run that hold nothing else."""
-
-PHASES = ("preparing", "training", "evaluating", "writing")
+from tools.forked import (
+    Command,
+    bytes_lost,
+    cache_content,
+    draw_data,
+    run_content,
+    start,
+    unfinished,
+)
+from tools.kills import COMMON, DOCUMENT, finish
+from tools.tally import Tally, joined, table
 
 
-def draw_data(folder: Path) -> Path:
-    """Two classes of 12 images of noise, one brighter than the other."""
-    for label, name in enumerate(("dark", "light")):
-        (folder / name).mkdir(parents=True)
-        for n in range(12):
-            noise = np.random.default_rng([label, n]).integers(0, 200, (40, 50, 3)) + 50 * label
-            Image.fromarray(noise.astype(np.uint8)).save(folder / name / f"{n}.png")
-    return folder
+@dataclass(frozen=True)
+class Place:
+    """Images, and a folder in which runs come and go."""
+
+    data: Path
+    folder: Path
+    chance: random.Random
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def run(self) -> Path:
+        return self.runs / "run"
+
+    def begin_anew(self) -> None:
+        shutil.rmtree(self.runs, ignore_errors=True)
+
+    def start(self, *options: str, before: Callable[[], object] = lambda: None) -> Command:
+        """The command that begins the run, or that resumes it."""
+        if (self.run / "config.toml").exists():
+            arguments = [f"--resume={self.run}"]
+        else:
+            shutil.rmtree(self.run, ignore_errors=True)  # stopped before it was a run
+            arguments = [str(self.data), *COMMON, *(options or ["--workers=0"])]
+            arguments += [f"--runs-dir={self.runs}"]
+        environment = {"CNNFT_CACHE": str(self.folder / "cache")}
+        return start(["finetune", *arguments], self.folder / "said", environment, before)
+
+    def undisturbed(self) -> dict[str, bytes]:
+        self.begin_anew()
+        finish([self.start()])
+        return run_content(self.run)
+
+    def stop_inside(self) -> None:
+        """Kill a training when it has two checkpoints."""
+        self.begin_anew()
+        training = self.start()
+        self.wait_for_checkpoints(training)
+        training.kill()
+
+    def wait_for_checkpoints(self, training: Command) -> None:
+        while len(list((self.run / "state").glob("*.safetensors"))) < 2:
+            assert training.wait(0.01) is None, training.said
+
+    def resumed(self, expected: dict[str, bytes]) -> Counter[str]:
+        """What becomes of it in the end."""
+        training = self.start()
+        if training.wait() != 0:
+            return Counter({"tries": 1})
+        assert not unfinished(self.run)
+        lost = bytes_lost(expected, run_content(self.run))
+        return Counter({"tries": 1, "survived": 1, "bytes that differ": lost})
 
 
-# ---------------------------------------------------------------- one training, in a process
+Outcome = tuple[Counter[str], str]
+"""Counts of tries, and what the command said."""
 
 
-class Phase:
-    """What a forked process is doing, seen from outside."""
-
-    def __init__(self) -> None:
-        self.shared = mmap.mmap(-1, 1)
-
-    def __str__(self) -> str:
-        return PHASES[self.shared[0]]
-
-    def during(self, function: Callable[..., object], phase: str) -> Callable[..., object]:
-        def wrapped(*arguments: object, **options: object) -> object:
-            before, self.shared[0] = self.shared[0], PHASES.index(phase)
-            result = function(*arguments, **options)
-            self.shared[0] = before
-            return result
-
-        return wrapped
-
-    def watch(self) -> None:
-        self.shared[0] = PHASES.index("preparing")
-        import_module("cnnft.training.finetune")  # so that `replace` meets all that trains
-        replace(collect, self.during(collect, "evaluating"))
-        replace(write_whole, self.during(write_whole, "writing"))
-
-        def training(*arguments: object) -> object:
-            self.shared[0] = PHASES.index("training")
-            return train(*arguments)
-
-        replace(train, training)
+def last_line(training: Command) -> str:
+    return training.said.strip().splitlines()[-1]
 
 
-def replace(function: Callable[..., object], by: Callable[..., object]) -> None:
-    """In every module of cnnft that has imported it."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("cnnft.") and getattr(module, function.__name__, None) is function:
-            setattr(module, function.__name__, by)
-
-
-@dataclass
-class Training:
-    """A command in a forked process; what it says lands in `said`."""
-
-    pid: int
-    phase: Phase
-    said: Path
-
-    def wait(self, seconds: float = float("inf")) -> int | None:
-        """Its exit code, negative for a signal; None if it runs on."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
-        return None
-
-    def kill(self) -> str:
-        """SIGKILL; what it was doing."""
-        phase = str(self.phase)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        return phase
-
-
-def start(
-    arguments: list[str], runs: Path, before: Callable[[], object] = lambda: None
-) -> Training:
-    runs.mkdir(exist_ok=True)
-    phase, said = Phase(), runs / "said.txt"
-    pid = os.fork()
-    if pid:
-        return Training(pid, phase, said)
-    gc.freeze()  # what this process inherits may wait, when it dies, for threads that are not here
-    try:
-        os.setsid()
-        with said.open("wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)  # pytest's are not
-        torch.set_num_threads(1)
-        phase.watch()
-        before()
-        cnnft(["finetune", *arguments])
-    except SystemExit as end:
-        os._exit(end.code if isinstance(end.code, int) else 1)
-    finally:
-        os._exit(70)
-
-
-def begin(data: Path, runs: Path, options: tuple[str, ...]) -> list[str]:
-    """The command that starts the run, or that resumes it."""
-    if (runs / "run" / "config.toml").exists():
-        return ["--resume", str(runs / "run")]
-    shutil.rmtree(runs / "run", ignore_errors=True)  # killed before it was a run
-    return [str(data), *COMMON, *options, "--runs-dir", str(runs)]
-
-
-def outcome(runs: Path) -> dict[str, bytes]:
-    """All that training determines: weights, momentum, history, metrics, predictions, images."""
-    found = Run(runs / "run")
-    saved = found.load_checkpoint()
-    assert saved is not None
-    files = {name: (found.path / name).read_bytes() for name in DETERMINED}
-    tensors = {name: tensor.numpy().tobytes() for name, tensor in saved.tensors.items()}
-    rows = [line.split(",") for line in (found.path / "history.csv").read_text().splitlines()]
-    seconds = rows[0].index("seconds")
-    history = repr([(*row[:seconds], *row[seconds + 1 :]) for row in rows]).encode()
-    return files | tensors | {"history": history, "step": str(saved.step).encode()}
-
-
-def bytes_lost(expected: dict[str, bytes], found: dict[str, bytes]) -> int:
-    """Bytes that differ between two outcomes."""
-    lost = 0
-    for name in expected.keys() | found.keys():
-        one, other = expected.get(name, b""), found.get(name, b"")
-        if one != other:
-            lost += abs(len(one) - len(other)) + sum(
-                a != b for a, b in zip(one, other, strict=False)
-            )
-    return lost
-
-
-# ---------------------------------------------------------------- kills
-
-
-@dataclass
-class Killed:
-    phases: Counter[str]
-    bytes_lost: int
-
-
-def kill_and_resume(
-    data: Path, folder: Path, options: tuple[str, ...], kills: int, chance: random.Random
-) -> Killed:
-    """Kill one training `kills` times, resume it each time, and compare it with a whole one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder).mkdir()
-    began = time.monotonic()
-    whole = start(begin(data, folder / "whole", options), folder / "whole")
-    code = whole.wait()
-    assert code == 0, whole.said.read_text()
-    takes, expected = time.monotonic() - began, outcome(folder / "whole")
-    killed = Killed(Counter(), 0)
-    runs = folder / "killed"
-    while killed.phases.total() < kills:
-        training = start(begin(data, runs, options), runs)
-        code = training.wait(chance.uniform(0, takes))
-        if code is None:
-            killed.phases[training.kill()] += 1
-            continue
-        assert code == 0, training.said.read_text()
-        killed.bytes_lost += bytes_lost(expected, outcome(runs))
-        shutil.rmtree(runs / "run")  # it got through: kill another one
-    last = start(begin(data, runs, options), runs)
-    code = last.wait()
-    assert code == 0, last.said.read_text()
-    killed.bytes_lost += bytes_lost(expected, outcome(runs))
-    left = list((runs / "run").rglob(".*"))
-    assert not left, left
-    return killed
-
-
-# ---------------------------------------------------------------- other faults
+# ---------------------------------------------------------------- faults
 
 
 def limit_writing(size: int) -> None:
@@ -250,126 +110,209 @@ def limit_writing(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
+def full_disk(place: Place, expected: dict[str, bytes]) -> Outcome:
+    largest = max(map(len, expected.values()))
+    place.begin_anew()
+    size = place.chance.randrange(1, largest)
+    training = place.start(before=lambda: limit_writing(size))
+    assert training.wait() == 1, training.said
+    said = last_line(training)
+    return place.resumed(expected), said
+
+
 def damage(path: Path, chance: random.Random) -> None:
     content = bytearray(path.read_bytes())
-    place = chance.randrange(len(content))
+    at = chance.randrange(len(content))
     if chance.random() < 0.5:
-        del content[place:]
+        del content[at:]
     else:
-        content[place] ^= 1 << chance.randrange(8)
+        content[at] ^= 1 << chance.randrange(8)
     path.write_bytes(content)
 
 
-def stop_inside(training: Training, runs: Path, checkpoints_seen: int = 2) -> None:
-    """Wait until there are checkpoints, then kill."""
-    while len(list((runs / "run" / "state").glob("*.safetensors"))) < checkpoints_seen:
-        assert training.wait(0.01) is None, training.said.read_text()
-    training.kill()
+def damaged_checkpoint(place: Place, expected: dict[str, bytes]) -> Outcome:
+    place.stop_inside()
+    damage(max((place.run / "state").glob("*.safetensors")), place.chance)
+    counts = place.resumed(expected)
+    said = (place.folder / "said" / "said.txt").read_text()
+    return counts, next(line for line in said.splitlines() if "damaged" in line)
 
 
-@dataclass
-class Fault:
-    name: str
-    tries: int
-    survived: int = 0
-    bytes_lost: int = 0
-    said: str = ""
+def dead_workers(place: Place, expected: dict[str, bytes]) -> Outcome:
+    place.begin_anew()
+    training = place.start("--workers=2")
+    place.wait_for_checkpoints(training)
+    for child in children(training.pid):
+        os.kill(child, signal.SIGKILL)
+    code = training.wait()  # 0: it was done with its workers
+    said = last_line(training) if code == 1 else ""
+    return place.resumed(expected), said
 
 
-def other_faults(data: Path, folder: Path, tries: int, chance: random.Random) -> list[Fault]:
-    options = MATRIX["finetune, probe first"]
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    whole = start(begin(data, folder / "whole", options), folder / "whole")
-    assert whole.wait() == 0, whole.said.read_text()
-    expected, runs = outcome(folder / "whole"), folder / "runs"
-    largest = max(p.stat().st_size for p in (folder / "whole" / "run").rglob("*") if p.is_file())
+def terminated(place: Place, expected: dict[str, bytes]) -> Outcome:
+    place.begin_anew()
+    training = place.start("--workers=2")
+    place.wait_for_checkpoints(training)
+    training.kill(signal.SIGTERM)
+    code = training.wait(10)
+    assert code == 143, (code, training.said)
+    training.require_end()
+    said = last_line(training)
+    return place.resumed(expected), said
 
-    def last_line(training: Training) -> str:
-        return training.said.read_text().strip().splitlines()[-1]
 
-    def finish(fault: Fault) -> None:
-        training = start(begin(data, runs, options), runs)
-        if training.wait() == 0:
-            fault.bytes_lost += bytes_lost(expected, outcome(runs))
-            fault.survived += 1
-
-    faults = []
-    full = Fault("no space left while writing", tries)
-    for _ in range(tries):
-        shutil.rmtree(runs, ignore_errors=True)
-        size = chance.randrange(1, largest)
-        training = start(begin(data, runs, options), runs, lambda size=size: limit_writing(size))
-        assert training.wait() == 1, training.said.read_text()
-        full.said = last_line(training)
-        finish(full)
-    faults.append(full)
-
-    damaged = Fault("newest checkpoint cut or one bit flipped", tries)
-    for _ in range(tries):
-        shutil.rmtree(runs, ignore_errors=True)
-        stop_inside(start(begin(data, runs, options), runs), runs)
-        damage(max((runs / "run" / "state").glob("*.safetensors")), chance)
-        finish(damaged)
-        damaged.said = next(
-            line for line in (runs / "said.txt").read_text().splitlines() if "damaged" in line
-        )
-    faults.append(damaged)
-
-    worker = Fault("a process that loads images dies", tries)
-    with_workers = MATRIX["two workers"]
-    for _ in range(tries):
-        shutil.rmtree(runs, ignore_errors=True)
-        training = start(begin(data, runs, with_workers), runs)
-        while len(list((runs / "run" / "state").glob("*.safetensors"))) < 2:
-            assert training.wait(0.01) is None, training.said.read_text()
-        for child in children(training.pid):
-            os.kill(child, signal.SIGKILL)
-        if training.wait() == 1:  # it may have been done with its workers
-            worker.said = last_line(training)
-        finish(worker)
-    faults.append(worker)
-
-    changed = Fault("an image changes under the run", 1)
-    shutil.rmtree(runs, ignore_errors=True)
-    stop_inside(start(begin(data, runs, options), runs), runs)
-    image = next(data.rglob("*.png"))
+def changed_image(place: Place, expected: dict[str, bytes]) -> Outcome:
+    place.stop_inside()
+    image = place.chance.choice(sorted(place.data.rglob("*.png")))
     kept = image.read_bytes()
     Image.new("RGB", (40, 50)).save(image)
-    training = start(begin(data, runs, options), runs)
-    assert training.wait() == 1, training.said.read_text()
-    changed.said = last_line(training)
+    training = place.start()
+    code = training.wait()
     image.write_bytes(kept)
-    finish(changed)
-    faults.append(changed)
-
-    readonly = Fault("a place that cannot be written to", 1)
-    training = start([str(data), *COMMON, *options, "--runs-dir", "/proc/runs"], runs)
-    assert training.wait() == 1, training.said.read_text()
-    readonly.said, readonly.survived = last_line(training), 1
-    faults.append(readonly)
-    return faults
+    assert code == 1, training.said
+    said = last_line(training)
+    return place.resumed(expected), said
 
 
-def killed_under_torchrun(data: Path, folder: Path, kills: int, chance: random.Random) -> Fault:
+def unwritable_place(place: Place, expected: dict[str, bytes]) -> Outcome:
+    arguments = [str(place.data), *COMMON, "--workers=0", "--runs-dir=/proc/runs"]
+    training = start(["finetune", *arguments], place.folder / "said")
+    assert training.wait() == 1, training.said
+    return Counter({"tries": 1, "survived": 1}), last_line(training)
+
+
+FAULTS = {
+    "no space left while writing": full_disk,
+    "newest checkpoint cut or one bit flipped": damaged_checkpoint,
+    "processes that load images die": dead_workers,
+    "SIGTERM": terminated,
+    "an image changes under the run": changed_image,
+    "a place that cannot be written to": unwritable_place,
+}
+
+
+# ---------------------------------------------------------------- several at once
+
+
+KINDS = (
+    ("--mode=feature-extractor",), ("--no-probe-first",), ("--mode=feature-extractor",),
+    ("--no-probe-first",),
+)  # fmt: skip
+"""Of four commands at once: two that read features, two that read pixels."""
+
+
+class Crowd:
+    """Commands at once on the same images and the same caches, some of them killed."""
+
+    def __init__(self, place: Place, *options: str) -> None:
+        self.place, self.options = place, ("--workers=0", "--cache=disk", *options)
+        self.cache = place.folder / "cache"
+        self.expected: dict[tuple[str, ...], dict[str, bytes]] = {}
+        self.cached: dict[str, bytes] = {}
+        for kind in set(KINDS):
+            self._clear()
+            began = time.monotonic()
+            finish([self._start(kind, 0)])
+            self.takes = time.monotonic() - began
+            self.expected[kind] = self._content(0)
+            self.cached |= cache_content(self.cache)
+
+    def _clear(self) -> None:
+        for folder in (self.cache, self.place.folder / "crowd"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _run(self, number: int) -> Path:
+        return self.place.folder / "crowd" / str(number) / "run"
+
+    def _content(self, number: int) -> dict[str, bytes]:
+        return run_content(self._run(number))
+
+    def _start(self, kind: tuple[str, ...], number: int, limit: str = "") -> Command:
+        runs = self._run(number).parent
+        arguments = [str(self.place.data), *COMMON, *self.options, *kind, f"--runs-dir={runs}"]
+        environment = {"CNNFT_CACHE": str(self.cache), "CNNFT_CACHE_LIMIT": limit}
+        return start(["finetune", *arguments], runs / "said", environment)
+
+    def _cache_clear(self) -> Command:
+        folder = self.place.folder / "clear"
+        return start(["cache", "--clear"], folder, {"CNNFT_CACHE": str(self.cache)})
+
+    def attempt(self, kills: int, kinds: tuple[tuple[str, ...], ...] = KINDS) -> Counter[str]:
+        """Of all `kinds` at once kill some at random instants; the others must not notice."""
+        self._clear()
+        chance = self.place.chance
+        commands = [self._start(kind, number) for number, kind in enumerate(kinds)]
+        victims = chance.sample(range(len(kinds)), kills)
+        for victim in victims:
+            if commands[victim].wait(chance.uniform(0, self.takes)) is None:
+                commands[victim].kill()
+        return self._judge(kinds, commands, victims)
+
+    def attempt_with_clear(self, limit: str) -> Counter[str]:
+        """All at once while `cnnft cache clear` and evictions take away what they read."""
+        self._clear()
+        commands = [self._start(kind, number, limit) for number, kind in enumerate(KINDS)]
+        while any(command.wait(0) is None for command in commands):
+            clearing = self._cache_clear()
+            code = clearing.wait()
+            held = code == 1 and "is being written to by another process" in clearing.said
+            assert code == 0 or held, clearing.said
+        return self._judge(KINDS, commands, [])
+
+    def _judge(
+        self, kinds: tuple[tuple[str, ...], ...], commands: list[Command], victims: list[int]
+    ) -> Counter[str]:
+        survivors = [n for n in range(len(kinds)) if n not in victims]
+        finish([commands[n] for n in survivors])
+        lost = sum(bytes_lost(self.expected[kinds[n]], self._content(n)) for n in survivors)
+        lost += self._invalid()
+        # What they left serves the next one.
+        shutil.rmtree(self._run(0).parent)
+        finish([self._start(kinds[0], 0)])
+        lost += bytes_lost(self.expected[kinds[0]], self._content(0)) + self._invalid()
+        temporary = [p for p in unfinished(self.cache) if p.is_file()]
+        assert not temporary, temporary
+        for command in commands:
+            command.require_end()
+        return Counter({"tries": 1, "survived": 1, "bytes that differ": lost})
+
+    def _invalid(self) -> int:
+        """Bytes of the cache that are other than those of commands alone."""
+        found = cache_content(self.cache)
+        return bytes_lost({name: self.cached[name] for name in found}, found)
+
+
+def crowds(place: Place) -> Iterator[tuple[str, Callable[[], Counter[str]]]]:
+    crowd = Crowd(place)
+    yield "four commands on one cache, two of them killed", lambda: crowd.attempt(2)
+    yield (
+        "four commands on one cache while it is cleared and entries are evicted",
+        lambda: crowd.attempt_with_clear(place.chance.choice(("50", "0.0002"))),
+    )
+
+
+# ---------------------------------------------------------------- torchrun
+
+
+def killed_under_torchrun(place: Place, kills: int) -> Counter[str]:
     """Kill one of two processes as often; torchrun starts both again, and they resume."""
-    fault = Fault("one of two processes under torchrun dies", kills)
+    data, folder = place.data, place.folder / "torchrun"
+    shutil.rmtree(folder, ignore_errors=True)
     command = ["-m", "cnnft", "finetune", data, *COMMON, "--workers=0", "--epochs=20", "--runs-dir"]
-    _, said = (whole := start_torchrun(2, *command, folder / "whole")).communicate()
-    assert whole.returncode == 0, said
-    expected, runs = outcome(folder / "whole"), folder / "killed"
+    _, said = (alone := start_torchrun(2, *command, folder / "whole")).communicate()
+    assert alone.returncode == 0, said
+    runs = folder / "killed"
     training = start_torchrun(2, f"--max-restarts={kills}", *command, runs)
     for _ in range(kills):
         before = reached(runs)
         while reached(runs) == before:  # it goes on from where it was
             assert training.poll() is None, training.communicate()
             time.sleep(0.01)
-        os.kill(chance.choice(children(training.pid)), signal.SIGKILL)
+        os.kill(place.chance.choice(children(training.pid)), signal.SIGKILL)
     _, said = training.communicate()
     assert training.returncode == 0, said
-    fault.survived = kills
-    fault.bytes_lost = bytes_lost(expected, outcome(runs))
-    return fault
+    lost = bytes_lost(run_content(folder / "whole" / "run"), run_content(runs / "run"))
+    return Counter({"tries": kills, "survived": kills, "bytes that differ": lost})
 
 
 def reached(runs: Path) -> int:
@@ -378,47 +321,52 @@ def reached(runs: Path) -> int:
     return max((int(name.split("-")[0]) for name in names), default=0)
 
 
+# ---------------------------------------------------------------- the tool
+
+
+def attempts(place: Place) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+    """(what is tried, a function that tries it once)."""
+    expected = place.undisturbed()
+    for name, fault in FAULTS.items():
+        yield name, lambda fault=fault: fault(place, expected)
+    for name, attempt in crowds(place):
+        yield name, lambda attempt=attempt: (attempt(), "")
+    yield (
+        "one of two processes under torchrun dies",
+        lambda: (killed_under_torchrun(place, 3), ""),
+    )
+
+
+def summary(tally: Tally) -> str:
+    header = ["fault", "tries", "survived", "bytes that differ", "what is said"]
+    rows = []
+    for name, counts in tally.sums().items():
+        numbers = [f"{counts[column]:,}" for column in header[1:4]]
+        rows.append([name, *numbers, tally.words(name).replace("|", "\\|")])
+    return table(header, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="in all, over the lines of MATRIX")
-    parser.add_argument("--tries", type=int, default=10, help="of each other fault")
+    parser.add_argument("--tries", type=int, default=10, help="of each fault")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    chance = random.Random(options.seed)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        data = draw_data(Path(place) / "data")
-        share, rows = -(-options.kills // len(MATRIX)), []
-        for name, flags in MATRIX.items():
-            killed = kill_and_resume(data, Path(place) / "kills", flags, share, chance)
-            counts = [str(killed.phases[phase]) for phase in PHASES]
-            rows.append([name, str(killed.phases.total()), *counts, str(killed.bytes_lost)])
-            print(*rows[-1], flush=True)
-        sums = [sum(int(row[i]) for row in rows) for i in range(1, len(rows[0]))]
-        rows.append(["**all**", *map(str, sums)])
-        header = [
-            "training",
-            "killed",
-            *(f"while {phase}" for phase in PHASES),
-            "bytes that differ",
-        ]
-        fill(DOCUMENT, "kills", table(header, rows) + f"\n\nSeed {options.seed}.")
-        faults = other_faults(data, Path(place) / "faults", options.tries, chance)
-        faults.append(killed_under_torchrun(data, Path(place) / "many", 3, chance))
-        lines = [
-            [
-                fault.name, str(fault.tries), str(fault.survived), str(fault.bytes_lost),
-                fault.said.replace(place, "…").replace("|", "\\|"),
-            ]
-            for fault in faults
-        ]  # fmt: skip
-        header = ["fault", "tries", "survived", "bytes that differ", "what is said"]
-        fill(DOCUMENT, "faults", table(header, lines))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    tally = Tally("faults", options.seed)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Place(
+                draw_data(Path(folder) / "data"), Path(folder), random.Random(options.seed)
+            )
+            for name, attempt in attempts(place) if options.tries else ():
+                done: Counter[str] = Counter()
+                while done["tries"] < options.tries:
+                    counts, said = attempt()
+                    done = joined(done, counts)
+                    tally.add(name, counts, said.replace(folder, "…"))
+                print(name, dict(done), said, flush=True)
+    finally:
+        fill(DOCUMENT, "faults", summary(tally))
 
 
 if __name__ == "__main__":

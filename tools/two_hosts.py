@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from tools.document import fill
 from tools.each_step import follow
-from tools.faults import draw_data
+from tools.forked import draw_data
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
 HOSTS = {"cnnft-host-0": "10.77.0.1", "cnnft-host-1": "10.77.0.2"}

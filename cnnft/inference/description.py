@@ -100,8 +100,8 @@ def parse_description(config: dict[str, Any], source: Path) -> Description:
             raise ValueError("head_kind is unknown")
         if not isinstance(found.snapshots, int) or not 0 <= found.snapshots <= _MOST_SNAPSHOTS:
             raise ValueError("the number of snapshots makes no sense")
-        texts = found.weights_source or "", found.pretrained_hash
-        if not all(isinstance(text, str) for text in texts):
+        source_is_text = isinstance(found.weights_source, str | None)
+        if not source_is_text or not isinstance(found.pretrained_hash, str):
             raise TypeError("weights_source and sha256 of the backbone must be strings")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CnnftError(
