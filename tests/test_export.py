@@ -350,17 +350,33 @@ def test_onnx_that_disagrees_is_not_written(
     assert path.read_text() == "precious" and listing(tmp_path) == {path.name}
 
 
-def test_onnx_is_not_written_unchecked_when_the_images_are_gone(
-    cnnft: Cli, copied: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text.replace(".png,", ".gone.png,"), "the images of {run} are gone"),
+        (lambda text: "", "{run}/data.csv is damaged"),
+    ],
+    ids=["images", "data.csv"],
+)
+def test_onnx_is_checked_on_generated_pixels_when_the_images_are_gone(
+    cnnft: Cli, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage, said: str
 ) -> None:
-    pytest.importorskip("onnxruntime")
-    text = (copied / "data.csv").read_text()
-    (copied / "data.csv").write_text(text.replace(".png,", ".gone.png,"))
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (copied / "data.csv").write_text(damage((copied / "data.csv").read_text()))
     path = tmp_path / "model.onnx"
-    path.write_text("precious")
     outcome = cnnft("export", copied, "--format", "onnx", "--output", path)
-    outcome.fails_with(1, "are gone", "data.csv", "--format safetensors")
-    assert path.read_text() == "precious" and listing(tmp_path) == {"copied", path.name}
+    assert outcome.code == 0 and path.is_file(), outcome.err
+    assert said.format(run=copied) in outcome.err
+    assert "the ONNX file is checked on generated pixels" in outcome.err
+
+    class Wrong(onnxruntime.InferenceSession):
+        def run(self, *arguments: Any) -> Any:
+            return [-logits for logits in super().run(*arguments)]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    outcome = cnnft("export", copied, "--format", "onnx", "--output", tmp_path / "wrong.onnx")
+    outcome.fails_with(1, "disagrees with PyTorch", "on 8 generated images")
+    assert not (tmp_path / "wrong.onnx").exists()
 
 
 def test_onnx_without_its_packages_names_what_to_install(

@@ -1,6 +1,7 @@
 """A run whose images, or which itself, lies elsewhere now; and one whose images are gone."""
 
 import csv
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -174,3 +175,64 @@ def test_other_images_are_refused_and_counted(cnnft: Cli, begun, change) -> None
     parts = [part.replace(str(photos), str(data)) for part in parts]
     cnnft("finetune", "--resume", run.path, data).fails_with(1, "cannot go on", *parts)
     assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+
+
+# ---------------------------------------------------------------- images that are gone
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """A finished run on ants and bees without its images."""
+    run = Path(shutil.copytree(trained, tmp_path / "copied"))
+    for name in ("config.toml", "data.csv", "predictions.csv"):
+        text = (run / name).read_text()
+        (run / name).write_text(text.replace(str(trained.parents[1]), str(tmp_path / "gone")))
+    return run
+
+
+def test_what_reads_no_images_works_without_them(
+    cnnft: Cli, trained: Path, copied: Path, flat: Path, tmp_path: Path
+) -> None:
+    for command in (
+        ("predict", flat, "-m", copied),
+        ("diff", trained, copied),
+        ("export", copied, "--format", "head"),
+        ("export", copied, "--format", "safetensors"),
+    ):
+        outcome = cnnft(*command)
+        assert (outcome.code, outcome.err.count("warning")) == (0, 0), outcome.err
+    data = trained.parents[1] / "data"
+    outcome = cnnft("evaluate", data, "-m", copied, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out == cnnft("evaluate", data, "-m", trained, "--json").out
+
+
+def test_evaluate_says_what_it_cannot_recognise(
+    cnnft: Cli, trained: Path, copied: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(trained.parents[1] / "data", tmp_path / "data"))
+    splits = Run.open(copied).dataset().splits
+    name, label = splits["train"].paths[0], splits["train"].labels[0]
+    draw(data / Path(name).parent.name / Path(name).name, label, 99)
+    Path(data, *Path(splits["val"].paths[0]).parts[-2:]).unlink()
+    outcome = cnnft("evaluate", data, "-m", copied, "--json")
+    assert outcome.code == 0
+    assert f"2 image(s) of the training and validation of {copied} are not in {data}" in outcome.err
+    found = json.loads(outcome.out)
+    assert found["n"] == len(splits["val"]) and found["left_out"] == len(splits["train"]) - 1
+    others = draw_folder(tmp_path / "others", ("ants", "bees"), 2, first_seed=400)
+    known = Path(data, *Path(splits["train"].paths[1]).parts[-2:])
+    shutil.copy(known, others / "ants" / "known.png")  # one that it knows is no reason
+    assert "were changed" not in cnnft("evaluate", others, "-m", copied).err
+
+
+def test_a_teacher_that_lost_its_data_teaches_all_the_same(
+    cnnft: Cli, copied: Path, flat: Path, tmp_path: Path
+) -> None:
+    (copied / "data.csv").unlink()
+    outcome = cnnft(
+        "finetune", flat, "--teacher", copied, "--backbone=builtin", "--epochs=1", "--dry-run"
+    )
+    assert outcome.code == 0, outcome.err
+    assert f"{copied / 'data.csv'} cannot be read" in outcome.err
+    assert "whether --teacher was trained on validation images is not known" in outcome.err

@@ -1,7 +1,7 @@
 """How good a classifier is on labelled images that it was not trained on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cnnft.config.choices import Split
 from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName, join
@@ -35,11 +35,14 @@ class Evaluation:
     classes: tuple[ClassScore, ...]
     confusion: list[list[int]]
     """Rows are true classes, columns predicted ones."""
-    left_out: int
+    left_out: int = 0
     """Images that the classifier was trained on."""
-    selected_on: int
+    selected_on: int = 0
     """Of the evaluated images, those on which training chose its best epoch."""
-    skipped: tuple[Skipped, ...]
+    skipped: tuple[Skipped, ...] = ()
+    unrecognised: int = 0
+    """Images of the model's training or validation that are not among those read, while most are:
+    they are gone, or were changed and count as unseen."""
 
     @property
     def chance(self) -> float:
@@ -81,6 +84,12 @@ class Seen:
         splits = run.dataset().splits
         return cls(frozenset(splits["train"].hashes), frozenset(splits["val"].hashes))
 
+    def missing(self, samples: Samples) -> int:
+        """How many contents that it has seen are not there, though most of their split are."""
+        known = self.trained_on, self.selected_on
+        left = [(len(of), len(of.difference(samples.hashes))) for of in known]
+        return sum(gone for n, gone in left if 2 * gone < n)
+
 
 def evaluate(
     classifier: Classifier,
@@ -100,20 +109,16 @@ def evaluate(
     kept = samples.without(seen.trained_on)
     _require_some(kept, samples, dataset)
     predictions = predict(classifier, kept, inference, "test", lambda: on_image(len(kept)))
-    return evaluation_of(
-        predictions,
+    return replace(
+        evaluation_of(predictions),
         left_out=len(samples) - len(kept),
         selected_on=sum(digest in seen.selected_on for digest in kept.hashes),
         skipped=dataset.skipped,
+        unrecognised=seen.missing(samples),
     )
 
 
-def evaluation_of(
-    predictions: Predictions,
-    left_out: int = 0,
-    selected_on: int = 0,
-    skipped: tuple[Skipped, ...] = (),
-) -> Evaluation:
+def evaluation_of(predictions: Predictions) -> Evaluation:
     log_probs, labels = predictions.log_probs, predictions.labels
     classes = predictions.samples.classes
     return Evaluation(
@@ -122,9 +127,6 @@ def evaluation_of(
         calibration_error=calibration_error(log_probs, labels),
         classes=class_scores(log_probs, labels, classes),
         confusion=confusion_matrix(log_probs, labels).tolist(),
-        left_out=left_out,
-        selected_on=selected_on,
-        skipped=skipped,
     )
 
 

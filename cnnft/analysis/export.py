@@ -1,11 +1,15 @@
 """A run -> a file that can be taken elsewhere: the head alone, all weights, or ONNX."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from cnnft.config.choices import ExportFormat
 from cnnft.data.images import ImageError, read_image
@@ -16,6 +20,8 @@ from cnnft.inference.storage import load
 from cnnft.machine.files import to_safetensors, write_whole
 from cnnft.models.weights import backbone_hash
 from cnnft.runs.run import FILES, Run
+
+_log = logging.getLogger(__name__)
 
 SUFFIX: dict[ExportFormat, str] = {
     "head": ".head.safetensors",
@@ -33,7 +39,7 @@ def export_model(
 ) -> Path:
     """Write the classifier of a run as one file; returns its path (default: <run>/<run><suffix>).
 
-    The folder of a model alone, without the rest of a run, serves too, but not for ONNX.
+    The folder of a model alone, without the rest of a run, serves too.
 
     Raises:
         UsageError: no such run; the output is a folder, or a head is asked of a model that has
@@ -99,7 +105,7 @@ def _onnx(classifier: Classifier, folder: Path) -> bytes:
         raise CnnftError(
             f"--format onnx needs the package {error.name}: pip install 'cnnft[onnx]'"
         ) from error
-    pixels = _real_pixels(classifier, folder)
+    what, pixels = _example_pixels(classifier, folder)
     try:
         program = torch.onnx.export(
             classifier.network,
@@ -128,28 +134,35 @@ def _onnx(classifier: Classifier, folder: Path) -> bytes:
     if not difference <= ONNX_TOLERANCE:
         raise CnnftError(
             f"the ONNX file disagrees with PyTorch by {difference:.2g} in probability on "
-            f"{len(pixels)} images of the run, so it is not written; use --format safetensors"
+            f"{len(pixels)} {what}, so it is not written; use --format safetensors"
         )
     return content
 
 
-def _real_pixels(classifier: Classifier, folder: Path) -> torch.Tensor:
-    """Some of the run's images, preprocessed: (N, 3, H, W), 2 <= N <= ONNX_IMAGES."""
+def _example_pixels(classifier: Classifier, folder: Path) -> tuple[str, torch.Tensor]:
+    """(what they are, pixels (N, 3, H, W) with 2 <= N <= ONNX_IMAGES): images of the run,
+    preprocessed; where they are gone, generated ones of several spatial frequencies.
+    """
+    try:
+        found = list(islice(_images_of(folder), ONNX_IMAGES))
+        problem = f"the images of {folder} are gone (see its data.csv)"
+    except CnnftError as error:
+        found, problem = [], str(error)
+    what = "images of the run"
+    if len(found) < 2:
+        _log.warning("%s: the ONNX file is checked on generated pixels", problem)
+        random, what = np.random.default_rng(0), "generated images"
+        sides = [4 * 2**n for n in range(ONNX_IMAGES)]
+        noise = [random.integers(0, 256, (side, side, 3), np.uint8) for side in sides]
+        found = [Image.fromarray(pixels) for pixels in noise]
+    return what, torch.stack([classifier.preprocess(image) for image in found])
+
+
+def _images_of(folder: Path) -> Iterator[Image.Image]:
+    """Raises `CnnftError` where nothing says which images it was trained on."""
     if not Run.is_run(folder):
-        raise CnnftError(
-            f"{folder} does not say which images it was trained on, and an ONNX file is not "
-            "written unchecked: use --format safetensors"
-        )
+        raise CnnftError(f"{folder} does not say which images it was trained on")
     splits = Run.open(folder).dataset().splits
-    found: list[torch.Tensor] = []
     for path in (*splits["val"].paths, *splits["train"].paths):
         with suppress(ImageError):  # moved since; others will do
-            found.append(classifier.preprocess(read_image(path)))
-        if len(found) == ONNX_IMAGES:
-            break
-    if len(found) < 2:
-        raise CnnftError(
-            f"the images of {folder} are gone (see its data.csv), and an ONNX file is not "
-            "written unchecked: bring them back, or use --format safetensors"
-        )
-    return torch.stack(found)
+            yield read_image(path)

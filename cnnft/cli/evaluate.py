@@ -61,6 +61,11 @@ def command(
             lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )
     console.warn_of_skipped(evaluation.skipped, "--json lists all")
+    if evaluation.unrecognised:
+        console.warn(
+            f"{evaluation.unrecognised} image(s) of the training and validation of {model} are not "
+            f"in {data}, or were changed: one that was changed counts as unseen"
+        )
     if json:
         known = run is not None
         console.result_json(_json(evaluation) | ({} if known else _UNKNOWN))

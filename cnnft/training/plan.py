@@ -230,14 +230,21 @@ def _refuse_skipped(skipped: tuple[Skipped, ...], strict: bool) -> None:
 def _warn_of_known(teachers: tuple[str, ...], val: Samples) -> None:
     """A teacher that has learnt validation images may tell the student what is right there."""
     for teacher in teachers:
-        if Run.is_run(teacher):
+        if not Run.is_run(teacher):
+            continue
+        try:
             known = len(val) - len(val.without(Run.open(teacher).dataset().train.hashes))
-            if known:
-                _log.warning(
-                    "--teacher %s was trained on %d of the validation images: the score on val "
-                    "may be optimistic",
-                    *(teacher, known),
-                )
+        except CnnftError as error:
+            _log.warning(
+                "%s: whether --teacher was trained on validation images is not known", error
+            )
+            continue
+        if known:
+            _log.warning(
+                "--teacher %s was trained on %d of the validation images: the score on val "
+                "may be optimistic",
+                *(teacher, known),
+            )
 
 
 def _batches(config: Config, train: Samples) -> KeyedBatches:
