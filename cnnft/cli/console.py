@@ -130,7 +130,8 @@ def set_quiet(quiet: bool) -> None:
 
 
 def say(what: RenderableType = "", style: str | None = None) -> None:
-    _log.info("", extra={"drawn": what, "style": style})
+    drawn = _printable_lines(what) if isinstance(what, str) else what
+    _log.info("", extra={"drawn": drawn, "style": style})
 
 
 def warn(text: str) -> None:
@@ -164,9 +165,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def _printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def result(what: RenderableType) -> None:
-    if distributed.is_main:
-        _out.print(what, soft_wrap=isinstance(what, str))
+    if isinstance(what, str):
+        result_text(what + "\n")
+    elif distributed.is_main:
+        _out.print(what, soft_wrap=False)
 
 
 def result_json(value: object) -> None:
@@ -174,9 +181,10 @@ def result_json(value: object) -> None:
 
 
 def result_text(text: str) -> None:
-    """Exactly `text`."""
+    """Exactly `text`, for programs; on a terminal names cannot command it."""
     if distributed.is_main:
-        print(text, end="")
+        seen = sys.stdout is not None and sys.stdout.isatty()
+        print(_printable_lines(text) if seen else text, end="")
 
 
 @contextmanager

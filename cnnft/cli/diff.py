@@ -44,7 +44,7 @@ def command(
 
 
 def _line(name: str, text: str) -> None:
-    console.result(f"{name:<16}{text}")
+    console.result(f"{name:<16}{console.printable(text)}")
 
 
 def _unknown(found: "Comparison", what: str) -> str:

@@ -1,7 +1,5 @@
 """Predictions as rows: a table, CSV, JSON or JSON lines, while they come."""
 
-import csv
-import io
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -12,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cnnft.cli.tables import table
+from cnnft.machine.files import csv_line
 
 if TYPE_CHECKING:
     from cnnft.inference.classifier import Prediction
@@ -57,16 +56,10 @@ def _json(predictions: "Iterator[Prediction]") -> Iterator[str]:
 def _csv(predictions: "Iterator[Prediction]", top: int) -> Iterator[str]:
     ranks = ["", *(f"_{rank}" for rank in range(2, top + 1))]
     columns = [f"{what}{rank}" for rank in ranks for what in ("label", "probability")]
-    yield _csv_line(["file", *columns, "error"])
+    yield csv_line(["file", *columns, "error"])
     for prediction in predictions:
         cells = [value for pair in prediction.top for value in pair] or [""] * len(columns)
-        yield _csv_line([prediction.file, *cells, prediction.error or ""])
-
-
-def _csv_line(cells: list[object]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
-    return text.getvalue()
+        yield csv_line([prediction.file, *cells, prediction.error or ""])
 
 
 def _table(predictions: "list[Prediction]", top: int) -> Table:

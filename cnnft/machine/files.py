@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from cnnft.errors import CnnftError, first_line
@@ -59,13 +59,15 @@ def known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> bytes:
     """UTF-8; file names that are not keep their bytes, and cells may hold line breaks."""
-    lines: list[str] = []
-    # Before Python 3.13 a carriage return in a cell is quoted only where it ends lines.
-    writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    text = "".join(map(csv_line, chain([header], rows)))
     return text.encode("utf-8", errors="surrogateescape")
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    line = io.StringIO(newline="")
+    # Before Python 3.13 a carriage return in a cell is quoted only where it ends lines.
+    csv.writer(line, lineterminator="\r\n").writerow(cells)
+    return line.getvalue().removesuffix("\r\n") + "\n"
 
 
 def read_csv(file: IO[bytes]) -> Iterator[list[str]]:
