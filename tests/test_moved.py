@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from conftest import Outcome, draw, draw_folder
 from test_resume import finish, same, settings
 
+from cnnft.runs.directory import _replacing
 from cnnft.runs.run import Run
 from cnnft.training.events import Stopped
 from cnnft.training.finetune import run_plan
@@ -236,3 +239,62 @@ def test_a_teacher_that_lost_its_data_teaches_all_the_same(
     assert outcome.code == 0, outcome.err
     assert f"{copied / 'data.csv'} cannot be read" in outcome.err
     assert "whether --teacher was trained on validation images is not known" in outcome.err
+
+
+# ---------------------------------------------------------------- one name, several processes
+
+
+def test_of_two_that_replace_a_run_at_once_one_does(
+    cnnft: Cli, trained: Path, flat: Path, tmp_path: Path
+) -> None:
+    """The other one came while the run was moved away, and deleted the copy that was kept."""
+    run = Path(shutil.copytree(trained, tmp_path / "runs" / "run"))
+    again = ["finetune", flat, "--backbone=builtin", "--epochs=1", "--workers=0", "--name=run"]
+    again += ["--runs-dir", run.parent, "--force"]
+    ways = [
+        ("is being replaced by another process", lambda: _replacing(run)),
+        ("is being trained by another process", Run.open(run).locked),
+    ]
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for sentence, busy in ways:
+        with busy():
+            cnnft(*again).fails_with(1, f"{run} {sentence}")
+        assert before.items() <= {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}.items()
+    assert [path.name for path in run.parent.iterdir()] == ["run"]
+    shutil.rmtree(run)
+    run.mkdir()
+    cnnft(*again).fails_with(1, f"{run} was just begun by another process")
+
+
+def test_a_name_that_is_taken_is_said(cnnft: Cli, trained: Path, flat: Path) -> None:
+    again = ["finetune", flat, "--backbone=builtin", "--epochs=1", "--mode=feature-extractor"]
+    outcome = cnnft(*again, "--workers=0", "--name=frozen", "--runs-dir", trained.parent)
+    assert outcome.out.strip() == f"{trained}-2"
+    assert f"{trained} is there already: this run is {trained}-2" in outcome.err
+    shutil.rmtree(f"{trained}-2")
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_lose_nothing(trained: Path, flat: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    shutil.copytree(trained, runs / "run")
+    command = [sys.executable, "-m", "cnnft", "finetune", flat, "--backbone=builtin", "--epochs=2"]
+    command += ["--workers=0", "--name=run", "--force", "--runs-dir", runs, "--no-probe-first"]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[1] for process in both]
+    codes = [process.returncode for process in both]
+    assert 0 in codes and {*codes} <= {0, 1}, said
+    for code, text in zip(codes, said, strict=True):
+        if code:
+            assert "error: " in text and "by another process" in text.splitlines()[-1]
+    assert [path.name for path in runs.iterdir()] == ["run"]
+    run = Run.open(runs / "run")
+    assert len(run.history()) == 2 and run.predictions() and run.load_checkpoint()
+
+
+def test_an_image_under_two_classes_is_said(cnnft: Cli, flat: Path, tmp_path: Path) -> None:
+    shutil.copy(flat / "ants" / "0.png", flat / "bees" / "the same.png")
+    outcome = cnnft("finetune", flat, "--backbone=builtin", "--epochs=1", "--dry-run", "--json")
+    pair = [str(flat / "ants" / "0.png"), str(flat / "bees" / "the same.png")]
+    assert f"1 image(s) lie under two classes, such as {' = '.join(pair)}: one" in outcome.err
+    assert json.loads(outcome.out)["contradictions"] == [pair]

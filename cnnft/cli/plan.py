@@ -151,6 +151,11 @@ def _show_skipped(plan: "Plan") -> None:
         console.warn(
             f"{plan.leaked} validation image(s) left out: the same file is in the training data"
         )
+    if pairs := plan.contradictions:
+        console.warn(
+            f"{len(pairs)} image(s) lie under two classes, such as {' = '.join(pairs[0])}: one of "
+            "the labels is wrong (cnnft check lists them)"
+        )
 
 
 def _pixels_line(plan: "Plan") -> str:
@@ -217,4 +222,5 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "steps_per_epoch": plan.batches.steps_per_epoch,
         "skipped": [{"file": str(file.path), "reason": file.reason} for file in plan.skipped],
         "leaked": plan.leaked,
+        "contradictions": plan.contradictions,
     }

@@ -59,6 +59,16 @@ class Samples:
         excluded = set(hashes)
         return self.take(i for i, digest in enumerate(self.hashes) if digest not in excluded)
 
+    def contradictions(self) -> list[tuple[str, str]]:
+        """Pairs of files with the same content under two classes: one label is wrong."""
+        first: dict[str, int] = {}
+        pairs = []
+        for i, (digest, label) in enumerate(zip(self.hashes, self.labels, strict=True)):
+            other = first.setdefault(digest, i)
+            if self.labels[other] != label:
+                pairs.append((self.paths[other], self.paths[i]))
+        return pairs
+
     def once(self) -> "Samples":
         """Each content once: the first of files that are the same."""
         first = {digest: i for i, digest in reversed(list(enumerate(self.hashes)))}

@@ -1,9 +1,10 @@
 """Directories of runs: making one, replacing one, and the lock on the one that trains."""
 
 import logging
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -19,34 +20,76 @@ STATE = "state"
 _log = logging.getLogger(__name__)
 
 
-def make_directory(
+@contextmanager
+def new_directory(
     runs_dir: Path, name: str, *, is_run: str, has_weights: str, force: bool
-) -> Path:
+) -> Iterator[Path]:
     """`name`, or `name`-2, -3, ...; with `force` `name` itself.
 
     A directory is a run if it holds the file `is_run`, and of use if it holds `has_weights`. What
-    `force` replaces is kept, hidden, until `forget_replaced`. The main process alone calls this.
+    `force` replaces is kept, hidden, until `forget_replaced`; within this nobody else replaces a
+    run of that name. The main process makes the directory for all.
 
     Raises:
         UsageError: `force` would replace something that is no run.
-        CnnftError: the directory cannot be made; the run to replace is being trained.
+        CnnftError: the directory cannot be made; the run to replace is being trained or replaced.
     """
-    try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
-        if force and (runs_dir / name).exists():
-            _put_aside(runs_dir / name, is_run, has_weights)
-        for number in count(1):
-            path = runs_dir / (name if number == 1 else f"{name}-{number}")
+    with ExitStack() as stack:
+
+        def make() -> Path:
             try:
-                path.mkdir()
-            except FileExistsError:
-                continue
-            break
-    except OSError as error:
-        raise CnnftError(
-            f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
-        ) from error
+                runs_dir.mkdir(parents=True, exist_ok=True)
+                if force and (runs_dir / name).exists():
+                    stack.enter_context(_replacing(runs_dir / name))
+                    _put_aside(runs_dir / name, is_run, has_weights)
+                return _make(runs_dir, name)
+            except OSError as error:
+                raise CnnftError(
+                    f"{runs_dir}: a run cannot be made there ({error.strerror}); see --runs-dir"
+                ) from error
+
+        yield distributed.broadcast_from_main(make)
+
+
+def _make(runs_dir: Path, name: str) -> Path:
+    for number in count(1):
+        path = runs_dir / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        if number > 1:
+            _log.info("%s is there already: this run is %s", runs_dir / name, path)
+        break
     return path
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[None]:
+    """Of several processes that replace `path` at once, one does.
+
+    Raises:
+        CnnftError: another does.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file)
+    with file.open("a") as before:
+        with suppress(Timeout):
+            lock.acquire(blocking=False)
+        # Whoever held it before may have removed the file, so that others lock a new one.
+        if not lock.is_locked or not _is_still(file, before.fileno()):
+            lock.release()
+            raise CnnftError(f"{path} is being replaced by another process")
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes it when it is released
+            file.unlink()
+        lock.release()
+
+
+def _is_still(file: Path, opened: int) -> bool:
+    return file.exists() and os.path.samestat(os.fstat(opened), file.stat())
 
 
 def forget_replaced(path: Path) -> None:
@@ -86,7 +129,14 @@ def _acquire(lock: BaseFileLock, path: Path) -> None:
 
 
 def _put_aside(path: Path, is_run: str, has_weights: str) -> None:
+    if not path.exists():  # another process has replaced it just now
+        return
     if not (path / is_run).is_file():
+        if {entry.name for entry in path.iterdir()} <= {STATE}:
+            raise CnnftError(
+                f"{path} was just begun by another process, or by one that was killed: choose "
+                "another --name, or delete it"
+            )
         raise UsageError(f"--force would delete {path}, which is not a run: choose another --name")
     lock = _lock_of(path)
     _acquire(lock, path)  # nobody trains in it; not `locked`, as the main process is alone here

@@ -22,9 +22,8 @@ lines, and TensorBoard's files by events.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -43,7 +42,7 @@ from cnnft.machine import distributed
 from cnnft.machine.files import parse_json, to_json, to_safetensors, write_whole
 from cnnft.runs import records
 from cnnft.runs.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
-from cnnft.runs.directory import STATE, forget_replaced, locked, make_directory
+from cnnft.runs.directory import STATE, forget_replaced, locked, new_directory
 from cnnft.runs.formats import FORMATS, formats_from_json, formats_to_json
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
 from cnnft.runs.records import Epoch, Metrics
@@ -82,17 +81,16 @@ class Run:
             UsageError: `force` would replace something that is no run.
             CnnftError: the directory cannot be made; the run to replace is being trained.
         """
-        make = partial(
-            make_directory,
-            Path(config.run.runs_dir),
-            name,
-            is_run="config.toml",
-            has_weights="model.safetensors",
-            force=config.run.force,
-        )
-        run = cls(distributed.broadcast_from_main(make))
-        with run.locked():
-            run.save_config(config)  # from here on it is a run
+        with ExitStack() as stack:
+            with new_directory(
+                Path(config.run.runs_dir),
+                name,
+                is_run="config.toml",
+                has_weights="model.safetensors",
+                force=config.run.force,
+            ) as path:
+                run = stack.enter_context(cls(path).locked())
+                run.save_config(config)  # from here on it is a run
             if launch := distributed.launch():
                 run._write(_LAUNCH, launch.encode())
             yield run

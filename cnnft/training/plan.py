@@ -11,7 +11,7 @@ from cnnft.config.choices import Mode
 from cnnft.config.run import DataConfig
 from cnnft.config.schema import Config
 from cnnft.data.augmentation import augmentation
-from cnnft.data.dataset import Samples, Skipped, SplitName
+from cnnft.data.dataset import Samples, Skipped, SplitName, join
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
@@ -67,6 +67,11 @@ class Plan:
     batches: KeyedBatches
     device: torch.device
     loading: Loading
+
+    @property
+    def contradictions(self) -> list[tuple[str, str]]:
+        """Pairs of files with the same content under two classes."""
+        return join([self.train, self.val]).contradictions()
 
     @cached_property
     def teacher_hashes(self) -> list[str]:
