@@ -2,7 +2,7 @@
 
 import sys
 
-from cnnft.cli import app, console
+from cnnft.cli import app, causes, console
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed
 
@@ -26,17 +26,14 @@ def _run(arguments: list[str] | None) -> int:
     try:
         # Typer vendors Click and exports few of its exceptions, so they are known by their shape.
         code: int = app.app(arguments, prog_name="cnnft", standalone_mode=False) or 0
-        if code == INTERRUPTED:  # Typer turns the exception into this
-            console.error("interrupted")
-        return code
+        return _interrupted() if code == INTERRUPTED else code  # Typer turns the exception into it
     except CnnftError as error:
         if app.debug:
             raise
         console.error(str(error), met_by_main=error.met_by_main)
         return error.exit_code
     except KeyboardInterrupt:
-        console.error("interrupted")
-        return INTERRUPTED
+        return _interrupted()
     except Exception as error:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # ClickException
             if message := error.format_message().replace("\n", " "):  # none after showing help
@@ -44,26 +41,11 @@ def _run(arguments: list[str] | None) -> int:
             return int(error.exit_code)
         if app.debug:
             raise
-        console.error(_explain(error), traceback=True)
+        console.error(causes.explain(error), traceback=True)
         return 1
 
 
-def _explain(error: Exception) -> str:
-    """A sentence for what the machine refused; the rest is our mistake."""
-    reason = str(error).split("\n")[0].rstrip(".")
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "out of memory: lower --batch-size, or take a smaller --backbone"
-    if "gloo" in reason or "NCCL" in reason:
-        return f"another of the processes ended ({reason})"
-    if "DataLoader worker" in reason:
-        return (
-            f"a process that loads images died ({reason}), most often for lack of memory: lower "
-            "--workers, or 0 for none"
-        )
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return (
-        f"unexpected {type(error).__name__}: {reason} "
-        "(this is a bug: cnnft --debug COMMAND … shows where)"
-    )
+def _interrupted() -> int:
+    by_itself = causes.interrupted_by_itself()
+    console.error(by_itself or "interrupted")
+    return 1 if by_itself else INTERRUPTED
