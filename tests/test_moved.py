@@ -13,8 +13,9 @@ from conftest import Outcome, draw, draw_folder
 from test_resume import finish, same, settings
 
 from cnnft.runs.directory import _replacing
+from cnnft.runs.records import Epoch
 from cnnft.runs.run import Run
-from cnnft.training.events import Stopped
+from cnnft.training.events import Started, Stopped
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 from cnnft.training.step import StepDone
@@ -126,6 +127,26 @@ def test_a_project_that_was_moved_finds_its_images(cnnft: Cli, origin, begun) ->
     assert f"going on with the images in {project / 'photos'}" in outcome.err
     same(run, origin[2])
     assert run.config().dataset.data == str(project / "photos")
+
+
+def test_a_teacher_may_have_moved_too(
+    cnnft: Cli, trained: Path, finetuned: Path, flat: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "teacher")
+    more = {"augment": "none", "epochs": 2, "teacher": (str(tmp_path / "teacher"),)}
+    config = settings(flat, tmp_path, "student").replace(**more)
+    events = run_plan(prepare(config))
+    run = next(event.run for event in events if isinstance(event, Started))
+    while not isinstance(next(events), Epoch):
+        pass
+    events.close()
+    (tmp_path / "teacher").rename(tmp_path / "professor")
+    cnnft("finetune", "--resume", run.path).fails_with(2, f"{tmp_path / 'teacher'}: no such run")
+    again = ("finetune", "--resume", run.path, "--teacher")
+    cnnft(*again, finetuned).fails_with(1, "a teacher's weights are others")
+    outcome = cnnft(*again, tmp_path / "professor")
+    assert outcome.code == 0, outcome.err
+    same(run, finish(config.replace(name="whole", teacher=(str(tmp_path / "professor"),))))
 
 
 def test_images_that_are_nowhere_are_asked_for(cnnft: Cli, begun) -> None:

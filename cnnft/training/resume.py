@@ -15,10 +15,12 @@ _log = logging.getLogger(__name__)
 
 FREE = frozenset(
     {"epochs", "patience", "workers", "device", "micro_batch", "checkpoint_every"}
-    | {"skip_nonfinite", "cache", "precision", "data", "layout"}
+    | {"skip_nonfinite", "cache", "precision"}
 )
-"""Settings that change no step that was taken, or only how it is computed: the images stay the same
-wherever they lie, which `Run.require_same_data` checks.
+"""Settings that change no step that was taken, or only how it is computed."""
+PLACES = frozenset({"data", "layout", "teacher", "weights"})
+"""Settings that say where something lies, which may have moved: `Run.require_same_data` and the
+checkpoint see to it that the contents are the same.
 """
 
 
@@ -31,10 +33,11 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
     """
     before = run.config()
     saved = before.to_dict()
+    free = FREE | {name for name in PLACES if saved.get(name)}
     other = [
         name.replace("_", "-")
         for name, value in given.items()
-        if name not in FREE and not _same(value, saved.get(name))
+        if name not in free and not _same(value, saved.get(name))
     ]
     if other:
         raise UsageError(
@@ -43,7 +46,7 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
         )
     place = {} if "data" in given else {"data": _find_data(run, Path(before.dataset.data))}
     config = before.replace(
-        **place, **{name: value for name, value in given.items() if name in FREE}
+        **place, **{name: value for name, value in given.items() if name in free}
     )
     epochs, planned = config.training.epochs, before.training.epochs
     averaging = config.averaging
