@@ -7,18 +7,23 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from conftest import Outcome, draw
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cnnft as package
+from cnnft.errors import first_line
 from cnnft.inference.description import describe
+from cnnft.machine.files import kind_of
 from cnnft.models.downloads import DownloadError
 from cnnft.models.hub import Remote
 
@@ -333,8 +338,8 @@ def test_code_in_a_weights_file_does_not_run(
 
 
 def test_weights_that_are_not_there(refused: Refused, flat: Path, tmp_path: Path) -> None:
-    for path in (tmp_path / "none.pth", tmp_path):
-        refused(2, (str(path), "no such"), flat, "--backbone=test_resnet", "--weights", path)
+    for path, words in ((tmp_path / "none.pth", "no such"), (tmp_path, "is a folder")):
+        refused(2, (str(path), words), flat, "--backbone=test_resnet", "--weights", path)
 
 
 # ---------------------------------------------------------------- config files
@@ -595,7 +600,7 @@ def test_damaged_runs_cannot_be_compared(
 
 def test_a_file_that_is_no_model(cnnft: Cli, flat: Path) -> None:
     image = flat / "ants" / "0.png"
-    cnnft("predict", image, "-m", image).fails_with(1, str(image), "safetensors")
+    cnnft("predict", image, "-m", image).fails_with(1, str(image), "is no model, it is an image")
     cnnft("predict", image, "-m", BUILTIN).fails_with(1, str(BUILTIN), "not a file that cnnft")
 
 
@@ -818,12 +823,163 @@ def test_metrics_that_say_nothing(cnnft: Cli, copied: Path, flat: Path, metrics:
     cnnft("evaluate", flat, "-m", copied).fails_with(1, "metrics.json is damaged")
 
 
+NO_MODELS = {
+    "an empty file": (b"", "it is empty"),
+    "JSON": (b' {"classes": ["a"]}', "it is a JSON file"),
+    "text": ("caf\u00e9 \u2026\n".encode() * 200, "it is a text file"),
+    "a web page": (b"\n<!DOCTYPE html><html>404</html>", "it is a web page"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
+    "an archive": (b"PK\x03\x04\x14\x00", "it is a zip archive"),
+    "a photograph": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "it is an image"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), NO_MODELS.values(), ids=NO_MODELS)
+def test_what_is_given_as_a_model_is_named(
+    cnnft: Cli, flat: Path, tmp_path: Path, content: bytes, words: str
+) -> None:
+    """ "header too large" was said of JSON, "invalid load key" of a web page."""
+    for name in ("model.safetensors", "model.pth", "config.json", "odd\n\x1b[2Jname"):
+        written(tmp_path / name, content)
+    cnnft("predict", flat, "-m", tmp_path / "model.safetensors").fails_with(1, words)
+    cnnft("evaluate", flat, "-m", tmp_path / "odd\n\x1b[2Jname").fails_with(1, words)
+    common = ("finetune", flat, "--workers=0", "--runs-dir", tmp_path / "runs", "--epochs=1")
+    for name in ("model.safetensors", "model.pth"):
+        weights = ("--backbone=test_resnet", "--weights", tmp_path / name)
+        reason = (
+            "cannot be read as weights (" if name == "model.pth" and b"PK" in content else words
+        )
+        cnnft(*common, *weights).fails_with(1, reason)
+    parts = [words] if b"{" not in content and "text" not in words else ["config.json"]
+    cnnft(*common, f"--backbone=local-dir:{tmp_path}").fails_with(1, *parts)
+    teacher = ("--backbone=builtin", "--teacher", tmp_path / "model.pth")
+    cnnft(*common, *teacher).fails_with(1, words)
+
+
+def test_folders_and_files_in_each_others_place(cnnft: Cli, flat: Path, tmp_path: Path) -> None:
+    file = written(tmp_path / "file", b"")
+    common = ("finetune", flat, "--workers=0", "--runs-dir", tmp_path / "runs")
+    cnnft(*common, f"--backbone=local-dir:{file}").fails_with(2, "is a file")
+    cnnft("predict", flat, "-m", flat).fails_with(1, "is not a finished run")
+
+
+def test_a_safetensors_header_of_any_length_is_none_of_these() -> None:
+    for length in (0x7B, 0x5B, 0x280, 0x8B1F, 0x3C, 0x3C2, 10, 32):
+        assert kind_of(length.to_bytes(8, "little") + b'{"__metadata__":{"a":"b"}}') is None
+
+
+def test_what_libraries_say_commands_no_terminal() -> None:
+    error = RuntimeError("\n\x1b[2Jgone\x07 \u202e.\nand more")
+    assert first_line(error) == "\\x1b[2Jgone\\x07 \\u202e"
+
+
+def test_own_weights_beside_a_tag_that_this_timm_does_not_know(
+    cnnft: Cli, flat: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "own.safetensors"
+    save_file(timm.create_model("test_resnet").state_dict(), weights)
+    common = (
+        "finetune", flat, "--workers=0", "--runs-dir", tmp_path / "runs", "--dry-run", "--json",
+        "--backbone=test_resnet.mine",
+    )  # fmt: skip
+    outcome = cnnft(*common, "--weights", weights)
+    assert outcome.code == 0, outcome.err
+    cnnft(*common).fails_with(2, "has no weights 'mine'")
+
+
+@pytest.mark.parametrize("flags", [("--train-stages=99",)])
+def test_what_cannot_train_is_refused_before_the_probe(
+    cnnft: Cli, flat: Path, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--workers=0", "--runs-dir", tmp_path / "r", *flags
+    )
+    outcome.fails_with(2, "--train-stages 99 is out of range")
+    assert "probing" not in outcome.err
+
+
+def test_the_caches_limit_is_read_before_the_data(
+    cnnft: Cli, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (flat / "ants" / "0.png").write_bytes(b"no image")
+    monkeypatch.setenv("CNNFT_CACHE_LIMIT", "much")
+    common = ("finetune", flat, "--backbone=builtin", "--workers=0", "--runs-dir", tmp_path / "r")
+    cnnft(*common, "--strict").fails_with(2, "CNNFT_CACHE_LIMIT 'much'")
+    cnnft(*common, "--strict", "--cache=off").fails_with(1, "--strict")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"CNNFT_CACHE": "/dev/null/x"}, "/dev/null/x cannot be written (Not a directory)"),
+        ({"CNNFT_CACHE": "/dev/null"}, "/dev/null is a file, no folder for the cache"),
+        ({"CNNFT_CACHE_LIMIT": "0"}, "the cache may have 0.0 MB (CNNFT_CACHE_LIMIT)"),
+    ],
+)
+def test_no_run_is_left_where_the_cache_has_no_room(
+    cnnft: Cli, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str], words: str,
+) -> None:  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--workers=0", "--runs-dir", tmp_path / "runs",
+        "--cache=disk", "--epochs=2", "--no-probe-first",
+    )  # fmt: skip
+    outcome.fails_with(1, "--cache disk: ", words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_why_features_are_not_cached_is_said_once(
+    cnnft: Cli, flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And truly: it was "50% of the free disk is 0.0 MB"."""
+    monkeypatch.setenv("CNNFT_CACHE", "/dev/null/x")
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+        "--workers=0", "--runs-dir", tmp_path / "runs",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("features are not cached for later runs: /dev/null/x cannot be") == 1
+
+
 @pytest.mark.parametrize("arguments", [{"tta": "HFLIP"}, {"top": 0}, {"batch_size": 0}])
 def test_predict_in_python_checks_its_arguments(
     trained: Path, flat: Path, arguments: dict[str, object]
 ) -> None:
     with pytest.raises(package.CnnftError, match="--"):
         package.load(trained, device="cpu").predict(flat / "ants" / "0.png", **arguments)
+
+
+def test_predict_in_python_takes_files(trained: Path) -> None:
+    model = package.load(trained, device="cpu")
+    for given in (Image.new("RGB", (9, 9)), [Image.new("RGB", (9, 9))], None, 3):
+        with pytest.raises(package.CnnftError, match=r"forward\(preprocess"):
+            model.predict(given)
+
+
+LOCALES = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where names are bytes")
+def test_a_good_name_in_a_locale_without_it(tmp_path: Path) -> None:
+    """ "not UTF-8: rename it" was said of a name that is."""
+    for name in ("caf\u00e9", "tea"):
+        draw(tmp_path / "good" / name / "0.png", 0, 0)
+    draw(tmp_path / "bad" / os.fsdecode(b"caf\xe9") / "0.png", 0, 0)
+    draw(tmp_path / "bad" / "tea" / "0.png", 0, 0)
+    code = (
+        "import sys\nfrom cnnft.data.sources import open_source\n"
+        "from cnnft.errors import CnnftError\nfor folder in sys.argv[1:]:\n"
+        "    try: print(open_source(folder).classes('train'))\n"
+        "    except CnnftError as error: print(ascii(str(error)))\n"
+    )
+    lines = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "good", tmp_path / "bad"],
+        env={**os.environ, **LOCALES}, capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert "rename" not in lines[0] and "set PYTHONUTF8=1, or LC_ALL=C.UTF-8" in lines[0]
+    assert "is not UTF-8: rename it" in lines[1]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

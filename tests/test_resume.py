@@ -238,6 +238,11 @@ def test_without_a_readable_checkpoint_training_begins_anew_with_a_probed_head(
     expected = history(run)
     for path in (run.path / "state").glob("*.safetensors"):
         path.write_bytes(b"damaged")
+    model = (run.path / "model.safetensors").read_bytes()
+    # It would be replaced by that of the first epoch, and be lost in a kill after that.
+    cnnft("finetune", "--resume", run.path).fails_with(1, "all its checkpoints are damaged")
+    assert (run.path / "model.safetensors").read_bytes() == model
+    (run.path / "model.safetensors").unlink()
     outcome = cnnft("finetune", "--resume", run.path)
     assert outcome.code == 0 and "is damaged" in outcome.err
     assert "no checkpoint is whole: training begins anew" in outcome.err

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -202,7 +203,7 @@ class Features:
         rows = [row for row in self.missing if self._names[row] in lacking]
         reason = self._save(rows, len(rows))
         if reason is not None:
-            _log.info("features are not cached for later runs: %s", reason)
+            _say_not_cached(reason)
 
     def _save(self, rows: Sequence[int], left: int) -> str | None:
         """Write them to the disk; or why not, such as that it has no room for all that are left."""
@@ -229,6 +230,12 @@ class Features:
         content = to_safetensors({"names": names, "values": self.values[rows]}, {"about": about})
         path = _folder() / f"{self._key}-{hashlib.sha256(joined).hexdigest()[:16]}.safetensors"
         write_whole(path, content)
+
+
+@cache
+def _say_not_cached(reason: str) -> None:
+    """Once: a probe, training and validation images each have features."""
+    _log.info("features are not cached for later runs: %s", reason)
 
 
 def fits(extractor: FeatureExtractor, size: int, count: int) -> bool:

@@ -49,6 +49,8 @@ _MARGIN = 1.05  # for the others
 _UNDER_WAY = 32  # decoded images that wait to be written: a few large ones fill the memory
 _SHARED_MEMORY = Path("/dev/shm")  # where Linux has what processes share; in containers 64 MB
 
+_ELSEWHERE = "--cache {}: {}; auto finds another place, or goes without"
+
 _log = logging.getLogger(__name__)
 
 
@@ -149,10 +151,18 @@ def cache_images(
             raise CnnftError(f"{error}: the data changed meanwhile") from error
         except CnnftError as error:
             if cache != "auto":
-                raise CnnftError(
-                    f"--cache {cache}: {error}; auto finds another place, or goes without"
-                ) from error
+                raise CnnftError(_ELSEWHERE.format(cache, error)) from error
             _log.warning("no pixel cache: %s", error)
+
+
+def require_room(images: Sequence[CachedImages], cache: Cache) -> None:
+    """Raises `CnnftError` where `cache` names a place that has no room for what it lacks."""
+    if cache in ("ram", "disk"):
+        missing = [part for part in images if cache == "ram" or not _open(part)]
+        try:
+            _place(cache, sum(part.bytes() for part in missing))
+        except CnnftError as error:
+            raise CnnftError(_ELSEWHERE.format(cache, error)) from error
 
 
 def _decode_missing(images: Sequence[CachedImages], cache: Cache) -> Iterator[CacheProgress]:

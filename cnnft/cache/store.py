@@ -16,12 +16,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.machine.files import remove_unfinished
 
 LIMIT = 50.0
@@ -34,6 +35,7 @@ PATIENCE = 120.0
 
 _TICK = 1.0  # seconds
 _PIXELS = ".pixels"
+_WAY_OUT = "CNNFT_CACHE=FOLDER is another place"
 
 _log = logging.getLogger(__name__)
 
@@ -116,11 +118,31 @@ def refusal(needed: int) -> str | None:
     most = limit()
     if needed > most:
         return f"the cache may have {gigabytes(most)} (CNNFT_CACHE_LIMIT)"
-    place = root()
-    while not os.path.exists(place):  # noqa: PTH110  # which raises nothing
-        place = place.parent
-    room = int(DISK_SHARE * shutil.disk_usage(place).free)
+    try:
+        require_folder()
+    except CnnftError as error:
+        return str(error)
+    room = int(DISK_SHARE * shutil.disk_usage(root()).free)
     return f"{DISK_SHARE:.0%} of the free disk is {gigabytes(room)}" if needed > room else None
+
+
+def require_folder() -> None:
+    """Make the folder of the cache, and try whether files can be made there.
+
+    Raises:
+        CnnftError: they cannot.
+    """
+    folder = root()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except FileExistsError as error:
+        raise CnnftError(f"{folder} is a file, no folder for the cache; {_WAY_OUT}") from error
+    except OSError as error:
+        raise CnnftError(
+            f"{folder} cannot be written ({error.strerror or first_line(error)}); {_WAY_OUT}"
+        ) from error
 
 
 @contextmanager
@@ -171,14 +193,14 @@ def gigabytes(count: int) -> str:
 @contextmanager
 def _locked() -> Iterator[FileLock]:
     """The lock of the folder, acquired unless another process has it."""
+    require_folder()
     lock = FileLock(root() / ".lock")
     try:
-        root().mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
         pass
     except OSError as error:
-        raise CnnftError(f"{root()} cannot be written ({error.strerror})") from error
+        raise CnnftError(f"{lock.lock_file} cannot be locked ({first_line(error)})") from error
     try:
         yield lock
     finally:

@@ -110,7 +110,7 @@ def _input_spec(settings: Config) -> "InputSpec":
     from cnnft.models.registry import described_beside, resolve
 
     weights, fit = settings.network.weights, settings.input.fit
-    identity = resolve(settings.network.backbone)
+    identity = resolve(settings.network.backbone, own_weights=weights is not None)
     if weights is not None:
         identity = described_beside(Path(weights), identity)
     spec = input_spec(identity)

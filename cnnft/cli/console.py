@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cnnft.errors import printable as printable
 from cnnft.machine import distributed
 
 if TYPE_CHECKING:
@@ -158,11 +159,6 @@ def error(text: str, *, met_by_main: bool = False, traceback: bool = False) -> N
             time.sleep(_FOR_MAIN_TO_SAY)
         text = f"rank {distributed.rank}: {text}"
     _log.error("%s", text, exc_info=traceback)
-
-
-def printable(text: str) -> str:
-    """In one line, and harmless: names of files may hold line breaks and a terminal's commands."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _printable_lines(text: str) -> str:

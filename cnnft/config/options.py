@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from cnnft.errors import UsageError
+from cnnft.errors import UsageError, why_not_utf8
 
 _WIDEST_METAVAR = 13  # characters; what is beside it in 80 columns shall not be broken
 
@@ -146,7 +146,5 @@ def _is_a(value: object, types: tuple[type, ...]) -> bool:
 
 def _require_utf8(flag: str, value: object) -> None:
     """A run's files are UTF-8; a path may be any bytes, which Python holds as surrogates."""
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{flag} {value!s:.100} is not UTF-8: rename it") from error
+    if reason := why_not_utf8(str(value)):
+        raise UsageError(f"{flag} {value!s:.100} {reason}")

@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 from cnnft.config.choices import Layout
 from cnnft.data.dataset import Samples, Skipped, SplitName
 from cnnft.data.images import suffix_problem
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import CnnftError, UsageError, why_not_utf8
 
 SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -133,10 +133,8 @@ class FolderSource:
                 f"such as {self.folder / 'cats'} and {self.folder / 'dogs'}"
             )
         for name, folder in folders.items():
-            try:
-                name.encode()
-            except UnicodeEncodeError as error:
-                raise CnnftError(f"class folder {folder} is not UTF-8: rename it") from error
+            if reason := why_not_utf8(name):
+                raise CnnftError(f"class folder {folder} {reason}")
         return tuple(sorted(folders))
 
     def place(self, split: SplitName, name: str) -> str:

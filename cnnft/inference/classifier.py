@@ -109,6 +109,11 @@ class Classifier(Description):
     ) -> Iterator[Prediction]:
         """`predict`, yielding as batches are done; each of several processes gives its shard."""
         paths = [images] if isinstance(images, str | Path) else images
+        if not isinstance(paths, Sequence) or any(not isinstance(p, str | Path) for p in paths):
+            raise UsageError(
+                "predict takes files: give their paths, or for an image in memory call "
+                "forward(preprocess(image)[None])"
+            )
         if top is not None and top < 1:
             raise UsageError(f"--top {top} is out of range: it must be at least 1")
         top = min(top or len(self.classes), len(self.classes))

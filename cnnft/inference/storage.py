@@ -12,7 +12,7 @@ from cnnft.inference.classifier import Classifier
 from cnnft.inference.description import from_description
 from cnnft.inference.predict import Ensemble
 from cnnft.machine.devices import choose_device, place
-from cnnft.machine.files import parse_json
+from cnnft.machine.files import kind_of_file, parse_json
 from cnnft.models.registry import resolve
 from cnnft.models.weights import backbone_hash, load_weights
 
@@ -81,6 +81,11 @@ def snapshot_ensemble(classifier: Classifier, folder: Path) -> Ensemble:
 
 
 def _load_file(path: Path, weights: str | Path | None) -> Classifier:
+    if kind := kind_of_file(path):
+        raise CnnftError(
+            f"{path} is no model, it is {kind}: give a run directory, or a file made by cnnft "
+            "export"
+        )
     metadata, state = read_tensors(path)
     if "cnnft" not in metadata:
         raise CnnftError(
@@ -139,7 +144,9 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             names = list(file.keys())
             return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CnnftError(f"{path} is not a whole safetensors file ({first_line(error)})") from error
+        kind = kind_of_file(path)
+        reason = f"it is {kind}" if kind else first_line(error)
+        raise CnnftError(f"{path} is not a whole safetensors file ({reason})") from error
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], source: Path) -> None:

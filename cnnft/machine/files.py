@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
@@ -43,8 +43,54 @@ def parse_json(content: str | bytes, source: str | Path) -> dict[str, Any]:
             raise ValueError(f"it is nested more than {_DEEPEST} deep")
         json.dumps(value, ensure_ascii=False).encode()  # not every text can be written again
     except (ValueError, RecursionError) as error:
-        raise CnnftError(f"{source} is damaged ({first_line(error)})") from error
+        kind = kind_of(content.encode(errors="replace") if isinstance(content, str) else content)
+        odd = kind is not None and "JSON" not in kind and "text" not in kind
+        reason = f"it is {kind}" if odd else first_line(error)
+        raise CnnftError(f"{source} is damaged ({reason})") from error
     return value
+
+
+_KINDS = (
+    (b"version https://git-lfs", "a Git LFS pointer: git lfs pull fetches the file itself"),
+    (b"<!doctype html", "a web page, as a failed download leaves it"),
+    (b"<html", "a web page, as a failed download leaves it"),
+    (b"<?xml", "an XML file"),
+    (b"pk\x03\x04", "a zip archive, or what PyTorch saves"),
+    (b"\x80\x02", "a pickle, or what old PyTorch saves"),
+    (b"\x80\x04", "a pickle"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"\x89png", "an image"),
+    (b"\xff\xd8\xff", "an image"),
+    (b"\x89hdf", "an HDF5 file, as Keras saves"),
+    (b"{", "a JSON file"),
+    (b"[", "a JSON file"),
+)
+"""What files begin with, in lower case and after white space."""
+_BEGINNING = 1000  # bytes of a file that tell what it is
+
+
+def kind_of(content: bytes) -> str | None:
+    """What a file that begins so is, for the sentence why it cannot be read; None: who knows."""
+    if not content:
+        return "empty"
+    if content[4:8] == bytes(4):  # the length of a safetensors header, whatever that begins with
+        return None
+    start = content[:_BEGINNING].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind in _KINDS:
+        if start.startswith(beginning):
+            return kind
+    with suppress(UnicodeDecodeError):
+        # The last character may be cut.
+        text = content[: _BEGINNING - 4].decode() if len(start) > 4 else start.decode()
+        return "a text file" if all(c.isprintable() or c.isspace() for c in text) else None
+    return None
+
+
+def kind_of_file(path: Path) -> str | None:
+    """`kind_of` what the file holds; None as well where it cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        return kind_of(file.read(_BEGINNING))
+    return None
 
 
 def to_json(value: object) -> bytes:

@@ -64,7 +64,7 @@ def open_backbone(
         UsageError: an unknown name, a missing file, weights asked for where there are none.
         CnnftError: a download that fails, a file that cannot be read or is of another network.
     """
-    identity = resolve(name)
+    identity = resolve(name, own_weights=weights is not None)
     if weights is not None:
         identity = described_beside(Path(weights), identity)
     identity, spec = _at_size(identity, image_size, auxiliary)

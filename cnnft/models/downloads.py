@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from cnnft import __version__
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, first_line
 from cnnft.machine.files import writing_whole
 
 PATIENCE = 15.0
@@ -64,7 +64,7 @@ def _chunks(response: http.client.HTTPResponse, patience: float) -> Iterator[byt
     except TimeoutError as error:
         raise DownloadError(_silence(patience)) from error
     except (OSError, http.client.HTTPException) as error:
-        raise DownloadError(f"the connection broke ({error})") from error
+        raise DownloadError(f"the connection broke ({first_line(error)})") from error
     if expected is not None and received < expected:
         raise DownloadError(f"the connection ended after {received} of {expected} bytes")
 

@@ -1,6 +1,6 @@
 """Which parameters train, and in which mode (train or eval) frozen layers run meanwhile."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 from torch import nn
@@ -17,10 +17,23 @@ def freeze(
     mode: Mode,
     train_stages: int | None = None,
 ) -> None:
-    """Set `requires_grad` of all parameters; the head always trains.
+    """Set `requires_grad` of all parameters: of `trained_parameters` and the head it is true."""
+    trained = trained_parameters(network, head, stages, mode, train_stages)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in head or name in trained)
+
+
+def trained_parameters(
+    network: nn.Module,
+    head: frozenset[str],
+    stages: Sequence[Sequence[str]],
+    mode: Mode,
+    train_stages: int | None = None,
+) -> Set[str]:
+    """Names of the parameters that train besides the head.
 
     finetune trains the last `train_stages` stages (None: all), bn-only the scales and shifts of
-    normalisation layers (Frankle, Schwab and Morcos, 2021), feature-extractor nothing more.
+    normalisation layers (Frankle, Schwab and Morcos, 2021), feature-extractor nothing.
 
     Raises:
         UsageError: there are fewer stages, or no normalisation layer.
@@ -30,16 +43,13 @@ def freeze(
             f"--train-stages {train_stages} is out of range: this backbone has {len(stages)} stages"
         )
     if mode == "bn-only":
-        trained = _normalisations(network) - head
-        if not trained:
-            raise UsageError("--mode bn-only: this backbone has no normalisation layers to train")
-    elif mode == "finetune":
+        if trained := _normalisations(network) - head:
+            return trained
+        raise UsageError("--mode bn-only: this backbone has no normalisation layers to train")
+    if mode == "finetune":
         first = 0 if train_stages is None else len(stages) - train_stages
-        trained = {name for stage in stages[first:] for name in stage}
-    else:
-        trained = set()
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in head or name in trained)
+        return {name for stage in stages[first:] for name in stage}
+    return set()
 
 
 def _normalisations(network: nn.Module) -> set[str]:

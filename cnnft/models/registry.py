@@ -23,8 +23,12 @@ ONE_SIZE = "vit_"
 """torchvision's networks that are built for one size of image."""
 
 
-def resolve(name: str) -> Identity:
-    """Find `name` in its library, without building or downloading anything."""
+def resolve(name: str, *, own_weights: bool = False) -> Identity:
+    """Find `name` in its library, without building or downloading anything.
+
+    With weights of the user's own, timm need not know their tag: they expect the input that its
+    own default weights do.
+    """
     if folder := local_folder(name):
         return _from_folder(name, folder)
     if name.startswith("torchvision/"):
@@ -35,6 +39,8 @@ def resolve(name: str) -> Identity:
         raise UsageError(f"unknown backbone {name!r}{did_you_mean(name, [*names(), 'builtin'])}")
     architecture, _, tag = name.partition(".")
     tags = timm.list_pretrained(f"{architecture}.*") + timm.list_pretrained(architecture)
+    if own_weights and name not in tags:
+        name, tag = architecture, ""
     if tag and name not in tags:
         raise UsageError(
             f"backbone {architecture} has no weights {tag!r}{did_you_mean(name, tags)}"
@@ -67,6 +73,8 @@ def local_folder(name: str) -> Path | None:
 
 def _from_folder(name: str, folder: Path) -> Identity:
     config_file = folder / "config.json"
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file: local-dir: takes a folder in timm's layout")
     if not config_file.is_file():
         raise UsageError(f"{config_file}: no such file; local-dir: takes a folder in timm's layout")
     if name.startswith("local-dir:"):

@@ -15,6 +15,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.machine.files import kind_of_file
 from cnnft.models.heads import without_head
 from cnnft.models.hub import Pin
 from cnnft.models.identity import Identity
@@ -131,6 +132,8 @@ def _library_weights(identity: Identity) -> tuple[dict[str, Tensor], Pin]:
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """A state dict from .safetensors, or from a .pth or .pt file without running its code."""
     path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the weights file in it")
     if not path.is_file():
         raise UsageError(f"{path}: no such weights file")
     try:
@@ -142,9 +145,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             _refuse_packed(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile, pickle, safetensors and torch each have their own
+        kind = kind_of_file(path)
+        damaged = kind is None or ("PyTorch" in kind and path.suffix != ".safetensors")
+        reason = first_line(error) if damaged else f"it is {kind}"
         raise CnnftError(
-            f"{path} cannot be read as weights ({first_line(error)}): it must be a safetensors "
-            "file, or a .pth file that holds tensors only"
+            f"{path} cannot be read as weights ({reason}): it must be a .safetensors file, or a "
+            ".pth file that holds tensors only"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

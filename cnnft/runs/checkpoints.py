@@ -63,14 +63,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole one; None where there is none. A damaged one is logged."""
-    paths = _newest_first(folder)
-    for path in paths:
+    for path in _newest_first(folder):
         try:
             return _read(path)
         except (CnnftError, SafetensorError, OSError, KeyError, TypeError, ValueError):
             _log.warning("the checkpoint %s is damaged", path)
-    if paths:
-        _log.warning("no checkpoint is whole: training begins anew")
     return None
 
 

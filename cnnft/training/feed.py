@@ -20,7 +20,13 @@ from cnnft.cache.features import (
     fits,
     pixel_batches,
 )
-from cnnft.cache.pixels import CachedImages, CacheProgress, cache_images, training_pixels
+from cnnft.cache.pixels import (
+    CachedImages,
+    CacheProgress,
+    cache_images,
+    require_room,
+    training_pixels,
+)
 from cnnft.data.augmentation import augmentation, training_transform
 from cnnft.data.images import decoder_versions
 from cnnft.data.loading import ImageFiles, TrainingImages, Views, training_batches, view_batches
@@ -55,6 +61,12 @@ class Feed:
         )
         self._cut: Cut | None = None
         self._features: Tensor | None = None
+
+    def require_room(self) -> None:
+        """Raises `CnnftError` where --cache names a place that cannot hold the decoded images."""
+        if self.plan.batches.views is None:
+            images, cache = (self.images, self.val_images), self.plan.config.machine.cache
+            distributed.broadcast_from_main(lambda: require_room(images, cache))
 
     def tail(self, network: nn.Module) -> nn.Module:
         """What computes logits from what is read; `network` has the plan's architecture."""

@@ -13,6 +13,7 @@ from cnnft.machine import distributed
 from cnnft.machine.environment import environment
 from cnnft.runs.run import Run
 from cnnft.training.events import Event, Finished, Started
+from cnnft.training.feed import Feed
 from cnnft.training.plan import Plan, prepare
 from cnnft.training.session import DivergedError, Session
 from cnnft.training.settings import run_name
@@ -41,6 +42,8 @@ def run_plan(
         CnnftError: the loss is not finite; a file cannot be read any more, or none be written.
     """
     name = run_name(plan.config)
+    if run is None:  # before there is one
+        Feed(plan).require_room()
     with run.locked() if run else Run.create(plan.config, name) as run:
         run.save_config(plan.config)
         run.save_data(plan.train, plan.val, plan.skipped)

@@ -7,6 +7,7 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from cnnft.config.choices import Mode
 from cnnft.config.pixels import InputConfig
 from cnnft.config.schema import Config
 from cnnft.config.texts import parse_statistics
@@ -19,7 +20,7 @@ from cnnft.errors import UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.machine.devices import place
 from cnnft.models.backbones import Backbone, open_backbone
-from cnnft.models.freezing import freeze
+from cnnft.models.freezing import freeze, trained_parameters
 from cnnft.models.heads import add_dropout, initialise, replace_by_mlp
 from cnnft.models.weights import backbone_hash
 from cnnft.probe.probe import Fitting, Probed, install, probe
@@ -39,8 +40,14 @@ def open_network(config: Config, classes: int, device: torch.device) -> Backbone
         auxiliary=trains_auxiliary(config),
         drop_path=config.network.drop_path,
     )
+    # What cannot train is refused before anything is computed; mode auto has not chosen yet.
+    trained_parameters(backbone.network, backbone.head, backbone.stages, *_freezing(config))
     place(backbone.network, device)
     return backbone
+
+
+def _freezing(config: Config) -> tuple[Mode, int | None]:
+    return config.freezing.mode, config.freezing.train_stages
 
 
 def trains_auxiliary(config: Config) -> bool:
@@ -118,8 +125,8 @@ def settle_network(
     config: Config, backbone: Backbone, head: frozenset[str], spec: InputSpec, images: int
 ) -> tuple[Config, nn.Module]:
     """Freeze, add what trains with the head, and find the batch size, if that is auto."""
-    network, freezing = backbone.network, config.freezing
-    freeze(network, head, backbone.stages, freezing.mode, freezing.train_stages)
+    network = backbone.network
+    freeze(network, head, backbone.stages, *_freezing(config))
     if config.network.dropout:
         add_dropout(network, head, config.network.dropout)
     if config.machine.sync_bn:

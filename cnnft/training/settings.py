@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from cnnft.cache import store
 from cnnft.config.schema import Config
 from cnnft.data.sources import require_source
 from cnnft.errors import UsageError
@@ -23,7 +24,9 @@ def check_settings(config: Config, device: torch.device) -> Config:
         )
     for teacher in config.loss.teacher:
         require_model(teacher)
-    resolve(config.network.backbone)
+    resolve(config.network.backbone, own_weights=config.network.weights is not None)
+    if config.machine.cache in ("auto", "disk"):
+        store.limit()
     require_optimizer(config.optim)
     if config.run.tensorboard:
         require_tensorboard()
