@@ -21,7 +21,6 @@ lines, and TensorBoard's files by events.
 """
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -53,8 +52,6 @@ T = TypeVar("T")
 FILES = ("formats.json", "config.json", "model.safetensors", *FORMATS)
 
 _LAUNCH = f"{STATE}/launch"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -166,23 +163,15 @@ class Run:
         """The newest whole one; None: training begins from its start.
 
         Raises:
-            CnnftError: the run is of a cnnft whose training this one cannot continue; or all are
-                damaged, and beginning anew would replace the model that is there by a worse one.
+            CnnftError: the run is of a cnnft whose training this one cannot continue, or all
+                are damaged.
         """
         if self._require_known(STATE) < FORMATS[STATE]:
             raise CnnftError(
                 f"{self.path} was begun by an older cnnft, whose training this one cannot "
                 f"continue: start a new run, as with --config {self.path / 'config.toml'}"
             )
-        found = load_checkpoint(self.path / STATE)
-        if found is None and self.has_checkpoint():
-            if (self.path / "model.safetensors").exists():
-                raise CnnftError(
-                    f"{self.path} cannot go on: all its checkpoints are damaged; its model is "
-                    f"kept: start a new run, as with --config {self.path / 'config.toml'}"
-                )
-            _log.warning("no checkpoint is whole: training begins anew")
-        return found
+        return load_checkpoint(self.path / STATE, self.path / "model.safetensors")
 
     def require_same_data(self, train: Samples, val: Samples) -> None:
         """Raises `CnnftError` where the images are not those that the run began with."""
