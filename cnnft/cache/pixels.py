@@ -30,7 +30,7 @@ from cnnft.data.images import (
     size_of,
 )
 from cnnft.data.loading import ImageFiles
-from cnnft.data.reading import in_threads
+from cnnft.data.threads import in_threads
 from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed
@@ -106,12 +106,17 @@ class CachedImages:
             raise ImageError(path, "is another file than before")
         return self.files.cropped(decode(path, content, self.files.pixels))
 
+    def names(self, row: int) -> list[str]:
+        """The file of a content."""
+        return [str(self.files.paths[self.contents[row][1]])]
+
     def bytes(self) -> int:
         """About how many all of them take, by the headers of some."""
         if self.files.crop is not None:
             return 3 * self.files.crop.size**2 * len(self.contents)
         some = self.contents[:: -(-len(self.contents) // _SAMPLED)]
-        sizes = in_threads(size_of, [self.files.paths[index] for _, index in some])
+        paths = [self.files.paths[index] for _, index in some]
+        sizes = in_threads(size_of, paths, self.files.read_timeout)
         reduced = [self.files.pixels.reduced(*size) for size in sizes]
         # Draft mode rounds up before the reduction does.
         sampled = sum(3 * (width + 1) * (height + 1) for width, height in reduced)
@@ -253,7 +258,10 @@ def _decode_all(
 
     rows = range(len(images.contents))
     sizes = torch.zeros(len(rows), 2, dtype=torch.int64)
-    for row, (size, content) in enumerate(in_threads(decoded, rows, _UNDER_WAY)):
+    results = in_threads(
+        decoded, rows, images.files.read_timeout, names=images.names, under_way=_UNDER_WAY
+    )
+    for row, (size, content) in enumerate(results):
         if write(content):
             sizes[row] = torch.tensor(size)
         yield row + 1

@@ -1,10 +1,11 @@
 """The command line: one file per command, each importing what it needs when it runs."""
 
+import signal
 import sys
 
 from cnnft.cli import app, causes, console
 from cnnft.errors import CnnftError
-from cnnft.machine import distributed
+from cnnft.machine import distributed, interruption, limits
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
@@ -15,10 +16,14 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
-    with console.speaking(sys.argv[1:] if arguments is None else arguments):
+    limits.raise_open_files()
+    with (
+        console.speaking(sys.argv[1:] if arguments is None else arguments),
+        interruption.handled(console.say, lambda text: console.error(f"interrupted: {text}")),
+    ):
         code = _run(arguments)
         distributed.finished = code == 0
-        sys.exit(code)
+    sys.exit(code)
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -46,6 +51,8 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _interrupted() -> int:
-    by_itself = causes.interrupted_by_itself()
-    console.error(by_itself or "interrupted")
-    return 1 if by_itself else INTERRUPTED
+    number = interruption.received()
+    by_itself = None if number else causes.interrupted_by_itself()
+    if by_itself or distributed.is_main:  # which says so for all
+        console.error(by_itself or "interrupted")
+    return 1 if by_itself else 128 + (number or signal.SIGINT)

@@ -49,6 +49,7 @@ def command(
         typer.Option(metavar="FILE", help="Augmentation settings without a flag, as for finetune."),
     ] = None,
     workers: options.Workers = None,
+    read_timeout: options.ReadTimeout = options.READ_TIMEOUT,
     device: options.Device = "auto",
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -73,13 +74,15 @@ def command(
     if backbone is not None:
         settings = Config.of(
             data=data, backbone=backbone, weights=weights, mode="auto", fit=fit, layout=layout,
-            workers=workers, device=device,
+            workers=workers, device=device, read_timeout=read_timeout,
         )  # fmt: skip
     spec = PLAIN if settings is None else _input_spec(settings)
     with console.progress() as bar:
         inspector = Inspector(spec, keep_crops=settings is not None)
         reading = console.reading_images(bar)
-        dataset, facts = inspect_dataset(data, inspector, layout=layout, on_files=reading)
+        dataset, facts = inspect_dataset(
+            data, inspector, layout=layout, on_files=reading, read_timeout=read_timeout
+        )
         found = check_dataset(dataset, facts)
     if sheet is not None and show_augment is not None:
         if backbone is None:
@@ -138,7 +141,12 @@ def _advise(
     crops = {path: facts[path].crop for path in train.paths}
     kept = {path: crop for path, crop in crops.items() if crop is not None}
     workers = worker_count(settings.machine.workers)
-    loading = Loading(32, workers if len(kept) < len(train) else 0, pinned=device.type == "cuda")
+    loading = Loading(
+        32,
+        workers if len(kept) < len(train) else 0,
+        pinned=device.type == "cuda",
+        read_timeout=settings.machine.read_timeout,
+    )
     fitting = Fitting(seed=settings.training.seed, always=True, about=Path(asked.data).name)
     probed = probe(backbone, spec, train, loading, fitting, kept)
     assert probed is not None

@@ -27,6 +27,7 @@ def command(
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = None,
+    read_timeout: options.ReadTimeout = options.READ_TIMEOUT,
     precision: options.Precision = "float32",
     device: options.Device = "auto",
     json: options.Json = False,
@@ -52,11 +53,17 @@ def command(
         evaluating = bar.add_task("evaluating", total=None, visible=False)
         source = open_source(data, layout)
         parts = splits_to_evaluate(source, split)
-        dataset = read_dataset(source, parts, classes=classifier.classes, on_files=reading)
+        dataset = read_dataset(
+            source,
+            parts,
+            classes=classifier.classes,
+            on_files=reading,
+            read_timeout=read_timeout,
+        )
         evaluation = evaluate(
             classifier,
             dataset,
-            Inference(tta, batch_size, workers, precision),
+            Inference(tta, batch_size, workers, precision, read_timeout=read_timeout),
             Seen.by(run) if run else Seen(),
             lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )

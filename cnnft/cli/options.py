@@ -10,6 +10,7 @@ from cnnft.config.choices import Precision as Precision_
 from cnnft.config.choices import TestTimeViews
 from cnnft.config.options import metavar_of, option_of, shown_default, validate_value
 from cnnft.config.panels import MACHINE, RUN
+from cnnft.config.run import MachineConfig
 from cnnft.config.schema import FIELDS
 from cnnft.errors import UsageError
 
@@ -101,6 +102,8 @@ Precision = Annotated[
     ),
 ]
 Workers = Annotated[int | None, as_for_finetune("workers")]
+READ_TIMEOUT = MachineConfig.read_timeout
+ReadTimeout = Annotated[float, as_for_finetune("read_timeout")]
 Device = Annotated[str, as_for_finetune("device")]
 Json = Annotated[bool, _json()]
 Quiet = Annotated[bool, _quiet()]

@@ -44,6 +44,7 @@ def command(
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = None,
+    read_timeout: options.ReadTimeout = options.READ_TIMEOUT,
     precision: options.Precision = "float32",
     compile: Annotated[
         bool,
@@ -79,6 +80,7 @@ def command(
         workers=workers,
         precision=precision,
         compile=compile,
+        read_timeout=read_timeout,
     )
     failures: Counter[bool] = Counter()
     with console.progress(beside_results=output is None and format != "table") as bar:

@@ -2,16 +2,14 @@
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnnft.cli import console
 from cnnft.errors import CnnftError
-from cnnft.machine import distributed
+from cnnft.machine import distributed, interruption
 
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
@@ -24,10 +22,9 @@ if TYPE_CHECKING:
 class InterruptedRunError(CnnftError):
     """Training stopped at a signal; nothing is lost."""
 
-    def __init__(self, number: int, run: Path, step: int) -> None:
-        super().__init__(
-            f"interrupted after step {step}; go on with: cnnft finetune --resume {run}"
-        )
+    def __init__(self, number: int, run: Path, step: int | None = None) -> None:
+        reached = "" if step is None else f" after step {step}"
+        super().__init__(f"interrupted{reached}; go on with: cnnft finetune --resume {run}")
         self.exit_code = 128 + number
 
 
@@ -46,10 +43,10 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     macro = "   macro" if plan.config.balanced else ""
     console.say(f" epoch   train loss     acc    val loss     acc{macro}      gap", style="bold")
     columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
-    with _signals() as received, console.progress(*columns) as bar:
+    with interruption.deferred() as interrupted, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
         drawn, images = time.monotonic(), 0
-        for event in _with_advice(run_plan(plan, run, stop=lambda: bool(received))):
+        for event in _with_advice(run_plan(plan, run, stop=interrupted)):
             if isinstance(event, StepDone):
                 images += event.images
                 elapsed = time.monotonic() - drawn
@@ -71,11 +68,11 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
                 kept = event.run.environment() or {}
                 console.log_to(event.run.log, ", ".join(" ".join(item) for item in kept.items()))
             elif isinstance(event, Stopped):
-                number = received[0] if received else signal.SIGTERM  # it reached another process
-                interrupted = InterruptedRunError(number, event.run.path, event.step)
+                number = interruption.received() or signal.SIGTERM  # it reached another process
+                error = InterruptedRunError(number, event.run.path, event.step)
                 if not distributed.is_main:  # which says so
-                    sys.exit(interrupted.exit_code)
-                raise interrupted
+                    sys.exit(error.exit_code)
+                raise error
             else:
                 return event
     raise AssertionError("training ends with Finished")
@@ -93,6 +90,10 @@ def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
             yield event
     except DivergedError:
         raise  # as it would again
+    except interruption.Interrupted as error:
+        if run is None:
+            raise
+        raise InterruptedRunError(error.number, run.path) from error
     except Exception:
         if run is not None and run.has_checkpoint():
             console.say(f"what was reached is kept; go on with: cnnft finetune --resume {run.path}")
@@ -107,26 +108,3 @@ def _epoch_line(epoch: "Epoch", config: "Config") -> str:
         f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%}{macro} {100 * epoch.gap:+8.1f}"
         f"{'  best so far' if epoch.best else ''}"
     )
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Yields the signals received; the first of each kind is only recorded, a second one acts."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-        console.say("stopping after this step; once more to leave at once")
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

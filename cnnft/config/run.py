@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cnnft.config.choices import Cache, Layout, Precision
-from cnnft.config.options import Bounds, between, option
+from cnnft.config.options import Bounds, above, between, option
 from cnnft.config.panels import DATA, MACHINE, MAIN, RUN
 
 
@@ -70,6 +70,13 @@ class MachineConfig:
         panel=MACHINE,
         shown="half of the CPUs, at most 8",
         metavar="N",
+    )
+    read_timeout: float = option(
+        60.0,
+        "Seconds to wait for images that are needed, from a disk or network that may be gone.",
+        bounds=above(0),
+        panel=MACHINE,
+        metavar="SECONDS",
     )
     cache: Cache = option(
         "auto",

@@ -1,24 +1,34 @@
 """`Samples` -> batches: datasets and loaders for training and for views."""
 
+import logging
 import os
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cnnft.config.optimization import TrainingConfig
 from cnnft.data.dataset import Samples
 from cnnft.data.images import FULL, ImageError, PixelSpec, read_image
 from cnnft.data.sampler import IGNORED, Key, keyed_seed
+from cnnft.data.threads import READ_TIMEOUT, in_threads
 from cnnft.data.transforms import InputSpec, evaluation_crop
-from cnnft.errors import CnnftError
+from cnnft.data.workers import FILES, Workers
+from cnnft.errors import CnnftError, first_line
 from cnnft.machine import distributed
+from cnnft.machine.limits import open_files_left
+
+_LOADERS = 2  # that have workers at the same time: of training and of validation
+_OWN_FILES = 16  # open files that reading and writing take
+
+_log = logging.getLogger(__name__)
+
+K = TypeVar("K")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,8 @@ class Loading:
     workers: int
     pinned: bool = False
     """In page-locked memory, which a GPU copies from while it computes."""
+    read_timeout: float = READ_TIMEOUT
+    """Seconds to wait for a batch from when it is needed."""
 
 
 class Images(Protocol):
@@ -47,6 +59,8 @@ class ImageFiles:
     """Where given, the image is what evaluation sees of it, size × size."""
     decoded: Mapping[str, Image.Image] = field(default_factory=dict)
     """Path -> the image, where it was decoded before."""
+    read_timeout: float = READ_TIMEOUT
+    """Seconds to wait for one, where they are read by threads."""
 
     def __getitem__(self, index: int) -> Image.Image:
         path = self.paths[index]
@@ -56,7 +70,7 @@ class ImageFiles:
         return image if self.crop is None else evaluation_crop(image, self.crop)
 
 
-class TrainingImages(Dataset[tuple[Tensor, int] | str]):
+class TrainingImages:
     """`dataset[key]` -> (pixels (3, H, W), label): the same for the same key, anywhere.
 
     The key seeds the random transform for that one sample, so neither the number of workers nor
@@ -94,6 +108,55 @@ class TrainingImages(Dataset[tuple[Tensor, int] | str]):
             torch.default_generator.manual_seed(seed)
             return self.transform(image), self.samples.labels[index] if counted else IGNORED
 
+    def batch(self, keys: Iterable[Key]) -> tuple[Tensor, Tensor] | str:
+        """(pixels (B, 3, H, W), labels (B,)), or why a file cannot be read."""
+        return _stack_training([self[key] for key in keys])
+
+    def files(self, keys: Iterable[Key]) -> list[str]:
+        return [self.samples.paths[max(index, ~index)] for _, index, *_ in keys]
+
+
+class Batches(Generic[K, B]):
+    """`fetch(key)` of each key, in order, by worker processes or by a thread.
+
+    May be iterated again; workers stay alive in between.
+    """
+
+    def __init__(
+        self,
+        fetch: Callable[[K], B],
+        keys: Iterable[K],
+        files: Callable[[K], list[str]],
+        loading: Loading,
+    ) -> None:
+        """`files`: what is read for a key, to say what did not arrive."""
+        self.fetch, self.keys, self.files, self.loading = fetch, keys, files, loading
+        self._workers: Workers[K, B] | None = None
+
+    def __iter__(self) -> Iterator[B]:
+        limit = self.loading.read_timeout
+        if self.loading.workers and self._workers is None:
+            try:
+                self._workers = Workers(self.fetch, self.loading.workers, self.loading.pinned)
+            except (OSError, RuntimeError) as error:
+                raise CnnftError(
+                    f"no process can be started that loads images ({first_line(error)}): --workers "
+                    "0 goes without"
+                ) from error
+        if self._workers is None:
+            # One thread, which computes while this one waits: torch's generator is shared.
+            yield from in_threads(self._fetch, self.keys, limit, names=self.files, under_way=1)
+            return
+        try:
+            yield from self._workers.map(self.keys, limit, self.files)
+        finally:
+            if not self._workers.alive:
+                self._workers = None
+
+    def _fetch(self, key: K) -> B:
+        batch = self.fetch(key)
+        return _pinned(batch) if self.loading.pinned else batch
+
 
 def training_batches(
     dataset: TrainingImages, keys: Iterable[list[Key]], loading: Loading
@@ -101,26 +164,12 @@ def training_batches(
     """Yields (pixels (B, 3, H, W), labels (B,)) for all keys: workers start once.
 
     Raises:
-        CnnftError: a file that could be read before training cannot be read now.
+        CnnftError: a file that could be read before training cannot be read now, or not in time.
     """
-    for batch in DataLoader(
-        dataset,
-        batch_sampler=keys,
-        num_workers=loading.workers,
-        pin_memory=loading.pinned,
-        generator=torch.Generator(),  # else it draws from the caller's
-        collate_fn=_stack_training,
-        worker_init_fn=_leave_signals_alone,
-    ):
+    for batch in Batches(dataset.batch, keys, dataset.files, loading):
         if isinstance(batch, str):
             raise CnnftError(f"{batch}: the data changed while training")
         yield batch
-
-
-def _leave_signals_alone(worker: int) -> None:
-    """Ctrl-C, and torchrun's SIGTERM, reach whole groups: the main process decides what follows."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stack_training(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:
@@ -142,7 +191,7 @@ class Views(NamedTuple):
     """Position -> why the file cannot be read."""
 
 
-class ViewedImages(Dataset[tuple[int, Tensor | str]]):
+class ViewedImages:
     """`dataset[index]` -> (index, views (V, 3, H, W) or why the file cannot be read)."""
 
     def __init__(self, images: Images, views: Callable[[Image.Image], Tensor]) -> None:
@@ -154,8 +203,8 @@ class ViewedImages(Dataset[tuple[int, Tensor | str]]):
         except ImageError as error:
             return index, error.reason
 
-
-ViewLoader = DataLoader[Views]
+    def batch(self, indices: Iterable[int]) -> Views:
+        return _stack_views([self[index] for index in indices])
 
 
 def view_batches(
@@ -163,22 +212,25 @@ def view_batches(
     views: Callable[[Image.Image], Tensor],
     loading: Loading,
     images: Images | None = None,
-) -> ViewLoader:
+) -> Batches[range, Views]:
     """This process's shard of the files, each once, in order; or of `images` made from them.
 
     May be iterated again; workers stay alive in between.
     """
-    return DataLoader(
-        ViewedImages(images or ImageFiles(paths), views),  # type: ignore[arg-type]  # see collate_fn
-        batch_size=loading.batch_size,
-        sampler=distributed.shard(len(paths)),
-        num_workers=loading.workers,
-        persistent_workers=loading.workers > 0,
-        pin_memory=loading.pinned,
-        generator=torch.Generator(),
-        collate_fn=_stack_views,
-        worker_init_fn=_leave_signals_alone,
-    )
+    dataset = ViewedImages(images or ImageFiles(paths), views)
+    shard, size = distributed.shard(len(paths)), loading.batch_size
+    keys = [shard[start : start + size] for start in range(0, len(shard), size)]
+    return Batches(dataset.batch, keys, lambda key: [str(paths[i]) for i in key], loading)
+
+
+def _pinned(batch: Any) -> Any:
+    """`batch` with its tensors in page-locked memory."""
+    if not isinstance(batch, tuple):
+        return batch
+    fields: list[Any] = [
+        value.pin_memory() if isinstance(value, Tensor) else value for value in batch
+    ]
+    return Views(*fields) if isinstance(batch, Views) else tuple(fields)
 
 
 def _stack_views(items: list[tuple[int, Tensor | str]]) -> Views:
@@ -198,9 +250,19 @@ def forward_batch(training: TrainingConfig) -> int:
 
 
 def worker_count(requested: int | None) -> int:
-    """None: half of the processors that this process may use, at most 8; the rest compute."""
-    if requested is not None:
-        return requested
-    allowed = getattr(os, "sched_getaffinity", None)
-    count = len(allowed(0)) if allowed else os.cpu_count() or 1
-    return min(count // 2 // distributed.local_world_size, 8)
+    """None: half of the processors that this process may use, at most 8; the rest compute.
+
+    Fewer where the system allows too few open files.
+    """
+    if requested is None:
+        allowed = getattr(os, "sched_getaffinity", None)
+        count = len(allowed(0)) if allowed else os.cpu_count() or 1
+        requested = min(count // 2 // distributed.local_world_size, 8)
+    left = open_files_left() - _OWN_FILES
+    possible = int(max(min(left // (_LOADERS * FILES), requested), 0))
+    if possible < requested:
+        _log.warning(
+            "%d of %d workers: this process may have too few open files for more (ulimit -n)",
+            *(possible, requested),
+        )
+    return possible

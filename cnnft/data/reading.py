@@ -1,12 +1,10 @@
 """A source -> a `Dataset`: every file is read once, decoded and hashed."""
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from PIL import Image
 
@@ -16,17 +14,14 @@ from cnnft.data.images import (
     ImageError,
     decode,
     find_problem,
-    ignoring_oddities,
     mode_of,
     read_bytes,
 )
 from cnnft.data.sources import OnFiles, Source, open_source
+from cnnft.data.threads import READ_TIMEOUT, in_threads
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed
 
-_UNDER_WAY = 256  # files: enough for every thread to have work while the first is waited for
-
-S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -37,6 +32,7 @@ def read_dataset(
     layout: Layout = "auto",
     classes: tuple[str, ...] | None = None,
     on_files: OnFiles = lambda count, total: None,
+    read_timeout: float = READ_TIMEOUT,
 ) -> Dataset:
     """The labelled images of a source that can be decoded, in the order of `Samples.in_order`.
 
@@ -45,6 +41,7 @@ def read_dataset(
         classes: those of a model, which labels are to follow. None: the training images', of which
             there must be two or more, with images of each in train and val.
         on_files: see `OnFiles`.
+        read_timeout: seconds to wait for a file.
 
     Raises:
         UsageError: there is no such source.
@@ -52,7 +49,8 @@ def read_dataset(
     """
     opened = open_source(source, layout) if isinstance(source, str | Path) else source
     found, skipped = _find(opened, splits, classes, on_files)
-    dataset, _ = _decode_all(opened.name, found, skipped, _require_decodable, on_files)
+    reading = _Reading(_require_decodable, on_files, read_timeout)
+    dataset, _ = _decode_all(opened.name, found, skipped, reading)
     return dataset
 
 
@@ -63,6 +61,7 @@ def inspect_dataset(
     *,
     layout: Layout = "auto",
     on_files: OnFiles = lambda count, total: None,
+    read_timeout: float = READ_TIMEOUT,
 ) -> tuple[Dataset, dict[str, T]]:
     """`read_dataset`, and what `inspect` finds in each image, by path: decoded once for both.
 
@@ -74,7 +73,7 @@ def inspect_dataset(
 
     opened = open_source(source, layout) if isinstance(source, str | Path) else source
     found, skipped = _find(opened, splits, None, on_files)
-    return _decode_all(opened.name, found, skipped, look, on_files)
+    return _decode_all(opened.name, found, skipped, _Reading(look, on_files, read_timeout))
 
 
 def _find(
@@ -121,21 +120,27 @@ def _require_images(samples: Samples, source: Source, split: SplitName) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Reading(Generic[T]):
+    """How files are read."""
+
+    look: Callable[[str, bytes], T]
+    """look(path, content); raises `ImageError` where it cannot be decoded."""
+    on_files: OnFiles
+    timeout: float
+
+
 def _decode_all(
-    name: str,
-    found: dict[SplitName, Samples],
-    skipped: list[Skipped],
-    look: Callable[[str, bytes], T],
-    on_files: OnFiles,
+    name: str, found: dict[SplitName, Samples], skipped: list[Skipped], reading: _Reading[T]
 ) -> tuple[Dataset, dict[str, T]]:
     """Those that can be decoded, with their hashes and what `look` gives; processes share the
-    work. `look(path, content)` raises `ImageError` where they cannot.
+    work.
     """
 
     def read(path: str) -> tuple[str, T] | Skipped:
         try:
             content = read_bytes(path)
-            return hashlib.sha256(content).hexdigest(), look(path, content)
+            return hashlib.sha256(content).hexdigest(), reading.look(path, content)
         except ImageError as error:
             return Skipped(path, error.reason)
 
@@ -145,9 +150,9 @@ def _decode_all(
     for split, samples in found.items():
         files: list[tuple[str, T] | Skipped] = []
         share = distributed.shard(len(samples))
-        for file in in_threads(read, samples.paths[share.start : share.stop]):
+        for file in in_threads(read, samples.paths[share.start : share.stop], reading.timeout):
             files.append(file)
-            on_files(1, total)
+            reading.on_files(1, total)
         files = distributed.gather(files)
         good = {i: file for i, file in enumerate(files) if not isinstance(file, Skipped)}
         skipped = skipped + [file for file in files if isinstance(file, Skipped)]
@@ -161,21 +166,3 @@ def _decode_all(
 def _require_decodable(path: str, content: bytes) -> None:
     if problem := find_problem(path, content):
         raise ImageError(path, problem)
-
-
-def in_threads(
-    function: Callable[[S], T], files: Iterable[S], under_way: int = _UNDER_WAY
-) -> Iterator[T]:
-    """function(file) of each, in order. Threads suffice: Pillow decodes outside Python's lock.
-
-    `ThreadPoolExecutor.map` would queue all files at once, which takes more memory than their
-    names, and an interrupted run would wait for them.
-    """
-    waiting: deque[Future[T]] = deque()
-    with ignoring_oddities(), ThreadPoolExecutor() as pool:
-        for file in files:
-            waiting.append(pool.submit(function, file))
-            if len(waiting) == under_way:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cnnft.config.choices import Precision, TestTimeViews
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import Loading, Views, view_batches, worker_count
+from cnnft.data.threads import READ_TIMEOUT
 from cnnft.data.transforms import VIEWS, EvaluationViews, Normalizing
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.predictions import Predictions, Role
@@ -50,6 +51,8 @@ class Inference:
     precision: Precision = "float32"
     compile: bool = False
     """torch.compile, which takes as long as predicting some thousand images."""
+    read_timeout: float = READ_TIMEOUT
+    """Seconds to wait for images."""
 
     def __post_init__(self) -> None:
         if self.tta not in get_args(TestTimeViews):
@@ -64,8 +67,9 @@ class Inference:
         automatic = max(_AUTO.get(device.type, _AUTO["cpu"]) // VIEWS[self.tta], 1)
         size = automatic if self.batch_size == "auto" else self.batch_size
         workers = worker_count(self.workers)
-        # One batch is not worth the start of a worker.
-        return Loading(size, workers if images > size else 0, pinned=device.type == "cuda")
+        if images <= size:  # one batch is not worth the start of a worker
+            workers = 0
+        return Loading(size, workers, device.type == "cuda", self.read_timeout)
 
 
 def predict_files(

@@ -46,8 +46,9 @@ class Feed:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         spec, of = plan.classifier.input_spec, Path(plan.config.dataset.data).name
-        files = ImageFiles(plan.train.paths, training_pixels(plan.config.input, spec))
-        crops = ImageFiles(plan.val.paths, crop=spec)
+        pixels, timeout = training_pixels(plan.config.input, spec), plan.loading.read_timeout
+        files = ImageFiles(plan.train.paths, pixels, read_timeout=timeout)
+        crops = ImageFiles(plan.val.paths, crop=spec, read_timeout=timeout)
         train, val = f"{len(plan.train)} training images of {of}", f"{len(plan.val)} of {of} (val)"
         self.images = CachedImages(files, plan.train.hashes, train)
         self.val_images = CachedImages(crops, plan.val.hashes, val)

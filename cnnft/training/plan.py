@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 
 from cnnft.config.choices import Mode
-from cnnft.config.run import DataConfig
 from cnnft.config.schema import Config
 from cnnft.data.augmentation import augmentation
 from cnnft.data.dataset import Samples, Skipped, SplitName, join
@@ -143,7 +142,7 @@ def prepare(
     device = choose_device(config.machine.device)
     requested, config = config.freezing.mode, check_settings(config, device)
     checkpoint = None if run is None else run.load_checkpoint()
-    images = _read(config.dataset, run, on_files)
+    images = _read(config, run, on_files)
     classes = images.train.classes
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
     _warn_of_known(config.loss.teacher, images.val)
@@ -187,6 +186,7 @@ def _loading(config: Config, device: torch.device) -> Loading:
         forward_batch(config.training),
         worker_count(config.machine.workers),
         pinned=device.type == "cuda",
+        read_timeout=config.machine.read_timeout,
     )
 
 
@@ -201,22 +201,26 @@ class _Images:
     leaked: int
 
 
-def _read(config: DataConfig, run: Run | None, on_files: OnFiles) -> _Images:
+def _read(config: Config, run: Run | None, on_files: OnFiles) -> _Images:
     """Training and validation images; no file of val is in train too.
 
     Where a run goes on its own images say what a folder is: they hold its classes, and its split.
     """
-    before = None if run is None else run.images()
-    classes = None if before is None else before["train"].classes
+    asked, before = config.dataset, None if run is None else run.images()
     splits: tuple[SplitName, ...] = ("train", "val")
     dataset = read_dataset(
-        config.data, splits, layout=config.layout, classes=classes, on_files=on_files
+        asked.data,
+        splits,
+        layout=asked.layout,
+        classes=None if before is None else before["train"].classes,
+        on_files=on_files,
+        read_timeout=config.machine.read_timeout,
     )
-    _refuse_skipped(dataset.skipped, config.strict)
+    _refuse_skipped(dataset.skipped, asked.strict)
     if before is not None and dataset.val is None:
         train, val = split_by(dataset.train, before["val"].hashes)
     else:
-        train, val = train_and_val(dataset, config.val_fraction, config.split_seed)
+        train, val = train_and_val(dataset, asked.val_fraction, asked.split_seed)
     if run is not None:
         run.require_same_data(train, val)
     leaked = 0 if dataset.val is None else len(dataset.val) - len(val)

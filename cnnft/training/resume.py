@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 
 FREE = frozenset(
     {"epochs", "patience", "workers", "device", "micro_batch", "checkpoint_every"}
-    | {"skip_nonfinite", "cache", "precision"}
+    | {"skip_nonfinite", "cache", "precision", "read_timeout"}
 )
 """Settings that change no step that was taken, or only how it is computed."""
 PLACES = frozenset({"data", "layout", "teacher", "weights"})

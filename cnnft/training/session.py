@@ -10,7 +10,7 @@ from torch import nn
 
 from cnnft.cache.pixels import CacheProgress
 from cnnft.data.augmentation import augmentation, mixing
-from cnnft.data.loading import Loading, view_batches
+from cnnft.data.loading import view_batches
 from cnnft.data.transforms import EvaluationViews
 from cnnft.errors import CnnftError, first_line
 from cnnft.inference.classifier import Classifier
@@ -18,6 +18,7 @@ from cnnft.inference.predict import Inference, NotANumberError, collect, predict
 from cnnft.inference.predictions import Predictions
 from cnnft.machine import distributed
 from cnnft.machine.devices import Compiled
+from cnnft.machine.interruption import Interrupted
 from cnnft.metrics import Score
 from cnnft.models.freezing import SMALL_BATCH, batchnorms, changing, learning_statistics
 from cnnft.models.surgery.fold import folds
@@ -68,7 +69,11 @@ class Session:
                 plan.teachers,
                 classifier.input_spec,
                 plan.train,
-                Inference(batch_size=plan.loading.batch_size, workers=plan.loading.workers),
+                Inference(
+                    batch_size=plan.loading.batch_size,
+                    workers=plan.loading.workers,
+                    read_timeout=plan.loading.read_timeout,
+                ),
                 same_views=not (augmentation(parts).random or parts.mixes),
             )
         self.feed = Feed(plan)
@@ -113,21 +118,29 @@ class Session:
         state.forward_module = self._forward_module()
         batches = self.feed.training(state.step)
         objective = make_objective(plan.config.loss, plan.train.counts())
-        for event in () if self.over else train(state, batches, objective):
-            if isinstance(event, StepDone):
-                yield event
-                if event.step % plan.batches.steps_per_epoch == 0:  # evaluated before all else
-                    continue
-            else:
-                yield self._end_epoch(event)
-            if self.over:
-                break
-            stopping, saving = distributed.any_rank(stop(), self.checkpoints.due(state.step))
-            if stopping or saving:
-                self._save()
-            if stopping:
-                yield Stopped(self.run, state.step)
-                return
+        training = train(state, batches, objective, self.epochs_trained > len(self.history))
+        try:
+            for event in () if self.over else training:
+                if isinstance(event, StepDone):
+                    yield event
+                    if event.step % plan.batches.steps_per_epoch == 0:  # evaluated before all else
+                        continue
+                else:
+                    yield self._end_epoch(event)
+                if self.over:
+                    break
+                stopping, saving = distributed.any_rank(stop(), self.checkpoints.due(state.step))
+                if stopping or saving:
+                    self._save()
+                if stopping:
+                    yield Stopped(self.run, state.step)
+                    return
+        except Interrupted:  # while a batch was waited for, of training or of validation
+            if distributed.world_size > 1:  # the others may be within a step
+                raise
+            self._save()
+            yield Stopped(self.run, state.step)
+            return
         yield self._finish()
 
     def _forward_module(self) -> nn.Module:
@@ -146,7 +159,12 @@ class Session:
         best, patience = best_epoch(self.history), self.plan.config.training.patience
         waited = len(self.history) - best.epoch if best else 0
         impatient = patience is not None and waited >= patience
-        return impatient or self.state.step == len(self.plan.batches)
+        return impatient or len(self.history) == self.plan.config.training.epochs
+
+    @property
+    def epochs_trained(self) -> int:
+        """Epochs whose steps are taken; the last one may have no row in the history yet."""
+        return self.state.step // self.plan.batches.steps_per_epoch
 
     def _end_epoch(self, event: EpochDone) -> Epoch:
         run, plan, average = self.run, self.plan, self.state.average
@@ -257,7 +275,7 @@ class Session:
         else:
             return None
         loading = self.plan.loading
-        loading = Loading(max(loading.batch_size, SMALL_BATCH), loading.workers)
+        loading = replace(loading, batch_size=max(loading.batch_size, SMALL_BATCH))
         views = EvaluationViews(classifier.input_spec)
         batches = view_batches(self.plan.train.paths, views, loading)
         recalibrate(network, [network.get_submodule(name) for name in layers], batches)

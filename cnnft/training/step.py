@@ -53,11 +53,15 @@ class EpochDone:
 
 
 def train(
-    state: TrainState, batches: Iterable[tuple[Tensor, Tensor]], objective: Objective
+    state: TrainState,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    objective: Objective,
+    unfinished: bool = False,
 ) -> Iterator[StepDone | EpochDone]:
     """Take one step per batch (pixels (B, 3, H, W), labels (B,)); yield after each, and each epoch.
 
-    At every yield the state is consistent: the caller may evaluate, save, or stop for good.
+    At every yield the state is consistent: the caller may evaluate, save, or stop for good; so it
+    is while a batch is waited for. `unfinished`: an epoch whose steps are taken has not ended yet.
     Randomness in the batch (mixup) and the network (dropout, stochastic depth) is seeded from
     (seed, step, rank), so that it does not depend on what happened in between.
 
@@ -71,7 +75,11 @@ def train(
     buffers = Buffers(state.network)
     unread: tuple[int, Tensor] | None = None
     start = time.monotonic()
+    if unfinished:
+        yield _end_of_epoch(state, start)
     for pixels, labels in batches:
+        if state.step % state.keys.steps_per_epoch == 0:
+            state.totals.zero_()
         pixels, labels = pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         restore_modes(state.network, modes)  # the caller may have evaluated
         buffers.save()
@@ -101,7 +109,7 @@ def train(
             state.average.update_parameters(state.network)
         yield StepDone(epoch, state.step, images, sums[0] / sums[3])
         if state.step % state.keys.steps_per_epoch == 0:
-            yield EpochDone(epoch, *_finish_epoch(state), time.monotonic() - start)
+            yield _end_of_epoch(state, start)
             start = time.monotonic()
 
 
@@ -220,17 +228,17 @@ def _require_finite(state: TrainState, step: int, loss: Tensor) -> None:
         )
 
 
-def _finish_epoch(state: TrainState) -> tuple[float, float, float]:
-    """(mean objective, mean loss, accuracy) over the images of all processes."""
+def _end_of_epoch(state: TrainState, start: float) -> EpochDone:
+    """Over the images of all processes, since the time `start`."""
     objective, loss, correct, images = distributed.all_reduce_sum(state.totals).tolist()
     if not math.isfinite(objective):
         raise NonFiniteLossError(f"the summed loss of the epoch is {objective}", state.step - 1)
-    state.totals.zero_()
     distributed.broadcast_buffers(state.network)
     if state.average is not None:
         distributed.broadcast_buffers(state.average.module)
     images = max(images, 1)  # every step may have been skipped
-    return objective / images, loss / images, correct / images
+    means = objective / images, loss / images, correct / images
+    return EpochDone(state.step // state.keys.steps_per_epoch - 1, *means, time.monotonic() - start)
 
 
 def all_logits(output: Tensor | tuple[Tensor | None, ...]) -> list[Tensor]:
