@@ -155,8 +155,12 @@ class _Worker:
 
     def submit(self, key: object, seconds: float) -> None:
         """Raises `TimeoutError` where it has not read what was submitted before."""
-        with suppress(BrokenPipeError, ConnectionResetError):  # `result` says that it has died
+        try:
             send(self.socket, key, lambda send: within(seconds, lambda timeout: send()))
+        except TimeoutError:
+            raise
+        except OSError:  # it has died, as `result` will say
+            pass
 
     def result(self, seconds: float) -> Any:
         result = within(seconds, lambda some: self.results.get(timeout=some))
@@ -186,8 +190,6 @@ class _Worker:
             self.results.put(_Ended())
         except Exception as error:  # such as no memory
             self.results.put(_Failed(error))
-        finally:
-            self.socket.close()
 
 
 class _Ended:
@@ -218,6 +220,7 @@ def _end_all(workers: list[_Worker], parent: int) -> None:
             # The system cannot end it (a read from a dead disk). Multiprocessing would wait for it.
             multiprocessing.process._children.discard(worker.process)  # type: ignore[attr-defined]
         worker.thread.join(max(until - time.monotonic(), 0))
+        worker.socket.close()
     workers.clear()
 
 

@@ -175,7 +175,7 @@ def prepare(
         teachers=teachers,
         batches=_batches(config, images.train),
         device=device,
-        loading=_loading(config, device),
+        loading=loading,
     )
     _require_statistics_to_recompute(plan)
     return plan
