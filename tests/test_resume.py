@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from conftest import Outcome, draw
 from safetensors.torch import load_file
 
 from cnnft import CnnftError, Config
+from cnnft.data import loading
 from cnnft.runs.checkpoints import Checkpoint, save_checkpoint
 from cnnft.runs.records import Epoch
 from cnnft.runs.run import Run
@@ -282,6 +285,43 @@ def test_a_signal_saves_and_names_the_command(
     run = Run.open(tmp_path / "runs" / "flat-builtin")
     outcome.fails_with(128 + number, f"after step {STEPS + 1}", f"--resume {run.path}")
     assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    assert cnnft("finetune", "--resume", run.path).code == 0
+    same(run, expected)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "step"), [("step", STEPS + 2, STEPS + 1), ("validation", 2, 2 * STEPS)]
+)
+def test_a_signal_while_images_are_waited_for_saves_at_once(
+    cnnft: Cli, whole, tmp_path: Path, place: str, number: int, step: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """Of a step, or of the validation of an epoch, which is then still to come."""
+    flat, expected = whole
+    read, released, fetched = loading.in_threads, threading.Event(), []
+
+    def hanging(function, keys, *arguments, **options):
+        def fetch(key):
+            fetched.append("validation" if isinstance(key, range) else "step")
+            if fetched[-1] == place and fetched.count(place) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+                released.wait(30)
+            return function(key)
+
+        return read(fetch, keys, *arguments, **options)
+
+    monkeypatch.setattr(loading, "in_threads", hanging)
+    start = time.monotonic()
+    outcome = cnnft(
+        "finetune", flat, "--backbone=builtin", "--epochs", EPOCHS, "--batch-size=4",
+        "--workers=0", "--no-probe-first", "--batchnorm=train", "--runs-dir", tmp_path / "runs",
+        "--device=cpu", "--checkpoint-every=1h",
+    )  # fmt: skip
+    released.set()
+    run = Run.open(tmp_path / "runs" / "flat-builtin")
+    outcome.fails_with(143, f"interrupted after step {step};", f"--resume {run.path}")
+    assert time.monotonic() - start < 20
     monkeypatch.undo()
     assert cnnft("finetune", "--resume", run.path).code == 0
     same(run, expected)

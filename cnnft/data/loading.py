@@ -259,7 +259,7 @@ def worker_count(requested: int | None) -> int:
         count = len(allowed(0)) if allowed else os.cpu_count() or 1
         requested = min(count // 2 // distributed.local_world_size, 8)
     left = open_files_left() - _OWN_FILES
-    possible = int(max(min(left // (_LOADERS * FILES), requested), 0))
+    possible = int(max(min(left / (_LOADERS * FILES), requested), 0))
     if possible < requested:
         _log.warning(
             "%d of %d workers: this process may have too few open files for more (ulimit -n)",
