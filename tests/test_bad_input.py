@@ -680,7 +680,6 @@ def test_debug_shows_the_traceback(cnnft: Cli, flat: Path) -> None:
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), ("lower --batch-size",)),
         (MemoryError(), ("out of memory",)),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), ("--workers",)),
         (PermissionError(13, "Permission denied", "/photos/x"), ("/photos/x", "Permission denied")),
     ],
     ids=lambda value: type(value).__name__,

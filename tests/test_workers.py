@@ -137,7 +137,8 @@ def test_they_end_with_their_parent_whatever_ended_it_and_however_they_stand() -
     if not parent:
         try:
             workers = Workers(batch, 2, False)
-            next(workers.map(KEYS, 60, names))
+            some = workers.map(KEYS, 60, names)
+            next(some)
             stop(*children()[:1])
             theirs.send([child.pid for child in children()])
             time.sleep(60)

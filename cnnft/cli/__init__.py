@@ -51,8 +51,8 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _interrupted() -> int:
-    number = interruption.received()
-    by_itself = None if number else causes.interrupted_by_itself()
+    number = interruption.received() or signal.SIGINT
+    by_itself = causes.interrupted_by_itself() if number == signal.SIGINT else None
     if by_itself or distributed.is_main:  # which says so for all
         console.error(by_itself or "interrupted")
-    return 1 if by_itself else 128 + (number or signal.SIGINT)
+    return 1 if by_itself else 128 + number
