@@ -1,5 +1,7 @@
 """The command line: one file per command, each importing what it needs when it runs."""
 
+import atexit
+import gc
 import signal
 import sys
 
@@ -17,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     limits.raise_open_files()
+    atexit.register(gc.freeze)  # else all that torch is made of is collected first, for a second
     with (
         console.speaking(sys.argv[1:] if arguments is None else arguments),
         interruption.handled(console.say, lambda text: console.error(f"interrupted: {text}")),

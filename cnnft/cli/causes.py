@@ -38,10 +38,6 @@ _CAUSES = {
     "CUDA error|cuDNN error|CUBLAS_STATUS|AcceleratorError": (
         "the GPU reported an error ({reason}): see nvidia-smi; --device cpu does without it"
     ),
-    "DataLoader worker": (
-        "a process that loads images died ({reason}), most often for lack of memory: lower "
-        "--workers, or 0 for none"
-    ),
 }
 """What an error's type and first line hold -> the sentence. The first that fits is taken."""
 

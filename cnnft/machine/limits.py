@@ -3,8 +3,6 @@
 import math
 from contextlib import suppress
 
-import psutil
-
 try:
     import resource
 except ImportError:  # Windows, which has no such limit
@@ -24,5 +22,7 @@ def open_files_left() -> float:
     """How many more this process may open."""
     if resource is None:
         return math.inf
+    import psutil
+
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else soft - psutil.Process().num_fds()
