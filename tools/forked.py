@@ -130,6 +130,7 @@ def load_all() -> None:
     for module in pkgutil.walk_packages(cnnft.__path__, "cnnft."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
+    importlib.import_module("torchmetrics.functional")  # and matplotlib, which caches its fonts
 
 
 def replace(function: Callable[..., object], by: Callable[..., object]) -> None:

@@ -2,6 +2,10 @@
 
     python -m tools.fuzz [--minutes 60] [--target NAME] [--seed N]
 
+docs/results/fuzz.json has the sum over all such commands, docs/reliability.md its table; it may be
+interrupted at any time, and no command repeats the seeds of another. `--minutes 0` writes the table
+alone.
+
 Valid files are made by cnnft itself, damaged with their structure in mind, and read in a process of
 its own. A reader may return or raise `CnnftError` in one line. It may not raise anything else, take
 longer than `LIMIT` seconds or more than `MEMORY`, start a process, open a connection or write.
@@ -320,6 +324,44 @@ def damage_files(random: Random, files: Files, names: tuple[str, ...] = ()) -> F
     return files
 
 
+def damage_names(random: Random, files: Files) -> Files:
+    """Folders and files by other names: any that a file system takes."""
+    renamed: Files = {}
+    for name, content in files.items():
+        parts = [_odd_name(random) if random.random() < 0.3 else p for p in name.split("/")]
+        name = "/".join(parts)
+        parents = {"/".join(parts[:n]) for n in range(1, len(parts))}
+        folders = {"/".join(n.split("/")[:k]) for n in renamed for k in range(1, n.count("/") + 1)}
+        if name not in folders and not parents & renamed.keys():
+            renamed[name] = content if random.random() < 0.95 else damage_bytes(random, content)
+    return renamed
+
+
+def _odd_name(random: Random) -> str:
+    how = random.randrange(4)
+    if how == 0:
+        name = os.fsdecode(random.randbytes(random.choice((1, 3, 100))))
+    elif how == 1:
+        name = "".join(map(chr, random.choices((*range(1, 0x300), 0x301, 0x2028, 0x1F41C), k=5)))
+    elif how == 2:
+        name = str(random.choice(ODD_TEXTS))
+    else:
+        name = random.choice(ODD_NAMES)
+    name = name.replace("/", "_").replace("\0", "_") or "_"
+    encoded = name.encode("utf-8", errors="surrogateescape" if "\ud800" not in name else "replace")
+    name = os.fsdecode(encoded[:200])
+    return name if name not in (".", "..") else name + "_"
+
+
+ODD_NAMES = (
+    *("train", "val", "test", "Train", "valid", "None", "none", "nan", "0", "1e3", "file", "label"),
+    *("role", "fold", "sha256", "split", "class", "group", "weight", "logit:a", "A", "a", "true"),
+    *("caf\u00e9", "cafe\u0301", "=1+1", '"', "'", ",", ";", "a,b", 'a"b', "a\nb", "a\rb", "\t"),
+    *(" a", "a ", ".", ".hidden", "-a", "--help", "*", "?", "[a]", "%s", "{0}", "[red]", "[/]"),
+    *("con", "NUL", "~", "$HOME", "\\", "a\\b", "runs", "__MACOSX", "@eaDir", ".DS_Store"),
+)
+
+
 def damage_checkpoint(random: Random, files: Files) -> Files:
     """Most often with the digest of the damaged content in the name: damage that was meant."""
     files = damage_files(random, files)
@@ -337,7 +379,7 @@ def damage_checkpoint(random: Random, files: Files) -> Files:
 
 def make_targets(folder: Path) -> dict[str, Target]:
     """Valid files of every kind, made in `folder` by cnnft itself, and what reads each kind."""
-    backbone = _make_backbone(folder / "backbone")
+    backbone = make_backbone(folder / "backbone")
     data = folder / "data"
     for label in range(2):
         (data / "ab"[label]).mkdir(parents=True)
@@ -350,13 +392,17 @@ def make_targets(folder: Path) -> dict[str, Target]:
     )  # fmt: skip
     image = data / "a" / "0.png"
     train, val = split(read_dataset(data).train, 0.2, seed=0)
-    state = build(_tiny(), 10).state_dict()
+    state = build(TINY, 10).state_dict()
     opened = open_backbone(name, 2)
     # The first weights that do not match build 30 networks to name the likeliest; later ones share
     # them, and no example is to seem slow for it.
     with suppress(CnnftError):
         open_backbone("test_resnet", 2, weights=backbone / "model.safetensors")
     described = (backbone / "config.json").read_bytes()
+    cache, features, images = folder / "cache", *_cached(opened, train)
+    with _cache_in(cache):
+        list(features().compute())
+        list(cache_images([images()], "disk", epochs=2))
     run_files = {f"run/{p.name}": p.read_bytes() for p in run.path.iterdir() if p.is_file()}
     return {
         "image": Target(_pictures(), damage_files, (partial(_only, _read_image),)),
@@ -370,6 +416,9 @@ def make_targets(folder: Path) -> dict[str, Target]:
                 lambda here: Run.open(here / "run").predictions(),
                 lambda here: Run.open(here / "run").history(),
                 lambda here: Run.open(here / "run").description(),
+                lambda here: Run.open(here / "run").metrics(),
+                lambda here: Run.open(here / "run").environment(),
+                lambda here: Run.open(here / "run").skipped(),
                 lambda here: Run.open(here / "run").require_same_data(train, val),
             ),
         ),
@@ -404,6 +453,26 @@ def make_targets(folder: Path) -> dict[str, Target]:
             damage_files,
             (lambda here: _fill(opened, here / "w.pth"),),
         ),
+        "config file": Target(
+            ({"settings.toml": run_files["run/config.toml"]},),
+            damage_files,
+            (lambda here: Config.from_dict(read_config_file(here / "settings.toml"), "it"),),
+        ),
+        "class folders": Target(
+            ({f"data/{p.relative_to(data)}": p.read_bytes() for p in data.rglob("*.png")},),
+            damage_names,
+            (_read_folder,),
+        ),
+        "cached features": Target(
+            (_contents(cache, "features/*.*"),),
+            damage_files,
+            (partial(_read_features, features),),
+        ),
+        "cached pixels": Target(
+            (_contents(cache, "pixels/*.*"),),
+            damage_files,
+            (partial(_read_pixels, images),),
+        ),
         "local-dir": Target(
             (
                 {
@@ -420,24 +489,73 @@ def make_targets(folder: Path) -> dict[str, Target]:
     }
 
 
-def _tiny() -> Identity:
-    model_args = {"channels": [8, 8, 8, 8], "stem_width": 8}
-    return Identity("tiny", "timm", "resnet10t", model_args=model_args)
+def _contents(folder: Path, pattern: str) -> Files:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob(pattern))}
 
 
-def _make_backbone(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    torch.manual_seed(0)
-    network = build(_tiny(), 10)
-    description = {
-        "architecture": "resnet10t",
-        "num_classes": 10,
-        "model_args": _tiny().model_args,
-        "pretrained_cfg": network.pretrained_cfg | {"input_size": [3, 32, 32], "tag": "tiny"},
-    }
-    (folder / "config.json").write_text(json.dumps(description))
-    (folder / "model.safetensors").write_bytes(to_safetensors(network.state_dict()))
-    return folder
+@contextmanager
+def _cache_in(folder: Path) -> Iterator[None]:
+    before = os.environ.get("CNNFT_CACHE")
+    os.environ["CNNFT_CACHE"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CNNFT_CACHE"]
+        else:
+            os.environ["CNNFT_CACHE"] = before
+
+
+def _cached(
+    backbone: Backbone, samples: Samples
+) -> tuple[Callable[[], Features], Callable[[], CachedImages]]:
+    """What reads features, and pixels, from the cache."""
+    network = backbone.network.eval().requires_grad_(False)
+    for name in backbone.head:
+        network.get_parameter(name).requires_grad_()
+    cut = find_cut(network, 32)
+    assert cut is not None
+    extractor = FeatureExtractor(network, cut, backbone.identity, "of these weights")
+    views = ViewSet("plain", samples.hashes, lambda rows: [torch.zeros(len(rows), 3, 32, 32)])
+    return (
+        partial(Features, extractor, views, True),
+        partial(CachedImages, ImageFiles(samples.paths), samples.hashes, "pictures"),
+    )
+
+
+def _read_features(features: Callable[[], Features], here: Path) -> None:
+    with _cache_in(here):
+        found = features()
+    if found.missing:
+        raise CnnftError("not all are there: they are computed again")
+    assert found.values.shape[0] == len(found.views.names)
+
+
+def _read_pixels(images: Callable[[], CachedImages], here: Path) -> None:
+    with _cache_in(here):
+        found = images()
+        if not open_cached(found):
+            raise CnnftError("they are not there: they are decoded again")
+    for index in range(len(found.rows)):
+        found[index].load()
+
+
+def _read_folder(here: Path) -> None:
+    """What cnnft writes of a folder, it reads again."""
+    dataset = read_dataset(here / "data")
+    train, val = split(dataset.train, 0.5, seed=0)
+    splits = {"train": train, "val": val}
+    written = io.BytesIO(data_to_csv(splits))
+    assert list(uses(data_from_csv(written))) == list(uses(splits))
+    logits = torch.arange(len(val) * len(val.classes)).float().reshape(len(val), -1)
+    table = io.BytesIO(predictions_to_csv(Predictions(val, logits, "val")))
+    found = predictions_from_csv(table)
+    assert found.samples.paths == val.paths and found.samples.classes == val.classes
+    assert found.logits.equal(logits) and found.samples.labels == val.labels
+    skipped = skipped_from_csv(io.BytesIO(skipped_to_csv(dataset.skipped)))
+    assert [one.path for one in skipped] == [one.path for one in dataset.skipped]
+    dumped = tomllib.loads(tomli_w.dumps(Config.of(data=here / "data").to_dict()))
+    assert dumped["data"] == str(here / "data")
 
 
 def _saved(state: dict[str, torch.Tensor], zipped: bool) -> bytes:
