@@ -13,7 +13,8 @@ from tools.fuzz import LIMIT, Target, example, make_targets
 
 NAMES = (
     *("image", "run", "head file", "exported model", "checkpoint"),
-    *("weights .safetensors", "weights .pth", "local-dir"),
+    *("weights .safetensors", "weights .pth", "local-dir", "config file", "class folders"),
+    *("cached features", "cached pixels"),
 )
 _NOT_READ = (b"%!PS", b"\0\0\0\x0cjP", b"\0\0\1\0")
 

@@ -31,39 +31,55 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 from itertools import count, cycle
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from secrets import randbelow
 
 import numpy as np
-import PIL
-import safetensors
-import timm
 import tomli_w
 import torch
 from PIL import Image
 
 from cnnft import CnnftError, finetune
 from cnnft.analysis.export import export_model
+from cnnft.cache.features import FeatureExtractor, Features, ViewSet
+from cnnft.cache.pixels import CachedImages, cache_images
+from cnnft.cache.pixels import _open as open_cached
+from cnnft.config.file import read_config_file
+from cnnft.config.schema import Config
+from cnnft.data.dataset import Samples
 from cnnft.data.images import find_problem, ignoring_oddities, read_image
+from cnnft.data.loading import ImageFiles
 from cnnft.data.reading import read_dataset
 from cnnft.data.split import split
 from cnnft.inference.description import describe
+from cnnft.inference.predictions import Predictions
 from cnnft.inference.storage import load
 from cnnft.machine.files import to_safetensors
 from cnnft.models.backbones import Backbone, open_backbone
 from cnnft.models.build import build
-from cnnft.models.identity import Identity
 from cnnft.models.registry import described_beside
+from cnnft.models.surgery.cut import find_cut
 from cnnft.models.weights import load_weights
 from cnnft.runs.checkpoints import load_checkpoint
+from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
+from cnnft.runs.records import (
+    data_from_csv,
+    data_to_csv,
+    skipped_from_csv,
+    skipped_to_csv,
+    what_changed,
+)
 from cnnft.runs.run import Run
 from tools.document import fill
+from tools.forked import TINY, make_backbone
+from tools.tally import ROOT, Tally, joined, table
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
+DOCUMENT = ROOT / "docs" / "reliability.md"
 LIMIT = 10.0
 MEMORY = 4 << 30
 """Bytes of address space besides what the process has before it reads."""
@@ -546,7 +562,7 @@ def _read_folder(here: Path) -> None:
     train, val = split(dataset.train, 0.5, seed=0)
     splits = {"train": train, "val": val}
     written = io.BytesIO(data_to_csv(splits))
-    assert list(uses(data_from_csv(written))) == list(uses(splits))
+    assert not what_changed(data_from_csv(written), splits)
     logits = torch.arange(len(val) * len(val.classes)).float().reshape(len(val), -1)
     table = io.BytesIO(predictions_to_csv(Predictions(val, logits, "val")))
     found = predictions_from_csv(table)
@@ -703,12 +719,6 @@ def example(target: Target, random: Random, folder: Path) -> bool:
 # ---------------------------------------------------------------- the tool
 
 
-@dataclass
-class Tally:
-    outcomes: Counter[str] = field(default_factory=Counter)
-    slowest: float = 0.0
-
-
 def _serve(connection, targets: dict[str, Target], folder: Path) -> None:
     """In a process of its own: examples in, what became of them out."""
     torch.set_num_threads(1)
@@ -730,14 +740,17 @@ def _serve(connection, targets: dict[str, Target], folder: Path) -> None:
         connection.send(outcome)
 
 
-def run(targets: dict[str, Target], chosen: list[str], minutes: float, folder: Path):
-    """Examples of the chosen targets in turn until time is up; returns a `Tally` of each."""
+def run(
+    targets: dict[str, Target], chosen: list[str], first: int, minutes: float, folder: Path
+) -> Iterator[tuple[str, str, float]]:
+    """Yields (target, outcome, seconds) of examples in turn, until time is up.
+
+    Their seeds are `first` and those after it.
+    """
     context = get_context("fork")
-    tallies = {name: Tally() for name in chosen}
-    seen: set[str] = set()
     worker = connection = None
     until = time.monotonic() + 60 * minutes
-    for name, seed in zip(cycle(chosen), count()):
+    for name, seed in zip(cycle(chosen), count(first)):
         if time.monotonic() > until:
             break
         if worker is None:
@@ -758,65 +771,92 @@ def run(targets: dict[str, Target], chosen: list[str], minutes: float, folder: P
             worker.kill()
             worker.join()
             worker = None
-        tally = tallies[name]
-        tally.slowest = max(tally.slowest, time.monotonic() - started)
-        tally.outcomes[outcome.partition(":")[0]] += 1
-        place = f"{name} {outcome.rpartition('(')[2]}"
-        if outcome not in ("read", "refused") and place not in seen:
-            seen.add(place)
-            print(f"--target {name!r} --seed {seed}: {outcome}", flush=True)
+        if outcome not in ("read", "refused"):
+            outcome = f"{outcome} (--target {name!r} --seed {seed})"
+        yield name, outcome, time.monotonic() - started
     if worker is not None:
         worker.kill()
-    return tallies
 
 
 FAILURES = {"exception": "other exceptions", "hang": "hangs", "crash": "crashes",
             "escape": "escapes"}  # fmt: skip
 
+COUNTED_AT_ONCE = 500
+"""Examples, of which an interruption of this tool loses the counts."""
 
-def summary(tallies: dict[str, Tally], minutes: float) -> str:
+
+def fuzz(targets: dict[str, Target], minutes: float, folder: Path, tally: Tally) -> None:
+    counts: dict[str, Counter[str]] = {}
+    findings: dict[str, str] = {}
+    examples = run(targets, list(targets), tally.record["seed"], minutes, folder)
+
+    def keep() -> None:
+        tally.add_all(counts, findings)
+        counts.clear()
+
+    for name, outcome, seconds in examples:
+        kind = outcome.partition(":")[0].split(" ")[0]
+        one = {"examples": 1, kind: 1, "slowest": round(seconds, 1)}
+        counts[name] = joined(counts.get(name, {}), one)
+        if kind in FAILURES and outcome not in findings.values():
+            findings[name] = outcome
+            print(outcome, flush=True)
+        if kind in FAILURES or sum(n["examples"] for n in counts.values()) >= COUNTED_AT_ONCE:
+            keep()
+    keep()
+
+
+def since_last_finding(tally: Tally) -> Callable[[dict], bool]:
+    """Chooses the records after the last one with a failure, whose cause was mended then."""
+
+    def failed(record: dict) -> bool:
+        return any(rows.get(kind) for rows in record["rows"].values() for kind in FAILURES)
+
+    records = tally.records()
+    last = max((n for n, record in enumerate(records) if failed(record)), default=-1)
+    return lambda record: record in records[last + 1 :]
+
+
+def summary(tally: Tally) -> str:
     """Markdown: what became of the examples of each target."""
     titles = ["reader of", "examples", "read", "refused", *FAILURES.values(), "slowest"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, tally in tallies.items():
-        numbers = [tally.outcomes.total(), *(tally.outcomes[o] for o in ("read", "refused"))]
-        numbers += [tally.outcomes[o] for o in FAILURES]
-        cells = [name, *(f"{n:,}" for n in numbers), f"{tally.slowest:.1f} s"]
-        lines.append(f"| {' | '.join(cells)} |")
-    total = sum(tally.outcomes.total() for tally in tallies.values())
-    lines += [
-        "",
-        f"{total:,} examples in {minutes:.0f} minutes in one process of one thread; torch "
-        f"{torch.__version__}, timm {timm.__version__}, Pillow {PIL.__version__}, safetensors "
-        f"{safetensors.__version__}, Python {sys.version.split()[0]}.",
-    ]
-    return "\n".join(lines)
+    columns = ("examples", "read", "refused", *FAILURES)
+    sums, rows = tally.sums(), []
+    sums["**all**"] = reduce(joined, sums.values(), Counter())
+    for name, counts in sums.items():
+        numbers = [f"{counts[column]:,}" for column in columns]
+        rows.append([name, *numbers, f"{counts['slowest']:.1f} s"])
+    after = reduce(joined, tally.sums(since_last_finding(tally)).values(), Counter())
+    failures = sum(after[kind] for kind in FAILURES)
+    return (
+        f"{table(titles, rows)}\n\n{after['examples']:,} of them after the last finding was "
+        f"mended: {failures} failures."
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--target", help="this one only")
-    parser.add_argument("--seed", type=int, help="repeat this example of --target")
+    parser.add_argument("--target", help="this one only: repeat its example of --seed")
+    parser.add_argument("--seed", type=int, help="of the first example (default: at random)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        targets = make_targets(folder / "seeds")
-        if options.target is not None and options.target not in targets:
-            parser.error(f"--target: choose one of {', '.join(targets)}")
-        if options.seed is not None:
-            read = example(targets[options.target], Random(options.seed), folder / "example")
-            print("read" if read else "refused")
-            return
-        chosen = [options.target] if options.target else list(targets)
-        tallies = run(targets, chosen, options.minutes, folder)
-    text = summary(tallies, options.minutes)
-    print(text)
-    if options.target is None:
-        fill(DOCUMENT, "fuzzing", text)
-    failed = any(tally.outcomes[kind] for tally in tallies.values() for kind in FAILURES)
-    sys.exit(failed)
+    first = randbelow(2**31) << 20 if options.seed is None else options.seed
+    tally = Tally("fuzz", first)
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            targets = make_targets(folder / "seeds")
+            if options.target is None:
+                fuzz(targets, options.minutes, folder, tally)
+            elif options.target not in targets:
+                parser.error(f"--target: choose one of {', '.join(targets)}")
+            else:
+                read = example(targets[options.target], Random(first), folder / "example")
+                print("read" if read else "refused")
+    finally:
+        if options.target is None:
+            fill(DOCUMENT, "fuzzing", summary(tally))
 
 
 if __name__ == "__main__":

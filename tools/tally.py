@@ -37,15 +37,22 @@ class Tally:
 
     def add(self, row: str, counts: Mapping[str, float], words: str = "") -> None:
         """`words`: what a command said, of which the last is kept."""
+        self.add_all({row: counts}, {row: words} if words else {})
+
+    def add_all(
+        self, rows: Mapping[str, Mapping[str, float]], words: Mapping[str, str] | None = None
+    ) -> None:
+        self.file.parent.mkdir(exist_ok=True)
         with FileLock(self.file.with_suffix(".lock")):
             records = self.records()
             mine = next((r for r in records if r.items() >= self.record.items()), None)
             if mine is None:
                 mine = self.record | {"rows": {}}
                 records.append(mine)
-            mine["rows"][row] = dict(joined(mine["rows"].get(row, {}), counts))
+            for row, counts in rows.items():
+                mine["rows"][row] = dict(joined(mine["rows"].get(row, {}), counts))
             if words:
-                mine.setdefault("words", {})[row] = words
+                mine.setdefault("words", {}).update(words)
             write_whole(self.file, to_json({"records": records}))
 
     def sums(
