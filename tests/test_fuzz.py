@@ -1,7 +1,8 @@
 """A few hundred of the damaged and hostile files that tools/fuzz.py reads for an hour."""
 
-import re
+import json
 import warnings
+from functools import reduce
 from pathlib import Path
 from random import Random
 
@@ -60,16 +61,25 @@ def test_damaged_files_are_read_or_refused(
     read()
 
 
-@pytest.mark.parametrize("value", [b"0", b"{}", b"[]", b"false"])
-def test_where_weights_came_from_is_a_text(
-    targets: dict[str, Target], tmp_path: Path, value: bytes
+@pytest.mark.parametrize(
+    ("name", "where", "value"),
+    [
+        # Seeds 3014690, 4023858 and 5007050 of "head file": what is false, as None is.
+        *(("head file", ("cnnft", "backbone", "weights_source"), v) for v in ("0", "false", "{}")),
+        # The first hour's: it could be built, but not run.
+        ("exported model", ("model_args", "drop_rate"), "[0.5, 0.5, 0.5]"),
+    ],
+)
+def test_what_fuzzing_found_is_refused(
+    targets: dict[str, Target], tmp_path: Path, name: str, where: tuple[str, ...], value: str
 ) -> None:
-    """Found by seeds 3014690 and 4023858 of "head file": such values are false, as None is."""
-    target = targets["head file"]
-    (content,) = target.seeds[0].values()
-    header = content[8 : 8 + int.from_bytes(content[:8], "little")]
-    changed = re.sub(rb'(weights_source\\": )\\".*?\\"', rb"\g<1>" + value, header)
-    assert changed != header
-    damaged = len(changed).to_bytes(8, "little") + changed + content[8 + len(header) :]
-    hostile = Target(({"model.safetensors": damaged},), lambda random, files: files, target.reads)
+    ((file, content),) = targets[name].seeds[0].items()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    described = json.loads(header["__metadata__"]["cnnft"])
+    reduce(dict.__getitem__, where[:-1], described)[where[-1]] = json.loads(value)
+    header["__metadata__"]["cnnft"] = json.dumps(described)
+    text = json.dumps(header).encode()
+    damaged = {file: len(text).to_bytes(8, "little") + text + content[8 + length :]}
+    hostile = Target((damaged,), lambda random, files: files, targets[name].reads)
     assert not example(hostile, Random(0), tmp_path / "example")

@@ -42,6 +42,8 @@ class Tally:
     def add_all(
         self, rows: Mapping[str, Mapping[str, float]], words: Mapping[str, str] | None = None
     ) -> None:
+        if not rows:
+            return
         self.file.parent.mkdir(exist_ok=True)
         with FileLock(self.file.with_suffix(".lock")):
             records = self.records()
