@@ -83,3 +83,19 @@ def test_what_fuzzing_found_is_refused(
     damaged = {file: len(text).to_bytes(8, "little") + text + content[8 + length :]}
     hostile = Target((damaged,), lambda random, files: files, targets[name].reads)
     assert not example(hostile, Random(0), tmp_path / "example")
+
+
+@pytest.mark.parametrize("width", [2**59 + 32, 2**32 + 32, -1, 0])
+def test_cached_pixels_whose_sizes_lie_are_not_read(
+    targets: dict[str, Target], tmp_path: Path, width: int
+) -> None:
+    """Found by seed 1082499574798298 of "cached pixels": a product of sizes that wraps around."""
+    target = targets["cached pixels"]
+    files = dict(target.seeds[0])
+    entry = next(name for name in files if name.endswith(".safetensors"))
+    whole = (32).to_bytes(8, "little") * 2
+    assert files[entry].count(whole) >= 1
+    odd = width.to_bytes(8, "little", signed=True) + (32).to_bytes(8, "little")
+    files[entry] = files[entry].replace(whole, odd, 1)
+    hostile = Target((files,), lambda random, files: files, target.reads)
+    assert not example(hostile, Random(0), tmp_path / "example")

@@ -312,7 +312,11 @@ def _mapped(path: Path, count: int) -> PixelArray | None:
             sizes: Tensor = file.get_tensor("sizes")
         pixels = store.pixel_file(path)
         length = pixels.stat().st_size
-        if sizes.shape != (count, 2) or sizes.dtype != torch.int64 or int(sizes.min()) < 1:
+        if sizes.shape != (count, 2) or sizes.dtype != torch.int64:
+            return None
+        # As products of floats, which do not wrap around; a side is what Pillow can count.
+        largest = 3 * float(sizes.double().prod(dim=1).max())
+        if int(sizes.min()) < 1 or int(sizes.max()) >= 2**31 or largest > length:
             return None
         array = PixelArray(
             sizes, torch.from_file(str(pixels), size=length, dtype=torch.uint8), path
