@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -259,3 +260,20 @@ def test_a_command_whose_disk_does_not_answer(
     )
     outcome.fails_with(1, "nothing was read for 0.2 seconds", "--read-timeout")
     assert command == "predict" or str(gone) in outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small /dev/shm")
+def test_in_a_container_with_little_shared_memory_and_few_files(tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", ("ants", "bees"), 40)
+    mounted = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && ulimit -n 40 && exec "$@"'
+    done = subprocess.run(
+        [
+            *("unshare", "-m", "sh", "-c", mounted, "sh", sys.executable, "-m", "cnnft"),
+            *("finetune", data, "--backbone=builtin", "--no-probe-first", "--epochs=1"),
+            *("--workers=4", "--runs-dir", tmp_path / "runs"),
+        ],
+        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("of 4 workers: this process may have too few open files") == 1
