@@ -16,8 +16,8 @@ import torch
 
 from cnnft.data.augmentation import PRESETS, training_transform
 from cnnft.data.dataset import Samples
+from cnnft.data.folders import image_files
 from cnnft.data.loading import TrainingImages
-from cnnft.data.sources import image_files
 from cnnft.data.transforms import InputSpec
 
 

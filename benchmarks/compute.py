@@ -31,7 +31,7 @@ from timm.data import create_dataset, create_loader, resolve_model_data_config
 from torch import Tensor, nn
 
 from cnnft import load
-from cnnft.data.sources import image_files
+from cnnft.data.folders import image_files
 from cnnft.machine.devices import autocast, keep_freed_memory, place
 from cnnft.models.surgery.fold import folded
 

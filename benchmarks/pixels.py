@@ -32,10 +32,10 @@ from cnnft import Config, load
 from cnnft.cache.pixels import CachedImages, cache_images
 from cnnft.data.augmentation import training_transform
 from cnnft.data.dataset import Samples
+from cnnft.data.folders import image_files
 from cnnft.data.images import FULL, PixelSpec, read_image
 from cnnft.data.loading import ImageFiles, Loading, TrainingImages, view_batches
 from cnnft.data.reading import read_dataset
-from cnnft.data.sources import image_files
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.inference.predict import collect, predict_batches
 from cnnft.runs.records import Epoch

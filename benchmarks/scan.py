@@ -33,7 +33,7 @@ def main() -> None:
             (folder / f"photograph-{number:09d}.gif").write_bytes(gif.getvalue())
         tracemalloc.start()
         source = open_source(place)
-        samples, _ = source.files("train", source.classes("train"), lambda count, total: None)
+        samples, _ = source.files("train", source.classes("train"))
         report("found", len(samples.paths[0]), options.files)
         samples = read_dataset(source, ("train",)).train
         assert len(samples) == options.files

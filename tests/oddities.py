@@ -189,7 +189,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "photo from a phone.jpg": (HEIC, "needs the package pillow-heif"),
     "LICENSE": (b"All rights reserved.", "is not an image"),
     "notes.txt": (b"good", "has no image suffix (.txt)"),
-    "photo.SVG": (b"<svg/>", "has no image suffix (.SVG)"),
+    "photo.SVG": (b"<svg/>", "has no image suffix (.svg)"),
 }
 """File name -> (content, part of the reason)."""
 

@@ -79,13 +79,9 @@ FLAT: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "one class": (lambda d: only(d, "bees"), ("one class only", "bees")),
     "an empty class": (lambda d: empty(d / "bees"), ("bees", "holds no images")),
     "an unreadable class": (lambda d: unreadable(d / "bees"), ("class bees",)),
-    "one image in a class": (
-        lambda d: [p.unlink() for p in (d / "bees").iterdir() if p.stem != "0"],
-        ("class bees has 1 different image",),
-    ),
-    "ten copies of one image": (
-        lambda d: [shutil.copy(d / "ants/0.png", p) for p in (d / "bees").iterdir()],
-        ("class bees has 0 different image",),
+    "one image in each class": (
+        lambda d: [p.unlink() for p in d.glob("*/*") if p.stem != "0"],
+        ("no class has two different images", "add images, or a val folder"),
     ),
 }
 SEPARATED: dict[str, tuple[Damage, tuple[str, ...]]] = {
@@ -93,9 +89,10 @@ SEPARATED: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda d: draw(d / "val" / "flies" / "0.png", 0, 0),
         ("flies", "ants, bees, wasps"),
     ),
-    "class missing in val": (lambda d: shutil.rmtree(d / "val/bees"), ("bees", "is missing")),
-    "class empty in val": (lambda d: empty(d / "val/bees"), ("bees", "holds no images")),
-    "class empty in train": (lambda d: empty(d / "train/bees"), ("bees", "holds no images")),
+    "class empty in train": (
+        lambda d: empty(d / "train/bees"),
+        ("val/bees/ is no class of the training data (ants, wasps)",),
+    ),
     "class unreadable in train": (lambda d: unreadable(d / "train/bees"), ("class bees", "train")),
     "all of val unreadable": (
         lambda d: [unreadable(c) for c in (d / "val").iterdir()],
@@ -108,7 +105,7 @@ SEPARATED: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "val without train": (lambda d: shutil.rmtree(d / "train"), ("no train folder",)),
     "test without train": (
         lambda d: (rename(d / "train", "bees"), rename(d / "val", "test")),
-        ("has test but no train folder", "give --layout flat if test is a class"),
+        ("two ways: give --layout flat if bees, test are the classes", "or move bees into"),
     ),
     "two folders for val": (
         lambda d: shutil.copytree(d / "val", d / "valid"),

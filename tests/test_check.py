@@ -133,7 +133,7 @@ def test_text_says_what_json_says(cnnft: Cli, photos: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "1               the same file more than once" in outcome.out
     assert "1               in train and elsewhere too" in outcome.out
-    assert "none            files that cannot be used" in outcome.out
+    assert "none            left out" in outcome.out
     assert "→ " in outcome.out and "4 training images per class" in outcome.out
 
 

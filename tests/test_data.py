@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 from collections import Counter
@@ -17,12 +18,12 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from cnnft.data import reading, sources
-from cnnft.data.dataset import Samples, Skipped
+from cnnft.data.dataset import HIDDEN, LINK, Samples, Skipped
+from cnnft.data.folders import Tree, image_files
 from cnnft.data.loading import TrainingImages
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import IGNORED, BalancedDraw, KeyedBatches
 from cnnft.data.split import split
-from cnnft.errors import CnnftError
 from cnnft.runs.run import Run
 
 Cli = Callable[..., Outcome]
@@ -40,7 +41,7 @@ def test_classes_and_files_come_in_imagefolders_order(tmp_path: Path) -> None:
     reference = ImageFolder(str(tmp_path))
     source = sources.open_source(tmp_path)
     classes = source.classes("train")
-    samples, _ = source.files("train", classes, lambda count, total: None)
+    samples, _ = source.files("train", classes)
     assert list(samples.classes) == reference.classes
     assert list(zip(samples.paths, samples.labels, strict=True)) == reference.samples
 
@@ -54,7 +55,12 @@ def test_hidden_files_and_what_systems_leave_behind_are_ignored(tmp_path: Path, 
     hidden = tmp_path / name
     hidden.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(seen, hidden)
-    assert sources.image_files(tmp_path) == ([str(seen)], [])
+    images, (left_out,) = image_files(tmp_path)
+    assert images == [str(seen)] and left_out.reason == HIDDEN and left_out.files == 1
+    assert left_out.images == name.endswith((".hidden.png", "/x.png", "/.x.png"))
+    assert Path(left_out.path) in (hidden, hidden.parent)
+    found, _ = Tree(tmp_path, include_hidden=True).contents(str(tmp_path))
+    assert (str(hidden) in found) == name.endswith(".png")
 
 
 def test_files_of_other_suffixes_are_listed_and_those_without_one_are_tried(tmp_path: Path) -> None:
@@ -62,11 +68,11 @@ def test_files_of_other_suffixes_are_listed_and_those_without_one_are_tried(tmp_
     for name in ("notes.txt", "sub/x.svg", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert sources.image_files(tmp_path) == (
+    assert image_files(tmp_path) == (
         [str(tmp_path / "README"), str(seen)],
         [
-            Skipped(str(tmp_path / "notes.txt"), "has no image suffix (.txt)"),
-            Skipped(str(tmp_path / "sub" / "x.svg"), "has no image suffix (.svg)"),
+            Skipped(str(tmp_path / "notes.txt"), "has no image suffix (.txt)", 1, 0),
+            Skipped(str(tmp_path / "sub" / "x.svg"), "has no image suffix (.svg)", 1, 0),
         ],
     )
 
@@ -74,7 +80,9 @@ def test_files_of_other_suffixes_are_listed_and_those_without_one_are_tried(tmp_
 def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     draw_folder(tmp_path, ("ants", "bees", ".thumbnails", "__MACOSX"), 1)
     (tmp_path / "README.md").touch()
-    assert sources.class_folders(tmp_path) == ("ants", "bees")
+    assert sources.open_source(tmp_path).classes("train") == ("ants", "bees")
+    everything = sources.open_source(tmp_path, include_hidden=True)
+    assert everything.classes("train") == (".thumbnails", "__MACOSX", "ants", "bees")
 
 
 def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -87,7 +95,11 @@ def test_symbolic_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (target.parent / "back").symlink_to(folder, target_is_directory=True)
     (folder / "up").symlink_to(tmp_path, target_is_directory=True)
     expected = [folder / "one.png", own, folder / "linked" / "x.png"]
-    assert sources.image_files(folder) == ([str(path) for path in expected], [])
+    images, left_out = image_files(folder)
+    assert images == [str(path) for path in expected]
+    assert {(entry.path, entry.reason, entry.files) for entry in left_out} == {
+        (f"{folder / name}{os.sep}", LINK, 1) for name in ("linked/back", "loop", "up")
+    }
 
 
 def test_a_dangling_link_is_skipped_with_its_reason(tmp_path: Path) -> None:
@@ -201,11 +213,20 @@ def test_exact_duplicates_stay_on_one_side_also_across_classes(seed: int) -> Non
     assert min(train.counts()) >= 1 and min(val.counts()) >= 1
 
 
-def test_split_needs_two_different_images_per_class() -> None:
-    samples = made_up((3, 2))
-    same = replace(samples, hashes=(*samples.hashes[:4], samples.hashes[3]))
-    with pytest.raises(CnnftError, match="class1 has 1 different image"):
-        split(same, 0.2, 0)
+def test_a_class_of_one_content_is_trained_and_not_validated() -> None:
+    samples = made_up((3, 2, 1))
+    same = replace(samples, hashes=(*samples.hashes[:4], samples.hashes[3], samples.hashes[5]))
+    train, val = split(same, 0.2, 0)
+    assert train.counts() == (2, 2, 1) and val.counts() == (1, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_class_of_copies_of_another_is_trained_too(seed: int) -> None:
+    samples = made_up((4, 2))
+    copies = replace(samples, hashes=(*samples.hashes[:4], *samples.hashes[:2]))
+    train, val = split(copies, 0.5, seed)
+    assert min(train.counts()) >= 1 and val.counts()[0] >= 1
+    assert not set(train.hashes) & set(val.hashes) and len(train) + len(val) == 6
 
 
 def split_of(run: Path) -> dict[str, Counter[str]]:

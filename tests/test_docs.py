@@ -12,8 +12,8 @@ from cnnft.config.options import option_of
 from cnnft.config.pixels import AugmentationConfig
 from cnnft.config.schema import FIELDS, flag
 from cnnft.data.augmentation import PRESETS
+from cnnft.data.folders import SYSTEM
 from cnnft.data.images import SUFFIXES
-from cnnft.data.sources import IGNORED
 from tools import options
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,8 @@ def test_every_make_target_that_is_named_exists(target):
 def test_the_table_of_images_names_every_suffix_and_every_ignored_name():
     words = (ROOT / "docs" / "images.md").read_text(encoding="utf-8")
     assert set(re.findall(r"(?<=\s)\.[a-z]+(?=\s)", words.split("(in any case)")[0])) == SUFFIXES
-    assert all(name in words.lower() for name in IGNORED)
+    words = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").lower()
+    assert all(f"`{name}`" in words for name in SYSTEM)
 
 
 def test_the_tables_of_augmentation_name_every_preset_and_every_part_without_a_flag():

@@ -322,4 +322,4 @@ def test_a_folder_of_no_known_class_is_refused(cnnft: Cli, trained: Path, unseen
 
 def test_a_folder_without_any_image_is_refused(cnnft: Cli, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "ants").mkdir(parents=True)
-    cnnft("evaluate", tmp_path / "empty", "-m", trained).fails_with(1, "no readable image")
+    cnnft("evaluate", tmp_path / "empty", "-m", trained).fails_with(1, "ants holds no images")

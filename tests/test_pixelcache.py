@@ -5,9 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -452,24 +450,6 @@ def test_the_cache_is_shown_and_cleared(cnnft: Cli, photos: Path, cache_folder: 
 def test_a_cache_that_is_written_to_is_not_cleared(cnnft: Cli, cache_folder: Path) -> None:
     with store.writing(0):
         cnnft("cache", "--clear").fails_with(1, f"{cache_folder} is being written to")
-
-
-def test_another_process_is_waited_for_as_long_as_it_writes(
-    monkeypatch, photos: Path, cache_folder: Path
-) -> None:
-    monkeypatch.setattr(store, "_TICK", 0.1)
-    monkeypatch.setattr(store, "PATIENCE", 0.5)
-    stands_still = pytest.raises(CnnftError, match="lock, and has written nothing for")
-    with store.writing(0), stands_still:
-        train(photos, "disk", cache="disk")
-    (cache_folder / "pixels").mkdir(exist_ok=True)
-    with ThreadPoolExecutor() as pool, store.writing(0):
-        waiting = pool.submit(lambda: store.writing(0).__enter__())
-        for size in range(15):
-            (cache_folder / "pixels" / ".x.unfinished").write_bytes(bytes(size))
-            time.sleep(0.1)
-        assert not waiting.done()
-    assert waiting.result(timeout=30) is True
 
 
 def test_an_existing_folder_is_chosen_by_the_environment(monkeypatch, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from cnnft import Config
 from cnnft.config.choices import Layout
 from cnnft.data.dataset import Dataset, Samples, Skipped, join
 from cnnft.data.reading import inspect_dataset, read_dataset
-from cnnft.data.sources import OnFiles, Source, open_source
+from cnnft.data.sources import Source, open_source
 from cnnft.errors import CnnftError
 from cnnft.training.events import Finished
 from cnnft.training.finetune import run_plan
@@ -25,7 +25,7 @@ def files(source: Source) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     classes = source.classes("train")
     for split in source.splits:
-        samples, _ = source.files(split, classes, lambda count, total: None)
+        samples, _ = source.files(split, classes)
         for path, label in zip(samples.paths, samples.labels, strict=True):
             found.setdefault(f"{split}/{classes[label]}", []).append(Path(path).name)
     return found
@@ -89,7 +89,10 @@ def test_a_class_called_train_trains_and_predicts(cnnft: Cli, tmp_path: Path) ->
 def test_where_two_layouts_are_possible_the_option_decides(tmp_path: Path) -> None:
     """A folder train that holds folders may be a split, or a class with folders in it."""
     folder = put(tmp_path, "train/steam/0.png", "train/diesel/1.png", "car/red/2.png")
-    assert files(open_source(folder)) == {"train/diesel": ["1.png"], "train/steam": ["0.png"]}
+    with pytest.raises(CnnftError, match=r"two ways.*flat if car, train are.*\(diesel, steam\)"):
+        open_source(folder)
+    split = open_source(folder, "split")
+    assert files(split) == {"train/diesel": ["1.png"], "train/steam": ["0.png"]}
     flat = {"train/car": ["2.png"], "train/train": ["1.png", "0.png"]}
     assert files(open_source(folder, "flat")) == flat
     inside = put(tmp_path / "both", *CLASS_SPLIT)
@@ -112,10 +115,13 @@ def test_a_split_folder_that_holds_images_only_is_no_split(tmp_path: Path) -> No
         ((*CLASS_SPLIT, "cats/valid/4.png"), "auto", "are both a val folder"),
         ((), "auto", "holds no class folders: put the images into one folder per class"),
         (("cats/0.png",), "auto", r"one class only \(cats\)"),
-        (SPLIT[2:], "auto", "has val but no train folder: .*--layout flat if val is a class"),
-        ((*SPLIT, "Valid/cows/4.png"), "auto", "Valid/cows is no class of the training data"),
-        ((*SPLIT, "train/cows/4.png"), "auto", "Valid/cows is missing: every class needs some"),
-        ((*CLASS_SPLIT, "cows/train/4.png"), "auto", "cows/val is missing: every class needs some"),
+        (
+            SPLIT[2:],
+            "auto",
+            "has val but no train folder that holds .*--layout flat if val is a class",
+        ),
+        ((*SPLIT, "Valid/cows/4.png"), "auto", "Valid/cows/ is no class of the training data"),
+        ((*CLASS_SPLIT, "cows/val/4.png"), "auto", "cows/val/ is no class of the training data"),
     ],
 )
 def test_what_is_no_layout_is_one_sentence(
@@ -145,13 +151,15 @@ class Listed:
     def classes(self, split: str) -> tuple[str, ...]:
         return ("ants", "bees")
 
-    def place(self, split: str, name: str) -> str:
-        return f"row {split}"
+    hint = ""
 
-    def files(
-        self, split: str, classes: tuple[str, ...], on_files: OnFiles
-    ) -> tuple[Samples, list[Skipped]]:
-        on_files(2, None)
+    def left_out(self) -> list[Skipped]:
+        return [Skipped("the title", "has no file", 1, 0)]
+
+    def notes(self, split: str, classes: tuple[str, ...]) -> list[str]:
+        return [f"{split} is read"]
+
+    def files(self, split: str, classes: tuple[str, ...]) -> tuple[Samples, list[Skipped]]:
         number = "01" if split == "train" else "23"
         paths = tuple(str(self.folder / name / f"{n}.png") for name in classes for n in number)
         groups = tuple(f"patient {n}" for _ in classes for n in number)
@@ -164,9 +172,10 @@ def test_nothing_below_the_source_knows_a_folder(tmp_path: Path) -> None:
     dataset = read_dataset(source, ("train", "val"))
     assert isinstance(dataset, Dataset) and dataset.source == "a list"
     assert list(dataset.splits) == ["train", "val"] and dataset.classes == ("ants", "bees")
-    assert [file.path for file in dataset.skipped] == ["row train", "row val"]
+    assert [file.path for file in dataset.skipped] == ["row train", "row val", "the title"]
+    assert dataset.notes == ("train is read", "val is read")
     for split, part in dataset.splits.items():
-        given, _ = source.files(split, dataset.classes, lambda count, total: None)
+        given, _ = source.files(split, dataset.classes)
         rows = set(zip(given.paths, given.labels, given.groups, given.weights, strict=True))
         assert set(zip(part.paths, part.labels, part.groups, part.weights, strict=True)) == rows
     same, sizes = inspect_dataset(source, lambda image, mode: (image.size, mode), ("train",))

@@ -30,10 +30,6 @@ LIMIT = 50.0
 DISK_SHARE = 0.5
 """Of the free disk may be filled by what is written next."""
 
-PATIENCE = 120.0
-"""Seconds without a byte after which another process that writes to it is not waited for."""
-
-_TICK = 1.0  # seconds
 _PIXELS = ".pixels"
 _WAY_OUT = "CNNFT_CACHE=FOLDER is another place"
 
@@ -152,12 +148,12 @@ def writing(needed: int, *, wait: bool = True) -> Iterator[bool]:
     Gives whether it is locked: without `wait`, another process may hold the lock.
 
     Raises:
-        CnnftError: the folder cannot be written to; the process that holds the lock stands still.
+        CnnftError: the folder cannot be written to.
     """
     with _locked() as lock:
         if not lock.is_locked and wait:
             _log.info("waiting for another process that writes to %s", root())
-            _acquire(lock)
+            lock.acquire()
         if lock.is_locked:
             _remove_unfinished()
             _evict(limit() - needed)
@@ -205,35 +201,6 @@ def _locked() -> Iterator[FileLock]:
         yield lock
     finally:
         lock.release()
-
-
-def _acquire(lock: FileLock) -> None:
-    """Wait as long as the process that holds the lock goes on writing.
-
-    Raises:
-        CnnftError: it does not.
-    """
-    before, left = _sizes(), PATIENCE
-    while left > 0:
-        with suppress(Timeout):
-            lock.acquire(timeout=_TICK)
-            return
-        now = _sizes()
-        left = left - _TICK if now == before else PATIENCE
-        before = now
-    raise CnnftError(
-        f"another process holds {lock.lock_file}, and has written nothing for {PATIENCE:.0f} "
-        "seconds: end it, or set CNNFT_CACHE to another folder"
-    )
-
-
-def _sizes() -> dict[Path, int]:
-    """Of all files, also of what is being written."""
-    sizes = {}
-    for path in root().glob("*/*"):
-        with suppress(OSError):  # it has just been renamed or removed
-            sizes[path] = path.stat().st_size
-    return sizes
 
 
 def _remove_unfinished() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cnnft.cli import console, options
+from cnnft.cli.leftout import left_out_lines
 from cnnft.cli.plan import advice_json, class_table, show_advice
 from cnnft.config.choices import Augment, Fit
 from cnnft.config.schema import Config
@@ -36,6 +37,7 @@ def command(
         str | None, typer.Option(metavar="FILE", help="Pretrained weights of the backbone.")
     ] = None,
     layout: options.Layout = "auto",
+    include_hidden: options.IncludeHidden = False,
     fit: Annotated[Fit | None, options.as_for_finetune("fit")] = None,
     show_augment: Annotated[
         Path | None,
@@ -81,7 +83,12 @@ def command(
         inspector = Inspector(spec, keep_crops=settings is not None)
         reading = console.reading_images(bar)
         dataset, facts = inspect_dataset(
-            data, inspector, layout=layout, on_files=reading, read_timeout=read_timeout
+            data,
+            inspector,
+            layout=layout,
+            include_hidden=include_hidden,
+            on_files=reading,
+            read_timeout=read_timeout,
         )
         found = check_dataset(dataset, facts)
     if sheet is not None and show_augment is not None:
@@ -172,8 +179,10 @@ def _show(found: "DataCheck") -> None:
         f"mean / std      {_channels(found.mean)}/{_channels(found.std)}",
     ]
     console.result("\n".join(lines))
-    reasons = [f"{file.path}: {file.reason}" for file in found.skipped]
-    _list("files that cannot be used", reasons)
+    for note in found.notes:
+        console.result(console.printable(note))
+    _list("left out", left_out_lines(found.skipped), most=None)
+    _list("classes that get no score: fewer than 2 images, or none in val", list(found.unscored))
     for name, groups in (
         ("the same file more than once", found.duplicates),
         ("images that look the same", found.near_duplicates),
@@ -187,14 +196,15 @@ def _channels(values: Channels) -> str:
     return ",".join(f"{value:.3f}" for value in values)
 
 
-def _list(name: str, findings: list[str]) -> None:
+def _list(name: str, findings: list[str], most: int | None = _MOST) -> None:
     if not findings:
         console.result(f"none            {name}")
         return
     console.result(f"{len(findings):<15} {name}")
-    for text in findings[:_MOST]:
+    shown = len(findings) if most is None else most
+    for text in findings[:shown]:
         console.result(f"                {console.printable(text)}")
-    if len(findings) > _MOST:
+    if len(findings) > shown:
         console.result(f"                … {len(findings) - _MOST} more: --json lists all")
 
 

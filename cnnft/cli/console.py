@@ -145,7 +145,8 @@ def warn_of_skipped(files: Sequence["Skipped"], elsewhere: str) -> None:
     for file in files[:most]:
         warn(f"skipped {file.path}: {file.reason}")
     if files:
-        warn(f"{len(files)} file(s) skipped" + (f": {elsewhere}" if len(files) > most else ""))
+        count = sum(file.files for file in files)
+        warn(f"{count} file(s) skipped" + (f": {elsewhere}" if len(files) > most else ""))
 
 
 def error(text: str, *, met_by_main: bool = False, traceback: bool = False) -> None:

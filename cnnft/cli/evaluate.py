@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cnnft.cli import console, options
+from cnnft.cli.leftout import show_left_out, skipped_json
 from cnnft.cli.tables import percent, table
 from cnnft.config.choices import Split
 
@@ -23,6 +24,7 @@ def command(
     model: options.Model,
     split: Annotated[Split, typer.Option(help="Split to evaluate on.")] = "val",
     layout: options.Layout = "auto",
+    include_hidden: options.IncludeHidden = False,
     tta: options.Tta = "none",
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
@@ -51,7 +53,7 @@ def command(
     with console.progress() as bar:
         reading = console.reading_images(bar)
         evaluating = bar.add_task("evaluating", total=None, visible=False)
-        source = open_source(data, layout)
+        source = open_source(data, layout, include_hidden=include_hidden, on_files=reading)
         parts = splits_to_evaluate(source, split)
         dataset = read_dataset(
             source,
@@ -67,7 +69,9 @@ def command(
             Seen.by(run) if run else Seen(),
             lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )
-    console.warn_of_skipped(evaluation.skipped, "--json lists all")
+    show_left_out(evaluation.skipped, dataset.source, "--json lists all")
+    for note in dataset.notes:
+        console.say(console.printable(note))
     if evaluation.unrecognised:
         console.warn(
             f"{evaluation.unrecognised} image(s) of the training and validation of {model} are not "
@@ -140,5 +144,5 @@ def _json(evaluation: "Evaluation") -> dict[str, Any]:
         "selected_on_val": evaluation.selected_on,
         "classes": [dataclasses.asdict(row) for row in evaluation.classes],
         "confusion": evaluation.confusion,
-        "skipped": [{"file": str(f.path), "reason": f.reason} for f in evaluation.skipped],
+        "skipped": skipped_json(evaluation.skipped),
     }

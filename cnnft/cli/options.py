@@ -11,7 +11,7 @@ from cnnft.config.choices import TestTimeViews
 from cnnft.config.options import metavar_of, option_of, shown_default, validate_value
 from cnnft.config.panels import MACHINE, RUN
 from cnnft.config.run import MachineConfig
-from cnnft.config.schema import FIELDS
+from cnnft.config.schema import FIELDS, flag
 from cnnft.errors import UsageError
 
 
@@ -23,17 +23,19 @@ def with_default(help: str, default: str | None) -> str:
 def as_for_finetune(name: str) -> Any:
     """The option of a setting that finetune has too."""
     field = FIELDS[name]
+    switch = option_of(field).switch
 
     def validated(value: Any) -> Any:
         validate_value(field, field.default if value is None else value)
         return value
 
     return typer.Option(
+        *([flag(name)] if switch else []),
         callback=validated,
         show_default=False,
         rich_help_panel=MACHINE if option_of(field).panel == MACHINE else None,
         metavar=metavar_of(field),
-        help=with_default(option_of(field).help, shown_default(field)),
+        help=with_default(option_of(field).help, None if switch else shown_default(field)),
     )
 
 
@@ -71,6 +73,7 @@ Model = Annotated[
     ),
 ]
 Layout = Annotated[Layout_, as_for_finetune("layout")]
+IncludeHidden = Annotated[bool, as_for_finetune("include_hidden")]
 Weights = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="For an exported head: the weights of its backbone."),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from cnnft.cli import console
+from cnnft.cli.leftout import show_left_out, skipped_json
 from cnnft.cli.tables import table
 
 if TYPE_CHECKING:
@@ -14,13 +15,14 @@ if TYPE_CHECKING:
     from cnnft.training.plan import Plan
 
 _MOST_CLASSES = 20
+_MOST_UNSCORED = 10
 
 
 def show_plan(plan: "Plan") -> None:
     splits = {"train": plan.train.counts_by_class(), "val": plan.val.counts_by_class()}
     console.say(class_table(splits))
     console.say()
-    _show_skipped(plan)
+    _show_account(plan)
     if plan.advice is not None and plan.requested_mode == "auto":
         show_advice(plan.advice, console.say)
         console.say()
@@ -145,8 +147,18 @@ def advice_json(advice: "Advice") -> dict[str, Any]:
     }
 
 
-def _show_skipped(plan: "Plan") -> None:
-    console.warn_of_skipped(plan.skipped, "the run's skipped.csv lists all")
+def _show_account(plan: "Plan") -> None:
+    """What became of the images that are not simply trained on."""
+    data = str(plan.config.dataset.data)
+    show_left_out(plan.skipped, data, "the run's skipped.csv lists all")
+    for note in plan.notes:
+        console.say(console.printable(note))
+    if unscored := [name for name, count in plan.val.counts_by_class().items() if not count]:
+        shown = ", ".join(unscored[:_MOST_UNSCORED]) + ("…" * (len(unscored) > _MOST_UNSCORED))
+        console.warn(
+            f"{len(unscored)} class(es) have no image in val, so they are trained and have no "
+            f"score: {console.printable(shown)}"
+        )
     if plan.leaked:
         console.warn(
             f"{plan.leaked} validation image(s) left out: the same file is in the training data"
@@ -220,7 +232,8 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "parameters": {"trained": trained, "frozen": frozen},
         "learning_rates": {"backbone": plan.rates.backbone, "head": plan.rates.head},
         "steps_per_epoch": plan.batches.steps_per_epoch,
-        "skipped": [{"file": str(file.path), "reason": file.reason} for file in plan.skipped],
+        "skipped": skipped_json(plan.skipped),
+        "notes": plan.notes,
         "leaked": plan.leaked,
         "contradictions": plan.contradictions,
     }

@@ -91,7 +91,8 @@ def command(
         _write(counted, min(top, len(classifier.classes)), format, output, bar)
     if output is not None:
         console.say(f"wrote {output}")
-    console.warn_of_skipped(skipped, "name a file to have it tried")
+    missed = [entry for entry in skipped if not entry.is_expected]
+    console.warn_of_skipped(missed, "name a file to have it tried")
     failed = failures[True]
     if failed == len(files):
         raise CnnftError(f"none of the {failed} file(s) could be read as an image")
@@ -111,7 +112,7 @@ def _choose_format(format: Format | None, output: Path | None) -> Format:
 
 def _expand(arguments: list[str]) -> tuple[list[str], list["Skipped"]]:
     """The files to predict, and those of folders whose names are not an image's."""
-    from cnnft.data.sources import image_files
+    from cnnft.data.folders import image_files
 
     files: list[str] = []
     skipped: list[Skipped] = []

@@ -20,6 +20,12 @@ class DataConfig:
         "DATA/CLASS/train; auto: by the names of the folders.",
         panel=DATA,
     )
+    include_hidden: bool = option(
+        False,
+        "Read hidden and system files and folders too (.name, @eaDir, __MACOSX).",
+        panel=DATA,
+        switch=True,
+    )
     val_fraction: float = option(
         0.2,
         "Fraction of the images held out for validation, where DATA has no val folder.",
@@ -32,7 +38,7 @@ class DataConfig:
     )
     strict: bool = option(
         False,
-        "Stop at a file that cannot be used, instead of skipping it.",
+        "Stop where an image or a file is left out, instead of naming it.",
         panel=DATA,
         switch=True,
     )

@@ -1,5 +1,6 @@
 """`Dataset` and its `Samples`: labelled images, and what was left out."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +15,42 @@ _COLUMNS = ("paths", "labels", "hashes", "groups", "weights")
 """Of `Samples`: a value for each image, or none at all."""
 
 
+HIDDEN = "hidden, or left by the system"
+OWN = "cnnft's own"
+LINK = "a link to a folder that is read at its own place"
+EMPTY = "no images in it"
+UNLABELLED = "unlabelled: no class folders in it"
+BESIDE_CLASSES = "beside the class folders"
+BESIDE_SPLITS = "beside the split folders"
+NO_SPLIT = "no split folder in it"
+UNKNOWN = "no class of the training data"
+BY_PLACE = frozenset(
+    {HIDDEN, OWN, LINK, EMPTY, UNLABELLED, BESIDE_CLASSES, BESIDE_SPLITS, NO_SPLIT, UNKNOWN}
+)
+UNSUITED = "has no image suffix"
+"""Reasons of `Skipped`; of an image that cannot be read it is what `ImageError` says."""
+
+
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A file that is left out, and why."""
+    """What is left out, and why: a file, files of one kind, or a whole folder."""
 
     path: str
+    """Of a folder it ends with a slash; of several files it is a pattern, the folder and *."""
     reason: str
+    files: int = 1
+    """Links that are not followed are counted as files. 0 where nobody looked: in runs."""
+    images: int = 1
+    """Those of them that have an image's suffix."""
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.endswith(os.sep)
+
+    @property
+    def is_expected(self) -> bool:
+        """Everybody's folders have such things in them: nobody misses them."""
+        return self.reason == OWN or (self.reason == HIDDEN and not self.images)
 
 
 @dataclass(frozen=True)
@@ -112,7 +143,9 @@ class Dataset:
     """Those that the source separates and that were asked for; of one that separates none, train
     is all."""
     skipped: tuple[Skipped, ...]
-    """In the order of their paths."""
+    """All else that the source holds, apart from splits that were not asked for; by path."""
+    notes: tuple[str, ...] = ()
+    """What was understood otherwise than a reader might expect; sentences."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -138,6 +138,21 @@ def find_problem(path: str | Path, content: bytes) -> str | None:
     return None
 
 
+def opens(path: str | Path) -> bool:
+    """Whether the content begins as an image does."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            return False
+        with Path(path).open("rb") as file, ignoring_oddities():
+            if _HEIC.match(file.read(64)):
+                return True
+            file.seek(0)
+            Image.open(file, formats=_FORMATS)
+    except Exception:  # nearly anything, as in `_explained`
+        return False
+    return True
+
+
 def suffix_problem(name: str) -> str | None:
     """Why a file of this name is not even opened, or None; one without suffix is."""
     _, dot, suffix = name.rpartition(".")

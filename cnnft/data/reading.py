@@ -9,7 +9,8 @@ from typing import Generic, TypeVar
 from PIL import Image
 
 from cnnft.config.choices import Layout
-from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName
+from cnnft.data.dataset import UNKNOWN, Dataset, Samples, Skipped, SplitName
+from cnnft.data.folders import OnFiles, is_named_as_image
 from cnnft.data.images import (
     ImageError,
     decode,
@@ -17,7 +18,8 @@ from cnnft.data.images import (
     mode_of,
     read_bytes,
 )
-from cnnft.data.sources import OnFiles, Source, open_source
+from cnnft.data.layouts import some
+from cnnft.data.sources import Source, open_source
 from cnnft.data.threads import READ_TIMEOUT, in_threads
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed
@@ -30,6 +32,7 @@ def read_dataset(
     splits: Sequence[SplitName] = ("train", "val", "test"),
     *,
     layout: Layout = "auto",
+    include_hidden: bool = False,
     classes: tuple[str, ...] | None = None,
     on_files: OnFiles = lambda count, total: None,
     read_timeout: float = READ_TIMEOUT,
@@ -38,19 +41,19 @@ def read_dataset(
 
     Args:
         splits: which to read, of those that the source separates.
+        layout: of a folder; as `include_hidden`, of no use where the source is open already.
         classes: those of a model, which labels are to follow. None: the training images', of which
-            there must be two or more, with images of each in train and val.
+            there must be two or more.
         on_files: see `OnFiles`.
         read_timeout: seconds to wait for a file.
 
     Raises:
         UsageError: there is no such source.
-        CnnftError: it holds no classes, or others than train, or a class without images.
+        CnnftError: it holds no classes, or, in train, in val or beside those of a model, others.
     """
-    opened = open_source(source, layout) if isinstance(source, str | Path) else source
-    found, skipped = _find(opened, splits, classes, on_files)
+    opened = _opened(source, layout, include_hidden, on_files)
     reading = _Reading(_require_decodable, on_files, read_timeout)
-    dataset, _ = _decode_all(opened.name, found, skipped, reading)
+    dataset, _ = _decode_all(_find(opened, splits, classes), reading)
     return dataset
 
 
@@ -60,6 +63,7 @@ def inspect_dataset(
     splits: Sequence[SplitName] = ("train", "val", "test"),
     *,
     layout: Layout = "auto",
+    include_hidden: bool = False,
     on_files: OnFiles = lambda count, total: None,
     read_timeout: float = READ_TIMEOUT,
 ) -> tuple[Dataset, dict[str, T]]:
@@ -71,53 +75,59 @@ def inspect_dataset(
     def look(path: str, content: bytes) -> T:
         return inspect(decode(path, content), mode_of(path, content))
 
-    opened = open_source(source, layout) if isinstance(source, str | Path) else source
-    found, skipped = _find(opened, splits, None, on_files)
-    return _decode_all(opened.name, found, skipped, _Reading(look, on_files, read_timeout))
+    opened = _opened(source, layout, include_hidden, on_files)
+    return _decode_all(_find(opened, splits, None), _Reading(look, on_files, read_timeout))
 
 
-def _find(
-    source: Source,
-    splits: Sequence[SplitName],
-    classes: tuple[str, ...] | None,
-    on_files: OnFiles,
-) -> tuple[dict[SplitName, Samples], list[Skipped]]:
-    """The files of each split, and those that are no images by their name."""
+def _opened(
+    source: str | Path | Source, layout: Layout, include_hidden: bool, on_files: OnFiles
+) -> Source:
+    if isinstance(source, str | Path):
+        return open_source(source, layout, include_hidden=include_hidden, on_files=on_files)
+    return source
+
+
+def _find(source: Source, splits: Sequence[SplitName], classes: tuple[str, ...] | None) -> Dataset:
+    """Nothing is read yet: it has no hashes, and `skipped` what can be told by names."""
     known = _training_classes(source) if classes is None else classes
-    skipped: list[Skipped] = []
+    skipped = source.left_out()
+    notes: list[str] = []
     found: dict[SplitName, Samples] = {}
     for split in (name for name in source.splits if name in splits):
-        found[split], others = source.files(split, known, on_files)
+        found[split], others = source.files(split, known)
+        if classes is not None or split != "test":  # training never reads test
+            _require_known(others, known)
         skipped += others
-        if classes is None and split != "test":
-            _require_images(found[split], source, split)
-    return found, skipped
+        notes += source.notes(split, known)
+    if not any(map(len, found.values())):
+        for split in found:
+            source.classes(split)  # says so where there are none
+    return Dataset(source.name, found, tuple(skipped), tuple(notes))
 
 
 def _training_classes(source: Source) -> tuple[str, ...]:
     if "train" not in source.splits:
         other = source.splits[0]
         raise CnnftError(
-            f"{source.name} has {other} but no train folder: add training images, or give --layout "
-            f"flat if {other} is a class"
+            f"{source.name} has {other} but no train folder that holds class folders: add training "
+            f"images, or give --layout flat if {other} is a class"
         )
     classes = source.classes("train")
     if len(classes) < 2:
         raise CnnftError(
-            f"{source.name} has one class only ({classes[0]}): a classifier needs at least two "
-            "class folders"
+            f"{source.name} has one class only ({classes[0]}), and a classifier needs at least two"
+            f"{source.hint}"
         )
     return classes
 
 
-def _require_images(samples: Samples, source: Source, split: SplitName) -> None:
-    for name, count in samples.counts_by_class().items():
-        if count == 0:
-            what = "holds no images" if name in source.classes(split) else "is missing"
-            raise CnnftError(
-                f"{source.place(split, name)} {what}: every class needs some in {split}; add "
-                "images or remove the class everywhere"
-            )
+def _require_known(skipped: Sequence[Skipped], classes: tuple[str, ...]) -> None:
+    """Most often the name of a class is misspelt: to go on without it would score another thing."""
+    for unknown in (entry for entry in skipped if entry.reason == UNKNOWN):
+        raise CnnftError(
+            f"{unknown.path} is no class of the training data ({some(classes)}): rename or remove "
+            "the folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -130,9 +140,7 @@ class _Reading(Generic[T]):
     timeout: float
 
 
-def _decode_all(
-    name: str, found: dict[SplitName, Samples], skipped: list[Skipped], reading: _Reading[T]
-) -> tuple[Dataset, dict[str, T]]:
+def _decode_all(found: Dataset, reading: _Reading[T]) -> tuple[Dataset, dict[str, T]]:
     """Those that can be decoded, with their hashes and what `look` gives; processes share the
     work.
     """
@@ -142,12 +150,13 @@ def _decode_all(
             content = read_bytes(path)
             return hashlib.sha256(content).hexdigest(), reading.look(path, content)
         except ImageError as error:
-            return Skipped(path, error.reason)
+            return Skipped(path, error.reason, images=int(is_named_as_image(path)))
 
-    total = sum(map(len, found.values()))
+    total = sum(map(len, found.splits.values()))
+    skipped = list(found.skipped)
     splits: dict[SplitName, Samples] = {}
     facts: dict[str, T] = {}
-    for split, samples in found.items():
+    for split, samples in found.splits.items():
         files: list[tuple[str, T] | Skipped] = []
         share = distributed.shard(len(samples))
         for file in in_threads(read, samples.paths[share.start : share.stop], reading.timeout):
@@ -155,12 +164,12 @@ def _decode_all(
             reading.on_files(1, total)
         files = distributed.gather(files)
         good = {i: file for i, file in enumerate(files) if not isinstance(file, Skipped)}
-        skipped = skipped + [file for file in files if isinstance(file, Skipped)]
+        skipped += [file for file in files if isinstance(file, Skipped)]
         hashes = tuple(digest for digest, _ in good.values())
         splits[split] = replace(samples.take(good), hashes=hashes).in_order()
         facts |= {samples.paths[i]: fact for i, (_, fact) in good.items()}
     by_path = tuple(sorted(skipped, key=lambda file: file.path))
-    return Dataset(name, splits, by_path), facts
+    return replace(found, splits=splits, skipped=by_path), facts
 
 
 def _require_decodable(path: str, content: bytes) -> None:

@@ -14,7 +14,7 @@ def train_and_val(dataset: Dataset, val_fraction: float, seed: int) -> tuple[Sam
     leaks); otherwise part of train is split off.
 
     Raises:
-        CnnftError: a class has no image in train, or nothing remains for val.
+        CnnftError: a class has no image in train that can be read, or nothing remains for val.
     """
     if dataset.val is None:
         train, val = split(dataset.train, val_fraction, seed)
@@ -24,6 +24,11 @@ def train_and_val(dataset: Dataset, val_fraction: float, seed: int) -> tuple[Sam
         if count == 0:
             raise CnnftError(f"class {name} has no readable image in train")
     if not len(val):
+        if dataset.val is None:
+            raise CnnftError(
+                f"{dataset.source}: no class has two different images, so that none can be held "
+                "out for validation: add images, or a val folder"
+            )
         raise CnnftError(
             f"{dataset.source}: no readable validation image remains that is not in train too"
         )
@@ -37,8 +42,7 @@ def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Sa
     matter. Exact duplicates share that hash and stay on one side, also across classes: a content
     counts for the class in which it is first seen.
 
-    Raises:
-        CnnftError: a class has fewer than two different images.
+    A class of which only one content is left has no image in val: it is trained, and has no score.
     """
     home: dict[str, int] = {}
     for digest, label in zip(samples.hashes, samples.labels, strict=True):
@@ -47,16 +51,11 @@ def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Sa
     for digest, label in home.items():
         contents_of[label].append(digest)
     val_hashes: set[str] = set()
-    for name, contents in zip(samples.classes, contents_of, strict=True):
-        if len(contents) < 2:
-            raise CnnftError(
-                f"class {name} has {len(contents)} different image(s) that no other class has: at "
-                "least 2 are needed to split off a validation part; add images, or give train and "
-                "val folders"
-            )
-        contents.sort(key=lambda digest: hashlib.sha256(f"{seed}:{digest}".encode()).digest())
+    for contents in contents_of:
+        contents.sort(key=lambda digest: _rank(digest, seed))
         count = min(max(round(val_fraction * len(contents)), 1), len(contents) - 1)
-        val_hashes.update(contents[:count])
+        val_hashes.update(contents[: max(count, 0)])
+    val_hashes -= _needed_in_train(samples, val_hashes, seed)
     return split_by(samples, val_hashes)
 
 
@@ -68,3 +67,16 @@ def split_by(samples: Samples, val_hashes: Collection[str]) -> tuple[Samples, Sa
         samples.take(i for i, chosen in enumerate(in_val) if not chosen),
         samples.take(i for i, chosen in enumerate(in_val) if chosen),
     )
+
+
+def _needed_in_train(samples: Samples, val_hashes: set[str], seed: int) -> set[str]:
+    """A content of each class whose images are all in other classes too, and chosen for val."""
+    contents: list[set[str]] = [set() for _ in samples.classes]
+    for digest, label in zip(samples.hashes, samples.labels, strict=True):
+        contents[label].add(digest)
+    bare = (of for of in contents if of and of <= val_hashes)
+    return {min(of, key=lambda digest: _rank(digest, seed)) for of in bare}
+
+
+def _rank(digest: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{digest}".encode()).digest()

@@ -223,12 +223,20 @@ def _samples(rows: list[tuple[str, ...]], labels: list[int], classes: tuple[str,
     )  # fmt: skip
 
 
+_SKIPPED = ("file", "reason", "files", "images")
+
+
 def skipped_to_csv(skipped: Sequence[Skipped]) -> bytes:
-    return to_csv(("file", "reason"), [(file.path, file.reason) for file in skipped])
+    return to_csv(_SKIPPED, [(s.path, s.reason, s.files, s.images) for s in skipped])
 
 
 def skipped_from_csv(file: IO[bytes]) -> tuple[Skipped, ...]:
-    return tuple(Skipped(*row) for row in select_columns(read_csv(file), ("file", "reason")))
+    """Runs of before the numbers list each file."""
+    rows = select_columns(read_csv(file), _SKIPPED[:2], _SKIPPED[2:])
+    return tuple(
+        Skipped(path, reason, int(files or 1), int(images or 1))
+        for path, reason, files, images in rows
+    )
 
 
 def select_columns(

@@ -45,7 +45,8 @@ def balanced_weights(counts: Sequence[int]) -> Tensor:
     weights, keeps the learning rate's meaning and needs no all-reduce.
     """
     images = torch.tensor(counts, dtype=torch.float64)
-    return images.sum() / (len(counts) * images)
+    weights = images.sum() / (len(counts) * images)
+    return weights.where(images > 0, 0.0)  # all images of a class may be copies of another's
 
 
 def is_counted(labels: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`Plan`: what is settled before the first step: data, network, what trains, how fast."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,10 +12,10 @@ from cnnft.config.choices import Mode
 from cnnft.config.schema import Config
 from cnnft.data.augmentation import augmentation
 from cnnft.data.dataset import Samples, Skipped, SplitName, join
+from cnnft.data.folders import OnFiles
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
-from cnnft.data.sources import OnFiles
 from cnnft.data.split import split_by, train_and_val
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
@@ -52,6 +53,8 @@ class Plan:
     train: Samples
     val: Samples
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+    """Of the `Dataset`."""
     leaked: int
     """Validation images left out because training has the same file (data leak)."""
     classifier: Classifier
@@ -165,6 +168,7 @@ def prepare(
         train=images.train,
         val=images.val,
         skipped=images.skipped,
+        notes=images.notes,
         leaked=images.leaked,
         classifier=make_classifier(config, backbone, network, head, classes, spec),
         stages=backbone.stages,
@@ -198,6 +202,7 @@ class _Images:
     train: Samples
     val: Samples
     skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
     leaked: int
 
 
@@ -212,11 +217,13 @@ def _read(config: Config, run: Run | None, on_files: OnFiles) -> _Images:
         asked.data,
         splits,
         layout=asked.layout,
+        include_hidden=asked.include_hidden,
         classes=None if before is None else before["train"].classes,
         on_files=on_files,
         read_timeout=config.machine.read_timeout,
     )
-    _refuse_skipped(dataset.skipped, asked.strict)
+    if asked.strict:
+        _require_all(dataset.skipped)
     if before is not None and dataset.val is None:
         train, val = split_by(dataset.train, before["val"].hashes)
     else:
@@ -224,15 +231,16 @@ def _read(config: Config, run: Run | None, on_files: OnFiles) -> _Images:
     if run is not None:
         run.require_same_data(train, val)
     leaked = 0 if dataset.val is None else len(dataset.val) - len(val)
-    return _Images(train, val, dataset.skipped, leaked)
+    return _Images(train, val, dataset.skipped, dataset.notes, leaked)
 
 
-def _refuse_skipped(skipped: tuple[Skipped, ...], strict: bool) -> None:
-    if strict and skipped:
-        first = skipped[0]
+def _require_all(skipped: Sequence[Skipped]) -> None:
+    """Raises `CnnftError` where something is left out that is no usual company of images."""
+    missed = [entry for entry in skipped if not entry.is_expected]
+    if missed:
+        more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""
         raise CnnftError(
-            f"{first.path} {first.reason} ({len(skipped)} such file(s)); without --strict they "
-            "are skipped"
+            f"{missed[0].path}: {missed[0].reason}{more}; without --strict it is left out"
         )
 
 

@@ -1,0 +1,102 @@
+"""What of the data is left out, in words and as JSON."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cnnft.cli import console
+
+if TYPE_CHECKING:
+    from cnnft.data.dataset import Skipped
+
+_MOST_FOLDERS = 3
+_MOST_SUFFIXES = 5
+
+
+def show_left_out(skipped: Sequence["Skipped"], root: str, elsewhere: str) -> None:
+    """Images that cannot be read line by line, and in one line all that was left out.
+
+    Folders are named from `root`, the data; `elsewhere` says where the rest is listed.
+    """
+    console.warn_of_skipped([entry for entry in skipped if _is_unreadable(entry)], elsewhere)
+    line = summary(skipped, root)
+    if line:
+        missed = any(entry.images for entry in skipped if not entry.is_expected)
+        say: Callable[[str], None] = console.warn if missed else console.say
+        say(f"left out: {line}")
+
+
+def summary(skipped: Sequence["Skipped"], root: str) -> str:
+    """In one line; "" where nothing was left out but what nobody misses."""
+    from cnnft.data.dataset import HIDDEN, OWN, UNSUITED
+
+    unreadable = sum(map(_is_unreadable, skipped))
+    parts = [_count(unreadable, "image") + " that cannot be read"] if unreadable else []
+    folders: dict[str, list[Skipped]] = {}
+    suffixes: Counter[str] = Counter()
+    for entry in skipped:
+        if _is_unreadable(entry) or (entry.is_expected and entry.reason != OWN):
+            continue
+        if entry.is_folder:
+            folders.setdefault(entry.reason, []).append(entry)
+        elif entry.reason.startswith(UNSUITED):
+            suffixes[entry.reason.removeprefix(UNSUITED).strip(" ()")] += entry.files
+        elif entry.reason == HIDDEN:
+            parts.append(_count(entry.images, "hidden image") + f" in {_from(root, entry)}")
+        else:
+            parts.append(_count(entry.images, "image") + f" {entry.reason}")
+    if suffixes:
+        common = sorted(suffixes.items(), key=lambda item: (-item[1], not item[0], item[0]))
+        kinds = [f"{n} {kind or 'other'}" for kind, n in common[:_MOST_SUFFIXES]]
+        kinds += ["…"] if len(common) > _MOST_SUFFIXES else []
+        number = suffixes.total()
+        words = "file that is no image" if number == 1 else "files that are no images"
+        parts.append(f"{number} {words} ({', '.join(kinds)})")
+    parts += [_folders(entries, reason, root) for reason, entries in folders.items()]
+    return ", ".join(parts)
+
+
+def left_out_lines(skipped: Sequence["Skipped"]) -> list[str]:
+    """Each of them, with its numbers."""
+    return [f"{entry.path}: {entry.reason}{_numbers(entry)}" for entry in skipped]
+
+
+def skipped_json(skipped: Sequence["Skipped"]) -> list[dict[str, Any]]:
+    return [
+        {"file": e.path, "reason": e.reason, "files": e.files, "images": e.images} for e in skipped
+    ]
+
+
+def _is_unreadable(entry: "Skipped") -> bool:
+    """Rather than left out for its name or its place."""
+    from cnnft.data.dataset import BY_PLACE, UNSUITED
+
+    return entry.reason not in BY_PLACE and not entry.reason.startswith(UNSUITED)
+
+
+def _folders(entries: Sequence["Skipped"], reason: str, root: str) -> str:
+    names = [_from(root, entry) for entry in entries[:_MOST_FOLDERS]]
+    more = len(entries) - len(names)
+    images = sum(entry.images for entry in entries)
+    return (
+        f"{'folder' if len(entries) == 1 else 'folders'} {', '.join(names)}"
+        + (f" and {more} more" if more else "")
+        + f" ({reason}"
+        + (f"; {_count(images, 'image')})" if images else ")")
+    )
+
+
+def _from(root: str, entry: "Skipped") -> str:
+    inside = entry.path.removeprefix(root.rstrip(os.sep) + os.sep)
+    return console.printable(inside or entry.path)
+
+
+def _numbers(entry: "Skipped") -> str:
+    if not entry.is_folder and entry.files == 1:
+        return ""
+    return f" ({_count(entry.files, 'file')}, {_count(entry.images, 'image')})"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,300 @@
+"""What folders hold: the images of each, and all else by kind and number. Knows no layout."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cnnft.data.dataset import EMPTY, HIDDEN, LINK, OWN, UNSUITED, Skipped
+from cnnft.data.images import SUFFIXES, opens, suffix_problem
+from cnnft.errors import CnnftError
+
+OnFiles = Callable[[int, int | None], object]
+"""Called with how many more files were found (None), or were checked (of how many in all)."""
+
+SYSTEM = frozenset(
+    {"__macosx", "@eadir", "$recycle.bin", "#recycle", "system volume information", "lost+found"}
+    | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+)
+"""What systems leave in folders, in lower case."""
+
+RUN_MARKS = (("formats.json", "formats"), ("config.json", "cnnft"))
+"""(file, key of its JSON object): beside a config.toml, only cnnft writes one of these. Runs of
+the first format have no formats.json."""
+
+_LONGEST_SUFFIX = 8
+"""Longer ones, and numbers, are often a part of the name: they would be as many as the files."""
+
+
+_MOST_BYTES = 64 * 1024**2  # of a run's JSON, which lists its classes
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What lies in one folder; sorted, as torchvision's ImageFolder sorts."""
+
+    path: str
+    images: tuple[str, ...]
+    """Files that are to be opened, by their names: those without a suffix are."""
+    folders: tuple[str, ...]
+    hidden: tuple[str, ...]
+    """Folders that are hidden, or a system's."""
+    others: tuple[Skipped, ...]
+    """Files that are not to be opened, together by reason; the path is the first one's."""
+    is_run: bool
+
+
+class _Apart(NamedTuple):
+    """A folder that is not looked into, and why."""
+
+    path: str
+    reason: str
+
+
+class Tree:
+    """A folder and those below it, each listed once, when it is first asked for.
+
+    Symbolic links are followed: below any folder that is asked about each real folder is read
+    once, and none that it lies in, so that a loop ends.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        include_hidden: bool = False,
+        on_files: OnFiles = lambda count, total: None,
+    ) -> None:
+        self.root = str(root)
+        self._include_hidden = include_hidden
+        self._on_files = on_files
+        self._listings: dict[str, Listing] = {}
+        self._links: set[str] = set()
+        self._holding: dict[str, bool] = {}
+
+    def listing(self, folder: str) -> Listing:
+        """Raises `CnnftError`: the folder cannot be read."""
+        if folder not in self._listings:
+            listing = self._listings[folder] = self._scan(folder)
+            if listing.images:
+                self._on_files(len(listing.images), None)
+        return self._listings[folder]
+
+    def holds_images(self, folder: str) -> bool:
+        """Whether there is any below it, by its name, or by its content where that says nothing."""
+        if folder not in self._holding:
+            found = (here for here in self._visit(folder) if isinstance(here, Listing))
+            self._holding[folder] = any(
+                is_named_as_image(path) or ("." not in name_of(path) and opens(path))
+                for here in found
+                for path in here.images
+            )
+        return self._holding[folder]
+
+    def with_images(self, folder: str) -> list[str]:
+        """The folders in `folder` that hold images."""
+        return [path for path in self.listing(folder).folders if self.holds_images(path)]
+
+    def contents(self, folder: str) -> tuple[list[str], list[Skipped]]:
+        """All images below it, in the order of torchvision's ImageFolder, and all else."""
+        images: dict[str, tuple[str, ...]] = {}
+        loose: list[Skipped] = []
+        apart: list[Skipped] = []
+        for found in self._visit(folder):
+            if isinstance(found, Listing):
+                images[found.path] = found.images
+                loose += found.others
+            else:
+                apart.append(self.whole(*found))
+        paths = [path for here in sorted(images) for path in images[here]]
+        return paths, together(folder, loose) + apart
+
+    def beside(self, folder: str, reason: str) -> list[Skipped]:
+        """The files and the hidden folders in `folder`, which are not to be used for `reason`."""
+        listing = self.listing(folder)
+        images = [path for path in listing.images if is_named_as_image(path)]
+        rest = [path for path in listing.images if not is_named_as_image(path)]
+        loose = [*listing.others]
+        if images:
+            loose.append(Skipped(images[0], reason, len(images), len(images)))
+        if rest:
+            loose.append(Skipped(rest[0], UNSUITED, len(rest), 0))
+        return together(folder, loose) + [self.whole(path, HIDDEN) for path in listing.hidden]
+
+    def whole(self, folder: str, reason: str) -> Skipped:
+        """The folder, left out with all that is in it; links in it are not followed."""
+        path = folder.rstrip(os.sep) + os.sep
+        if reason == OWN:  # changes while a run trains
+            return Skipped(path, reason, 0, 0)
+        if reason == LINK:
+            return Skipped(path, reason, 1, 0)
+        return Skipped(path, reason, *_count(folder))
+
+    def without_images(self, folder: str) -> Skipped:
+        """`whole` of a folder that holds none."""
+        apart = [found for found in self._visit(folder) if isinstance(found, _Apart)]
+        reasons = {found.path: found.reason for found in apart}
+        own = OWN if OWN in reasons.values() else EMPTY
+        return self.whole(folder, reasons.get(folder, own))
+
+    def _visit(self, folder: str) -> Iterator[Listing | _Apart]:
+        """Each folder from this one down. Links come last: a folder is read at its own place."""
+        seen = self._above(folder)
+        waiting, links = [folder], list[str]()
+        while waiting or links:
+            path = waiting.pop() if waiting else links.pop(0)
+            real = os.path.realpath(path)
+            if real in seen:
+                yield _Apart(path, LINK)
+                continue
+            seen.add(real)
+            listing = self.listing(path)
+            if listing.is_run:
+                yield _Apart(path, OWN)
+                continue
+            yield listing
+            yield from (_Apart(hidden, HIDDEN) for hidden in listing.hidden)
+            waiting += [path for path in reversed(listing.folders) if path not in self._links]
+            links += [path for path in listing.folders if path in self._links]
+
+    def _above(self, folder: str) -> set[str]:
+        """Real paths of the folders that it lies in, also by way of links."""
+        lexical = [folder]
+        while lexical[-1] != self.root:
+            lexical.append(str(Path(lexical[-1]).parent))
+        above = {os.path.realpath(path) for path in lexical[1:]}
+        for path in (self.root, folder):
+            above |= {str(parent) for parent in Path(os.path.realpath(path)).parents}
+        return above
+
+    def _scan(self, folder: str) -> Listing:
+        images, folders, hidden = list[str](), list[str](), list[str]()
+        others: dict[str, Skipped] = {}
+        names: set[str] = set()
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    apart = not self._include_hidden and _is_hidden(entry.name)
+                    if _is_folder(entry):
+                        (hidden if apart else folders).append(entry.path)
+                        if entry.is_symlink():
+                            self._links.add(entry.path)
+                        continue
+                    reason = HIDDEN if apart else _unsuited(entry.name)
+                    if reason is None:
+                        images.append(entry.path)
+                        continue
+                    others[reason] = _one_more(others.get(reason), entry, reason)
+                    if entry.name.endswith((".toml", ".json")):
+                        names.add(entry.name)
+        except OSError as error:
+            raise CnnftError(f"{folder}: cannot be read ({error.strerror})") from error
+        return Listing(
+            folder,
+            tuple(sorted(images)),
+            tuple(sorted(folders)),
+            tuple(sorted(hidden)),
+            tuple(others.values()),
+            _is_run(folder, names),
+        )
+
+
+def image_files(
+    folder: str | Path, on_files: OnFiles = lambda count, total: None
+) -> tuple[list[str], list[Skipped]]:
+    """Image files below `folder` in the order of torchvision's ImageFolder, and all else.
+
+    Raises:
+        CnnftError: a folder cannot be read.
+    """
+    return Tree(folder, on_files=on_files).contents(str(folder))
+
+
+def together(folder: str, files: Iterable[Skipped]) -> list[Skipped]:
+    """One for each reason; several files are named by a pattern below `folder`."""
+    by_reason: dict[str, list[Skipped]] = {}
+    for file in files:
+        by_reason.setdefault(file.reason, []).append(file)
+    joined = []
+    for reason, group in by_reason.items():
+        count = sum(file.files for file in group)
+        path = str(Path(folder, "*")) if count > 1 else group[0].path
+        joined.append(Skipped(path, reason, count, sum(file.images for file in group)))
+    return joined
+
+
+def is_named_as_image(name: str) -> bool:
+    """By its suffix; what macOS writes beside each file of other systems is none (._photo.jpg)."""
+    base = name_of(name)
+    suffix = base.rpartition(".")[2].lower()
+    return f".{suffix}" in SUFFIXES and "." in base[1:] and not base.startswith("._")
+
+
+def name_of(path: str) -> str:
+    """The last part of a path that has no slash at its end."""
+    return path.rpartition(os.sep)[2]
+
+
+def _one_more(before: Skipped | None, entry: os.DirEntry[str], reason: str) -> Skipped:
+    image = int(is_named_as_image(entry.name))
+    if before is None:
+        return Skipped(entry.path, reason, 1, image)
+    first = min(before.path, entry.path)
+    return Skipped(first, reason, before.files + 1, before.images + image)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in SYSTEM
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _unsuited(name: str) -> str | None:
+    """`suffix_problem`, of few kinds."""
+    reason = suffix_problem(name)
+    suffix = name.rpartition(".")[2].lower()
+    if reason is None:
+        return None
+    if len(suffix) > _LONGEST_SUFFIX or not suffix.isascii() or not suffix.isprintable():
+        return UNSUITED
+    return UNSUITED if suffix.isdigit() else f"{UNSUITED} (.{suffix})"
+
+
+def _count(folder: str) -> tuple[int, int]:
+    """Files below it, and those that are named as images; what cannot be read counts as none."""
+    files = images = 0
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    else:
+                        files += 1
+                        images += is_named_as_image(entry.name)
+        except OSError:
+            continue
+    return files, images
+
+
+def _is_run(folder: str, names: set[str]) -> bool:
+    return "config.toml" in names and any(
+        name in names and _has_key(Path(folder, name), key) for name, key in RUN_MARKS
+    )
+
+
+def _has_key(path: Path, key: str) -> bool:
+    try:
+        if not path.is_file() or path.stat().st_size > _MOST_BYTES:
+            return False
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and isinstance(values.get(key), dict)
