@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from cnnft.errors import CnnftError
+from cnnft.machine import heartbeat
 from cnnft.machine.heartbeat import Heartbeat
 from cnnft.machine.rendezvous import meet
 
@@ -33,10 +35,10 @@ def connect(port: int) -> TCPStore:
 class Rank:
     """A heartbeat, and what it said when it would have ended the process."""
 
-    def __init__(self, port: int, rank: int) -> None:
+    def __init__(self, port: int, rank: int, limit: float = LIMIT) -> None:
         self.said: list[str | None] = []
         self.heart = Heartbeat(
-            lambda: connect(port), rank, 2, end=self.said.append, beat=BEAT, limit=LIMIT
+            lambda: connect(port), rank, 2, end=self.said.append, beat=BEAT, limits=(limit, LIMIT)
         )
 
     def has_ended(self) -> bool:
@@ -80,6 +82,19 @@ def test_a_process_that_is_stopped_is_named_and_one_that_is_busy_is_not() -> Non
         assert within(10 * LIMIT, first.has_ended)
     assert first.said[0] is not None
     assert first.said[0].startswith(f"rank 1 on {socket.gethostname()}: no sign of life for 1 sec")
+
+
+@can_stop
+def test_who_is_told_to_stop_does_not_wait_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "told_to_stop", threading.Event())
+    store = serve()
+    with forked(second, store.port) as pid:
+        first = Rank(store.port, 0, limit=1000 * LIMIT)
+        first.heart.meet()
+        os.kill(pid, signal.SIGSTOP)
+        assert not within(1.5 * LIMIT, first.has_ended)
+        heartbeat.told_to_stop.set()
+        assert within(10 * LIMIT, first.has_ended)
 
 
 def test_who_has_done_its_part_may_leave_and_who_has_not_is_missed() -> None:

@@ -21,10 +21,16 @@ from cnnft.machine.rendezvous import ARRIVAL, meet
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-BEAT = 5.0  # seconds
+BEAT = 2.0  # seconds
 LIMIT = 60.0
 """Seconds without a beat after which a process is taken for dead."""
+STOPPING_LIMIT = 8.0
+"""The same once this process has been told to stop: nobody waits for a minute then."""
 
+told_to_stop = threading.Event()
+"""Set while a signal asks this process to end."""
+
+_TO_SPEAK = 2.0  # seconds
 _LEFT = -1
 """The beat of a process that has done its part."""
 _AGAIN = "start torchrun again (a training goes on with --resume RUN)"
@@ -37,7 +43,7 @@ def end_process(sentence: str | None) -> None:
     if sentence:
         speaking = threading.Thread(target=_log.error, args=("%s", sentence), daemon=True)
         speaking.start()
-        speaking.join(BEAT)  # what it writes to may stand still as well
+        speaking.join(_TO_SPEAK)  # what it writes to may stand still as well
     with suppress(psutil.Error):
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
@@ -65,9 +71,9 @@ class Heartbeat:
         *,
         end: Callable[[str | None], None] = end_process,
         beat: float = BEAT,
-        limit: float = LIMIT,
+        limits: tuple[float, float] = (LIMIT, STOPPING_LIMIT),
     ) -> None:
-        self._rank, self._end, self._beat, self._limit = rank, end, beat, limit
+        self._rank, self._end, self._beat, self._limits = rank, end, beat, limits
         self._ranks = range(world_size)
         self._met: Future[Store] = Future()
         self._ending, self._done = threading.Event(), False
@@ -107,6 +113,10 @@ class Heartbeat:
         except RuntimeError:
             if not self._ending.is_set():
                 self._give_up(str(_unreachable("the connection broke")))
+
+    @property
+    def _limit(self) -> float:
+        return self._limits[told_to_stop.is_set()]
 
     def _exchange(self, store: "Store") -> None:
         keys = [f"beat/{rank}" for rank in self._ranks]
