@@ -31,7 +31,8 @@ is_main = rank == 0
 """The one that writes and speaks."""
 
 finished = True
-"""Set to False before a process ends that has not done its part: the others are to notice."""
+"""Set to False before a process ends that has not done its part: the others are to notice. One
+that stops as all do has done it: the main process still saves."""
 
 _main_works_alone = False
 """Whether this is the main process within `broadcast_from_main`."""

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cnnft.machine import distributed
+from cnnft.machine import distributed, heartbeat
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -178,6 +178,7 @@ class _Interruption:
         if self.thread.is_alive():
             self.thread.join(1)
         self.close()
+        heartbeat.told_to_stop.clear()
         self.kill_children()  # for one that stands still multiprocessing would wait without end
 
     def close(self) -> None:
@@ -207,12 +208,14 @@ class _Interruption:
                 elif first is None:
                     first = number, now
                     self.since = now
+                    heartbeat.told_to_stop.set()
                     if self.deferred and not self.waiting:
                         self.say("stopping after this step; once more to leave at once")
                 elif now - first[1] > _ONE_PRESS:
                     self.leave(first[0])
             if self.too_late:
                 first, self.too_late = None, False
+                heartbeat.told_to_stop.clear()
             if first is None or (self.deferred and not self.waiting):
                 continue
             if time.monotonic() - max(self.since, first[1]) > PATIENCE:
