@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from cnnft.cli.causes import explain
 from cnnft.machine.files import write_whole
+from cnnft.machine.limits import compute_in_one_thread_where_few_are_allowed
 
 GLOO = (
     "[/__w/pytorch/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error "
@@ -80,3 +82,21 @@ def test_little_is_allowed(limits: str, words: str, tmp_path: Path) -> None:
     assert ended.returncode == 1, ended.stderr
     assert ended.stderr.startswith("error: ") and ended.stderr.count("\n") == 1, ended.stderr
     assert words in ended.stderr
+
+
+@pytest.mark.parametrize(("most", "expected"), [(1, "1"), (10_000, None)])
+def test_libraries_compute_in_one_thread_where_few_are_allowed(
+    monkeypatch: pytest.MonkeyPatch, most: int, expected: str | None
+) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    start, before = threading.Thread.start, threading.active_count()
+
+    def limited(thread: threading.Thread) -> None:
+        if threading.active_count() >= before + most:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    compute_in_one_thread_where_few_are_allowed()
+    assert os.environ.get("OPENBLAS_NUM_THREADS") == expected
+    assert threading.active_count() == before

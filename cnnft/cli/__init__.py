@@ -19,12 +19,16 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     limits.raise_open_files()
+    limits.compute_in_one_thread_where_few_are_allowed()
     atexit.register(gc.freeze)  # else all that torch is made of is collected first, for a second
     with (
         console.speaking(sys.argv[1:] if arguments is None else arguments),
         interruption.handled(console.say, lambda text: console.error(f"interrupted: {text}")),
     ):
-        code = _run(arguments)
+        try:
+            code = _run(arguments)
+        except KeyboardInterrupt:  # while an error is told
+            code = _interrupted()
         distributed.finished = code == 0
     sys.exit(code)
 

@@ -17,7 +17,7 @@ _CAUSES = {
         "out of memory: this process may have no more of it (the machine's, a container's limit, "
         "or ulimit -v); lower --workers or --batch-size, or take a smaller --backbone"
     ),
-    "can't start new thread|Resource temporarily unavailable": _NO_THREADS,
+    "can't start new thread|PosixThread|Resource temporarily unavailable": _NO_THREADS,
     "Too many open files": (
         "too many open files: raise what the system allows (ulimit -n), or lower --workers"
     ),
