@@ -2,7 +2,10 @@
 
 import hashlib
 import http.server
+import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from safetensors.torch import save_file
 from torchvision.models import squeezenet1_1
 
 from cnnft.errors import UsageError
+from cnnft.machine.interruption import Interrupted, handled
 from cnnft.models.backbones import open_backbone
 from cnnft.models.downloads import PATIENCE, DownloadError, download
 from cnnft.models.hub import Pin, Remote
@@ -101,6 +105,16 @@ def test_a_server_that_stays_silent_is_given_up(silent_server, tmp_path):
 def test_what_is_not_the_file_is_not_kept(server, tmp_path, path, sha256, words):
     with pytest.raises(DownloadError, match=words):
         download(server + path, tmp_path / "file", sha256=sha256)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as on Unix")
+def test_a_signal_ends_a_download_and_nothing_is_left(server, tmp_path):
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted), handled(print, print):
+        download(f"{server}/stall", tmp_path / "file")
+    assert time.monotonic() - start < 4
     assert list(tmp_path.iterdir()) == []
 
 

@@ -210,7 +210,8 @@ class _Interruption:
                     self.since = now
                     heartbeat.told_to_stop.set()
                     if self.deferred and not self.waiting:
-                        self.say("stopping after this step; once more to leave at once")
+                        with suppress(OSError):  # the terminal has gone
+                            self.say("stopping after this step; once more to leave at once")
                 elif now - first[1] > _ONE_PRESS:
                     self.leave(first[0])
             if self.too_late:
