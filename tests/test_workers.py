@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,6 +80,13 @@ def test_batches_are_the_same_to_the_stride(count: int) -> None:
             assert torch.equal(pixels, batch(key)[1]) and pixels.stride() == batch(key)[1].stride()
             assert empty.shape == (0,)
         assert len(children()) == count
+
+
+def test_warnings_are_seen_between_two_batches() -> None:
+    some = iter(batches(count=0))
+    next(some)
+    with pytest.warns(UserWarning, match="of a step"):
+        warnings.warn("of a step", stacklevel=1)
 
 
 def test_nothing_is_handed_over_in_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

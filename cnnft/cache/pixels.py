@@ -26,6 +26,7 @@ from cnnft.data.images import (
     PixelSpec,
     decode,
     decoder_versions,
+    ignoring_oddities,
     read_bytes,
     size_of,
 )
@@ -116,7 +117,8 @@ class CachedImages:
             return 3 * self.files.crop.size**2 * len(self.contents)
         some = self.contents[:: -(-len(self.contents) // _SAMPLED)]
         paths = [self.files.paths[index] for _, index in some]
-        sizes = in_threads(size_of, paths, self.files.read_timeout)
+        with ignoring_oddities():
+            sizes = list(in_threads(size_of, paths, self.files.read_timeout))
         reduced = [self.files.pixels.reduced(*size) for size in sizes]
         # Draft mode rounds up before the reduction does.
         sampled = sum(3 * (width + 1) * (height + 1) for width, height in reduced)
@@ -261,10 +263,11 @@ def _decode_all(
     results = in_threads(
         decoded, rows, images.files.read_timeout, names=images.names, under_way=_UNDER_WAY
     )
-    for row, (size, content) in enumerate(results):
-        if write(content):
-            sizes[row] = torch.tensor(size)
-        yield row + 1
+    with ignoring_oddities():
+        for row, (size, content) in enumerate(results):
+            if write(content):
+                sizes[row] = torch.tensor(size)
+            yield row + 1
     return sizes
 
 

@@ -15,6 +15,7 @@ from cnnft.data.images import (
     ImageError,
     decode,
     find_problem,
+    ignoring_oddities,
     mode_of,
     read_bytes,
 )
@@ -159,9 +160,11 @@ def _decode_all(found: Dataset, reading: _Reading[T]) -> tuple[Dataset, dict[str
     for split, samples in found.splits.items():
         files: list[tuple[str, T] | Skipped] = []
         share = distributed.shard(len(samples))
-        for file in in_threads(read, samples.paths[share.start : share.stop], reading.timeout):
-            files.append(file)
-            reading.on_files(1, total)
+        mine = samples.paths[share.start : share.stop]
+        with ignoring_oddities():
+            for file in in_threads(read, mine, reading.timeout):
+                files.append(file)
+                reading.on_files(1, total)
         files = distributed.gather(files)
         good = {i: file for i, file in enumerate(files) if not isinstance(file, Skipped)}
         skipped += [file for file in files if isinstance(file, Skipped)]

@@ -11,7 +11,6 @@ from threading import Thread
 from typing import Generic, TypeVar
 
 from cnnft.config.run import MachineConfig
-from cnnft.data.images import ignoring_oddities
 from cnnft.errors import CnnftError
 from cnnft.machine.interruption import waiting
 
@@ -85,16 +84,15 @@ def in_threads(
             raise error
         return future.result()
 
-    with ignoring_oddities():
-        try:
-            for file in files:
-                waited.append((file, pool.submit(file)))
-                if len(waited) == under_way:
-                    yield result()
-            while waited:
+    try:
+        for file in files:
+            waited.append((file, pool.submit(file)))
+            if len(waited) == under_way:
                 yield result()
-        finally:
-            pool.end()
+        while waited:
+            yield result()
+    finally:
+        pool.end()
 
 
 class _Threads(Generic[S, T]):
