@@ -99,6 +99,24 @@ def test_where_two_layouts_are_possible_the_option_decides(tmp_path: Path) -> No
     assert set(files(open_source(inside, "flat"))) == {"train/cats", "train/dogs"}
 
 
+@pytest.mark.parametrize(
+    ("paths", "classes", "layout"),
+    [
+        (("train/steam/0.png", "train/diesel/1.png", "car/2.png"), ("car", "train"), "flat"),
+        (("train/steam/0.png", "car/2.png"), ("car", "diesel", "steam"), "split"),
+        (("train/0.png", "val/1.png"), ("train", "val"), "flat"),
+        (("val/cafe\u0301/0.png", "tea/1.png"), ("caf\u00e9", "tea"), "split"),
+        (CLASS_SPLIT, ("cats", "dogs", "train"), "class-split"),
+        (SPLIT, ("cats", "dogs"), "split"),
+    ],
+)
+def test_the_classes_of_a_model_say_what_folders_are(
+    tmp_path: Path, paths: tuple[str, ...], classes: tuple[str, ...], layout: Layout
+) -> None:
+    folder = put(tmp_path, *paths)
+    assert files(open_source(folder, classes=classes)) == files(open_source(folder, layout))
+
+
 def test_a_split_folder_that_holds_images_only_is_no_split(tmp_path: Path) -> None:
     folder = put(tmp_path, *SPLIT, "test/unlabelled.png")
     assert open_source(folder).splits == ("train", "val")

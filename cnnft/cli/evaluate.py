@@ -53,7 +53,13 @@ def command(
     with console.progress() as bar:
         reading = console.reading_images(bar)
         evaluating = bar.add_task("evaluating", total=None, visible=False)
-        source = open_source(data, layout, include_hidden=include_hidden, on_files=reading)
+        source = open_source(
+            data,
+            layout,
+            include_hidden=include_hidden,
+            classes=classifier.classes,
+            on_files=reading,
+        )
         parts = splits_to_evaluate(source, split)
         dataset = read_dataset(
             source,

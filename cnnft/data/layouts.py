@@ -7,9 +7,10 @@
 A folder counts where it holds images.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
+from unicodedata import normalize
 
 from cnnft.data.dataset import SplitName
 from cnnft.data.folders import Tree, name_of
@@ -27,13 +28,15 @@ KnownLayout = Literal["flat", "split", "class-split"]
 _SHOWN = 6  # names in a sentence
 
 
-def find_layout(tree: Tree) -> KnownLayout:
-    """What the names of the folders say.
+def find_layout(tree: Tree, classes: Collection[str] = ()) -> KnownLayout:
+    """What the names of the folders say; where `classes` are known, whose names they are.
 
     Raises:
         CnnftError: nothing, as there are no class folders, or two things.
     """
     children = tree.with_images(tree.root)
+    if known := _layout_of(tree, children, frozenset(map(comparable, classes))):
+        return known
     ordinary = [path for path in children if split_of(path) is None]
     if ordinary and _all_separated(tree, children):
         return "class-split"
@@ -51,6 +54,24 @@ def find_layout(tree: Tree) -> KnownLayout:
         )
     _refuse_half_separated(tree, children)
     return "flat"
+
+
+def _layout_of(tree: Tree, children: list[str], classes: frozenset[str]) -> KnownLayout | None:
+    """The layout in which all folders are of these classes; None: there is none, or two are."""
+    splits = [path for paths in splits_in(tree, tree.root).values() for path in paths]
+    inside = [path for split in splits for path in tree.with_images(split)]
+    are_classes = [
+        bool(paths) and {comparable(name_of(path)) for path in paths} <= classes
+        for paths in (children, inside)
+    ]
+    if are_classes == [True, False]:
+        return "class-split" if _all_separated(tree, children) else "flat"
+    return "split" if are_classes == [False, True] else None
+
+
+def comparable(name: str) -> str:
+    """Linux and macOS may write the same name in other bytes."""
+    return normalize("NFC", name)
 
 
 def split_of(path: str) -> SplitName | None:

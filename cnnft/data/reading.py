@@ -52,7 +52,7 @@ def read_dataset(
         UsageError: there is no such source.
         CnnftError: it holds no classes, or, in train, in val or beside those of a model, others.
     """
-    opened = _opened(source, layout, include_hidden, on_files)
+    opened = _opened(source, layout, include_hidden, classes or (), on_files)
     reading = _Reading(_require_decodable, on_files, read_timeout)
     dataset, _ = _decode_all(_find(opened, splits, classes), reading)
     return dataset
@@ -76,15 +76,25 @@ def inspect_dataset(
     def look(path: str, content: bytes) -> T:
         return inspect(decode(path, content), mode_of(path, content))
 
-    opened = _opened(source, layout, include_hidden, on_files)
+    opened = _opened(source, layout, include_hidden, (), on_files)
     return _decode_all(_find(opened, splits, None), _Reading(look, on_files, read_timeout))
 
 
 def _opened(
-    source: str | Path | Source, layout: Layout, include_hidden: bool, on_files: OnFiles
+    source: str | Path | Source,
+    layout: Layout,
+    include_hidden: bool,
+    classes: tuple[str, ...],
+    on_files: OnFiles,
 ) -> Source:
     if isinstance(source, str | Path):
-        return open_source(source, layout, include_hidden=include_hidden, on_files=on_files)
+        return open_source(
+            source,
+            layout,
+            include_hidden=include_hidden,
+            classes=classes,
+            on_files=on_files,
+        )
     return source
 
 

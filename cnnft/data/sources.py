@@ -1,11 +1,10 @@
 """Sources of labelled images: what a folder holds, by split and class, before a file is opened."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Protocol
-from unicodedata import normalize
 
 from cnnft.config.choices import Layout
 from cnnft.data.dataset import (
@@ -22,6 +21,7 @@ from cnnft.data.folders import OnFiles, Tree, name_of
 from cnnft.data.layouts import (
     SPLIT_FOLDERS,
     KnownLayout,
+    comparable,
     dataset_within,
     find_layout,
     only,
@@ -79,16 +79,17 @@ def open_source(
     layout: Layout = "auto",
     *,
     include_hidden: bool = False,
+    classes: Collection[str] = (),
     on_files: OnFiles = lambda count, total: None,
 ) -> Source:
-    """What the user named as DATA.
+    """What the user named as DATA; `classes`, of a model, may say what its folders are.
 
     Raises:
         UsageError: it is not there, or no source.
         CnnftError: its folders are not of that layout, may be of two, or cannot be read.
     """
     tree = Tree(require_source(source), include_hidden, on_files)
-    folders = FolderSource(tree, find_layout(tree) if layout == "auto" else layout)
+    folders = FolderSource(tree, find_layout(tree, classes) if layout == "auto" else layout)
     if not folders.splits:
         example = Path(tree.root, "train/cats" if layout == "split" else "cats/train")
         raise CnnftError(f"{tree.root} has no folders of --layout {layout}, such as {example}")
@@ -161,15 +162,15 @@ class FolderSource:
         for name, path in folders:
             if reason := why_not_utf8(name):
                 raise CnnftError(f"class folder {path} {reason}")
-            spelling.setdefault(_key(name), name)
+            spelling.setdefault(comparable(name), name)
         return tuple(sorted(spelling.values()))
 
     def files(self, split: SplitName, classes: tuple[str, ...]) -> tuple[Samples, list[Skipped]]:
-        label_of = {_key(name): label for label, name in enumerate(classes)}
+        label_of = {comparable(name): label for label, name in enumerate(classes)}
         images: list[list[str]] = [[] for _ in classes]
         skipped: list[Skipped] = []
         for name, path in self._class_folders(split):
-            label = label_of.get(_key(name))
+            label = label_of.get(comparable(name))
             if label is None:
                 skipped.append(self.tree.whole(path, UNKNOWN))
                 continue
@@ -182,12 +183,12 @@ class FolderSource:
         return Samples(tuple(chain.from_iterable(images)), tuple(labels), classes), skipped
 
     def notes(self, split: SplitName, classes: tuple[str, ...]) -> list[str]:
-        spelling = {_key(name): name for name in classes}
+        spelling = {comparable(name): name for name in classes}
         return [
-            f"{path} holds class {spelling[_key(name)]}: the names differ only in how Unicode "
-            "composes their characters"
+            f"{path} holds class {spelling[comparable(name)]}: the names differ only in how "
+            "Unicode composes their characters"
             for name, path in self._class_folders(split)
-            if spelling.get(_key(name), name) != name
+            if spelling.get(comparable(name), name) != name
         ]
 
     def left_out(self) -> list[Skipped]:
@@ -234,8 +235,3 @@ class FolderSource:
     def _without_images(self, folder: str) -> list[str]:
         tree = self.tree
         return [path for path in tree.listing(folder).folders if not tree.holds_images(path)]
-
-
-def _key(name: str) -> str:
-    """Linux and macOS may write the same name in other bytes."""
-    return normalize("NFC", name)
