@@ -149,6 +149,17 @@ def test_a_teacher_may_have_moved_too(
     same(run, finish(config.replace(name="whole", teacher=(str(tmp_path / "professor"),))))
 
 
+def test_a_place_that_is_empty_or_has_another_class_names_the_run(cnnft: Cli, begun) -> None:
+    photos, run = begun
+    draw(photos / "wasps" / "0.png", 2, 0)
+    resume = ("finetune", "--resume", run.path)
+    way_out = f"if its images are elsewhere now: cnnft finetune --resume {run.path} DATA"
+    cnnft(*resume).fails_with(1, f"{run.path} cannot go on", "wasps", "is no class of", way_out)
+    elsewhere(photos, run)
+    photos.mkdir()  # where nothing is mounted
+    cnnft(*resume).fails_with(1, f"{run.path} cannot go on", "holds no class folders", way_out)
+
+
 def test_images_that_are_nowhere_are_asked_for(cnnft: Cli, begun) -> None:
     photos, run = begun
     draw_folder(photos.parent / "runs" / "photos", ("ants", "bees"), 2, first_seed=50)  # not they

@@ -1,7 +1,8 @@
 """`Plan`: what is settled before the first step: data, network, what trains, how fast."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,7 +12,7 @@ import torch
 from cnnft.config.choices import Mode
 from cnnft.config.schema import Config
 from cnnft.data.augmentation import augmentation
-from cnnft.data.dataset import Samples, Skipped, SplitName, join
+from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName, join
 from cnnft.data.folders import OnFiles
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
@@ -207,11 +208,38 @@ class _Images:
 
 
 def _read(config: Config, run: Run | None, on_files: OnFiles) -> _Images:
-    """Training and validation images; no file of val is in train too.
+    """Training and validation images; no file of val is in train too."""
+    before = None if run is None else run.images()
+    if run is None or before is None:
+        dataset, train, val = _read_splits(config, None, on_files)
+    else:
+        with _going_on(run):
+            dataset, train, val = _read_splits(config, before, on_files)
+        run.require_same_data(train, val)
+    leaked = 0 if dataset.val is None else len(dataset.val) - len(val)
+    return _Images(train, val, dataset.skipped, dataset.notes, leaked)
 
-    Where a run goes on its own images say what a folder is: they hold its classes, and its split.
+
+@contextmanager
+def _going_on(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except UsageError:
+        raise
+    except CnnftError as error:
+        raise CnnftError(
+            f"{run.path} cannot go on: {error}; if its images are elsewhere now: cnnft finetune "
+            f"--resume {run.path} DATA"
+        ) from error
+
+
+def _read_splits(
+    config: Config, before: Mapping[SplitName, Samples] | None, on_files: OnFiles
+) -> tuple[Dataset, Samples, Samples]:
+    """(dataset, train, val). The images that a run has had `before` say what a folder is: they hold
+    its classes, and its split.
     """
-    asked, before = config.dataset, None if run is None else run.images()
+    asked = config.dataset
     splits: tuple[SplitName, ...] = ("train", "val")
     dataset = read_dataset(
         asked.data,
@@ -225,13 +253,8 @@ def _read(config: Config, run: Run | None, on_files: OnFiles) -> _Images:
     if asked.strict:
         _require_all(dataset.skipped)
     if before is not None and dataset.val is None:
-        train, val = split_by(dataset.train, before["val"].hashes)
-    else:
-        train, val = train_and_val(dataset, asked.val_fraction, asked.split_seed)
-    if run is not None:
-        run.require_same_data(train, val)
-    leaked = 0 if dataset.val is None else len(dataset.val) - len(val)
-    return _Images(train, val, dataset.skipped, dataset.notes, leaked)
+        return dataset, *split_by(dataset.train, before["val"].hashes)
+    return dataset, *train_and_val(dataset, asked.val_fraction, asked.split_seed)
 
 
 def _require_all(skipped: Sequence[Skipped]) -> None:

@@ -18,10 +18,10 @@ FREE = frozenset(
     | {"skip_nonfinite", "cache", "precision", "read_timeout"}
 )
 """Settings that change no step that was taken, or only how it is computed."""
-PLACES = frozenset({"data", "layout", "teacher", "weights"})
-"""Settings that say where something lies, which may have moved: `Run.require_same_data` and the
-checkpoint see to it that the contents are the same.
-"""
+PLACES = frozenset({"data", "layout", "include_hidden"})
+"""Where the images lie, which may have moved: `Run.require_same_data` sees to the contents."""
+FILES = frozenset({"teacher", "weights"})
+"""Likewise, where there are such: the checkpoint has their hashes."""
 
 
 def resumed_config(run: Run, given: dict[str, Any]) -> Config:
@@ -33,7 +33,7 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
     """
     before = run.config()
     saved = before.to_dict()
-    free = FREE | {name for name in PLACES if saved.get(name)}
+    free = FREE | PLACES | {name for name in FILES if saved.get(name)}
     other = [
         name.replace("_", "-")
         for name, value in given.items()
