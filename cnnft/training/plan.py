@@ -224,9 +224,9 @@ def _read(config: Config, run: Run | None, on_files: OnFiles) -> _Images:
 def _going_on(run: Run) -> Iterator[None]:
     try:
         yield
-    except UsageError:
-        raise
     except CnnftError as error:
+        if type(error) is not CnnftError:  # such as a flag, or a read that takes too long
+            raise
         raise CnnftError(
             f"{run.path} cannot go on: {error}; if its images are elsewhere now: cnnft finetune "
             f"--resume {run.path} DATA"
