@@ -342,20 +342,20 @@ def damage_files(random: Random, files: Files, names: tuple[str, ...] = ()) -> F
 
 
 def damage_names(random: Random, files: Files) -> Files:
-    """Folders and files by other names: any that a file system takes."""
+    """Folders and files by other names, any that a file system takes; a few damaged files."""
+    parts = sorted({part for name in files for part in name.split("/")[1:]})
+    names = {part: _odd_name(random) if random.random() < 0.2 else part for part in parts}
     renamed: Files = {}
     for name, content in files.items():
-        parts = [_odd_name(random) if random.random() < 0.3 else p for p in name.split("/")]
-        name = "/".join(parts)
-        parents = {"/".join(parts[:n]) for n in range(1, len(parts))}
-        folders = {"/".join(n.split("/")[:k]) for n in renamed for k in range(1, n.count("/") + 1)}
-        if name not in folders and not parents & renamed.keys():
-            renamed[name] = content if random.random() < 0.95 else damage_bytes(random, content)
+        top, *rest = name.split("/")
+        name = "/".join([top, *(names[part] for part in rest)])
+        if not any(f"{other}/".startswith(f"{name}/") for other in renamed):  # a file and a folder
+            renamed[name] = content if random.random() < 0.98 else damage_bytes(random, content)
     return renamed
 
 
 def _odd_name(random: Random) -> str:
-    how = random.randrange(4)
+    how = random.randrange(8)
     if how == 0:
         name = os.fsdecode(random.randbytes(random.choice((1, 3, 100))))
     elif how == 1:
