@@ -1,5 +1,6 @@
 """What a run holds: typed records that read back what was written, of this cnnft and of others."""
 
+import errno
 import io
 import json
 import shutil
@@ -22,6 +23,7 @@ from cnnft.runs.formats import FORMATS
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
 from cnnft.runs.records import Epoch, Metrics, TrainScore
 from cnnft.runs.run import Run
+from cnnft.runs.weights import has_scores, save_weights, weights_hash
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import prepare
 
@@ -421,3 +423,37 @@ def test_other_weights_for_a_head_file_are_refused_with_the_way_out(cnnft, train
     image = next(trained.parents[1].glob("data/*/*.png"))
     refused = cnnft("predict", image, "-m", head, "--weights", other)
     refused.fails_with(1, str(head), "trained on builtin", "leave out --weights")
+
+
+def test_a_model_that_is_replaced_takes_its_scores_with_it(
+    copied: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill at any of the writes leaves the old weights and scores, or weights without any."""
+    before = weights_hash(copied.path)
+
+    def stop(self: Path, target: Path) -> None:
+        assert target.name == "model.safetensors"
+        assert not has_scores(copied.path)  # before the new weights are there
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(copied.path, b"others")
+    assert weights_hash(copied.path) == before and not copied.is_of(before)
+
+
+def test_a_full_disk_leaves_the_scores_of_the_weights(
+    copied: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cnnft.machine.files.os.fdopen", full_file)
+    with pytest.raises(CnnftError, match="cannot be written"):
+        save_weights(copied.path, b"others")
+    assert copied.is_of(weights_hash(copied.path))
+
+
+def full_file(handle: int, mode: str) -> object:
+    class Full(io.FileIO):
+        def write(self, content: bytes) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return Full(handle, mode.removesuffix("b"))

@@ -13,6 +13,7 @@ from cnnft.data.dataset import Dataset, Samples, Skipped, join
 from cnnft.data.reading import inspect_dataset, read_dataset
 from cnnft.data.sources import Source, open_source
 from cnnft.errors import CnnftError
+from cnnft.runs.weights import weights_hash
 from cnnft.training.events import Finished
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import Plan, prepare
@@ -263,7 +264,7 @@ def test_the_same_images_give_the_same_weights_whatever_holds_them(
         ))  # fmt: skip
         *_, last = run_plan(plan)
         assert isinstance(last, Finished)
-        return plan, last.run.weights_hash()
+        return plan, weights_hash(last.run.path)
 
     plan, expected = train(flat)
     assert expected is not None

@@ -326,17 +326,7 @@ class RunMachine(RuleBasedStateMachine):
             shutil.rmtree(path, ignore_errors=True)
             del self.kinds[path]
         elif all((path / name).exists() for name in DETERMINED):
-            self._require_described_or_known(path)
-
-    def _require_described_or_known(self, path: Path) -> None:
-        """Stopped between the files of one epoch, a run has a checkpoint that knows it, and the
-        epoch comes again."""
-        run = Run(path)
-        if not is_described(run, self.world.data):
-            saved = run.load_checkpoint()
-            best = None if saved is None else saved.values["best_weights"]
-            assert best != run.weights_hash(), f"{path}: other weights than its metrics'"
-            self.count("between files")
+            require_described(Run(path), self.world.data)
 
     def _kind(self, draw: int) -> str:
         return self.world.kinds[draw % len(self.world.kinds)]
@@ -550,7 +540,7 @@ EXAMPLES = 20
 """Sequences that one seed of hypothesis gives."""
 SHOWN = (
     *("finetune", "resume", "twice at once", "move a run", "move data", "evaluate", "predict"),
-    *("export", "cache", "kill", "terminate", "full disk", "between files"),
+    *("export", "cache", "kill", "terminate", "full disk"),
 )
 
 

@@ -20,7 +20,6 @@ Every file appears whole: it is written beside its place, synced and renamed. On
 lines, and TensorBoard's files by events.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -46,6 +45,7 @@ from cnnft.runs.directory import STATE, forget_replaced, locked, new_directory
 from cnnft.runs.formats import FORMATS, formats_from_json, formats_to_json
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
 from cnnft.runs.records import Epoch, Metrics
+from cnnft.runs.weights import forget_scores, has_scores, save_weights, weights_hash
 
 T = TypeVar("T")
 
@@ -219,8 +219,9 @@ class Run:
     def save_classifier(self, classifier: Classifier) -> None:
         """Weights and description. The weights come last: with them the run can be used."""
         self._write("config.json", to_json(describe(classifier)))
-        self._write("model.safetensors", to_safetensors(classifier.network.state_dict()))
+        content = to_safetensors(classifier.network.state_dict())
         if distributed.is_main:
+            save_weights(self.path, content)
             forget_replaced(self.path)
 
     def save_snapshot(self, number: int, network: nn.Module) -> None:
@@ -230,16 +231,14 @@ class Run:
     def save_ensemble(self, classifier: Classifier, snapshots: int) -> Classifier:
         """From now on the run's classifier is that of its snapshots, which is returned."""
         ensemble = replace(classifier, snapshots=snapshots)
+        forget_scores(self.path)
         self._write("config.json", to_json(describe(ensemble)))
         return replace(ensemble, network=snapshot_ensemble(ensemble, self.path))
 
-    def weights_hash(self) -> str | None:
-        """SHA-256 of the best epoch's weights; None: no epoch has ended yet."""
-        path = self.path / "model.safetensors"
-        if not path.is_file():
-            return None
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def is_of(self, best_weights: str | None) -> bool:
+        """Whether its model is that of a checkpoint's best epoch, with its scores."""
+        found = weights_hash(self.path)
+        return found == best_weights and (found is None or has_scores(self.path))
 
     def load_weights(self, network: nn.Module) -> None:
         """Those of the best epoch."""

@@ -26,6 +26,7 @@ from cnnft.models.surgery.substitute import Substituted
 from cnnft.runs.checkpoints import Checkpoint, Interval
 from cnnft.runs.records import Epoch
 from cnnft.runs.run import Run
+from cnnft.runs.weights import weights_hash
 from cnnft.training.averaging import equal_average, recalibrate, running_average
 from cnnft.training.constraints import gradient_rules, weight_rules
 from cnnft.training.distillation import make_soft_targets
@@ -91,9 +92,10 @@ class Session:
                 f"({first_line(error)}): start a new run"
             ) from error
         self.run.require_classifier(of_an_epoch=bool(self.history))
-        # Killed between the two, the run has weights of an epoch that the checkpoint does not know.
+        # Killed between the two, the run has weights of an epoch that the checkpoint does not know,
+        # or no scores of those that it does.
         # That epoch comes again; on another machine it may be no better than the one before.
-        self.best_is_lost = not self.over and best != self.run.weights_hash()
+        self.best_is_lost = not self.over and not self.run.is_of(best)
         _log.info("going on after step %d of %d", self.state.step, len(self.plan.batches))
 
     def _require_same_weights(self, saved: Checkpoint) -> None:
@@ -211,7 +213,7 @@ class Session:
             "head_is_fitted": self.plan.head_is_fitted,
             "pretrained": self.plan.classifier.pretrained_hash,
             "teachers": self.plan.teacher_hashes,
-            "best_weights": self.run.weights_hash(),
+            "best_weights": weights_hash(self.run.path),
         }
         self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
         self.checkpoints.saved(self.state.step)
