@@ -1,6 +1,7 @@
 """A few hundred of the damaged and hostile files that tools/fuzz.py reads for an hour."""
 
 import json
+import re
 import warnings
 from functools import reduce
 from pathlib import Path
@@ -98,4 +99,15 @@ def test_cached_pixels_whose_sizes_lie_are_not_read(
     odd = width.to_bytes(8, "little", signed=True) + (32).to_bytes(8, "little")
     files[entry] = files[entry].replace(whole, odd, 1)
     hostile = Target((files,), lambda random, files: files, target.reads)
+    assert not example(hostile, Random(0), tmp_path / "example")
+
+
+def test_a_long_interval_is_not_repeated(targets: dict[str, Target], tmp_path: Path) -> None:
+    """Found by seed 1487337063318619 of "config file"."""
+    target = targets["config file"]
+    ((name, content),) = target.seeds[0].items()
+    line = b'checkpoint_every = "' + b"x" * 100_000 + b'"'
+    changed = re.sub(rb"checkpoint_every = .*", line, content)
+    assert line in changed
+    hostile = Target(({name: changed},), lambda random, files: files, target.reads)
     assert not example(hostile, Random(0), tmp_path / "example")

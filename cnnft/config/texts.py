@@ -70,6 +70,7 @@ def parse_interval(text: str) -> tuple[float, float]:
             raise ValueError
     except ValueError as error:
         raise UsageError(
-            f"--checkpoint-every {text!r}: give a time such as 90s, 5m or 2h, or a number of steps"
+            f"--checkpoint-every {text!r:.100}: give a time such as 90s, 5m or 2h, or a number "
+            "of steps"
         ) from error
     return (value * seconds, float("inf")) if seconds else (float("inf"), value)
