@@ -17,6 +17,7 @@ from cnnft.cache import store
 from cnnft.cache.features import (
     FeatureExtractor,
     Features,
+    ViewSet,
     evaluation_view_set,
     feature_key,
 )
@@ -369,3 +370,26 @@ def test_other_backbone_weights_than_before_are_refused_on_resume(cnnft, flat, t
 
 def test_feature_views_need_frozen_layers(cnnft, flat):
     cnnft("finetune", flat, "--feature-views", 2).fails_with(2, "--feature-views", "frozen layers")
+
+
+def plain_features(names):
+    """In batches of 4 blank images."""
+
+    def batches(rows):
+        for start in range(0, len(rows), 4):
+            yield torch.ones(len(rows[start : start + 4]), 3, 64, 64)
+
+    return Features(extractor(), ViewSet("x", names, batches, 4), on_disk=True)
+
+
+@pytest.mark.parametrize("left", [range(4), range(4, 8), range(8, 10)])
+def test_missing_features_are_computed_in_the_batches_of_an_undisturbed_run(left) -> None:
+    """What a kill left, here one of three batches, does not change the last digits."""
+    list(plain_features(left).compute())  # the names are those of the rows below
+    whole = [list(rows) for rows in (range(4), range(4, 8), range(8, 10)) if rows != left]
+    assert plain_features(range(10))._missing_batches() == whole
+
+
+def test_new_images_among_others_share_batches() -> None:
+    list(plain_features([row for row in range(12) if row not in (1, 6, 11)]).compute())
+    assert plain_features(range(12))._missing_batches() == [[1, 6, 11]]

@@ -533,7 +533,7 @@ def _cached(
     cut = find_cut(network, 32)
     assert cut is not None
     extractor = FeatureExtractor(network, cut, backbone.identity, "of these weights")
-    views = ViewSet("plain", samples.hashes, lambda rows: [torch.zeros(len(rows), 3, 32, 32)])
+    views = ViewSet("plain", samples.hashes, lambda rows: [torch.zeros(len(rows), 3, 32, 32)], 8)
     return (
         partial(Features, extractor, views, True),
         partial(CachedImages, ImageFiles(samples.paths), samples.hashes, "pictures"),

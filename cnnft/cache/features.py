@@ -110,6 +110,8 @@ class ViewSet:
     """What tells the views apart, such as an image's SHA-256 and the number of the view."""
     batches: Callable[[Sequence[int]], Iterable[Tensor]]
     """Rows of `names` -> their pixels, in batches (B, 3, H, W)."""
+    batch_size: int
+    """B, but for the last batch."""
     about: str = ""
     """Describes them in `cnnft cache`."""
 
@@ -124,7 +126,7 @@ def evaluation_view_set(
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
         return pixel_batches(dataset, [(0, index) for index in rows], loading)
 
-    return ViewSet(transform, samples.hashes, batches, about)
+    return ViewSet(transform, samples.hashes, batches, loading.batch_size, about)
 
 
 def pixel_batches(
@@ -154,9 +156,10 @@ class Features:
 
     def compute(self) -> Iterator[int]:
         """Yields how many of the missing are done; each process computes its shard of them."""
-        shard = distributed.shard(len(self.missing))
-        mine, done, saved = self.missing[shard.start : shard.stop], 0, 0
-        written = time.monotonic()
+        batches = self._missing_batches()
+        shard = distributed.shard(len(batches))
+        mine = [row for batch in batches[shard.start : shard.stop] for row in batch]
+        done, saved, written = 0, 0, time.monotonic()
         for pixels in self.views.batches(mine) if mine else ():
             rows = mine[done : done + len(pixels)]
             self._fill(rows, self.extractor(pixels))
@@ -172,6 +175,20 @@ class Features:
             for rows, values in distributed.gather(parts):
                 self._fill(rows, values)
         distributed.broadcast_from_main(self._save_rest)
+
+    def _missing_batches(self) -> list[list[int]]:
+        """The missing rows, in the batches that they are in where all are missing.
+
+        A feature's last digits depend on its batch. So they do not depend on what a kill left, nor
+        on the number of processes. Images that are new among others share batches of their own.
+        """
+        size, rows = self.views.batch_size, len(self._names)
+        batches: dict[int, list[int]] = {}
+        for row in self.missing:
+            batches.setdefault(row // size, []).append(row)
+        whole = [rs for n, rs in batches.items() if len(rs) == min(size, rows - n * size)]
+        others = sorted(set(self.missing) - {row for batch in whole for row in batch})
+        return whole + [others[start : start + size] for start in range(0, len(others), size)]
 
     @property
     def values(self) -> Tensor:

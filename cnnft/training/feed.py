@@ -160,7 +160,8 @@ class Feed:
         def batches(rows: Sequence[int]) -> Iterator[Tensor]:
             return pixel_batches(self.dataset, [keys[row] for row in rows], self.plan.loading)
 
-        return ViewSet(transform, view_names, batches, self.images.about)
+        size = self.plan.loading.batch_size
+        return ViewSet(transform, view_names, batches, size, self.images.about)
 
     def _validation_views(self) -> ViewSet:
         spec = self.plan.classifier.input_spec
