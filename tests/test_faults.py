@@ -1,6 +1,8 @@
 """A few of the kills and faults of tools/kills.py and tools/faults.py, which try many."""
 
+import os
 import random
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,9 +12,10 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("forks, and reads /proc", allow_module_level=True)
 
+from cnnft.cache.features import Features
 from tools.faults import FAULTS, KINDS, Crowd, Place
 from tools.forked import bytes_lost, draw_data, make_backbone
-from tools.kills import MATRIX, Subjects, kill_and_repeat
+from tools.kills import MATRIX, Subjects, Trial, finish, kill_and_repeat, whole
 from tools.tally import Tally
 
 
@@ -59,6 +62,32 @@ def test_four_commands_on_one_cache_two_of_them_killed(place: Place) -> None:
     crowd = Crowd(place)
     for counts in (crowd.attempt(2), crowd.attempt_with_clear("0.0002")):
         assert counts["survived"] == 1 and counts["bytes that differ"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_killed_when_one_of_two_processes_has_cached_some_features(
+    subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    """The rest is computed in the same batches, though by other processes."""
+    trial = Trial(MATRIX["two processes"], subjects, tmp_path / "t")
+    expected, _ = whole(trial)
+    trial.begin_anew()
+    save = Features._save
+
+    def save_and_die(self: Features, rows: list[int], left: int) -> None:
+        save(self, rows, left)
+        if os.environ["RANK"] == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Features, "_save", save_and_die)
+        commands = trial.start()
+    assert commands[int(victim)].wait() == -signal.SIGKILL
+    for command in commands:
+        command.kill()
+    finish(trial.start())
+    assert bytes_lost(expected, trial.content()) == 0
 
 
 def test_a_difference_is_counted() -> None:
