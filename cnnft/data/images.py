@@ -158,7 +158,7 @@ def suffix_problem(name: str) -> str | None:
     _, dot, suffix = name.rpartition(".")
     if not dot or not suffix or f".{suffix.lower()}" in SUFFIXES:
         return None
-    return f"has no image suffix (.{suffix})"
+    return f"has no image suffix (.{suffix.lower()})"
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -33,7 +33,8 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
     """
     before = run.config()
     saved = before.to_dict()
-    free = FREE | PLACES | {name for name in FILES if saved.get(name)}
+    moved = {name for name in FILES if saved.get(name) and _as_many(given.get(name), saved[name])}
+    free = FREE | PLACES | moved
     other = [
         name.replace("_", "-")
         for name, value in given.items()
@@ -88,6 +89,12 @@ def _holds(folder: Path, samples: Samples, data: Path) -> bool:
         return False
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest() == samples.hashes[0]
+
+
+def _as_many(given: Any, before: Any) -> bool:
+    """Whether both are single files, or lists of as many."""
+    lists = [isinstance(value, list | tuple) for value in (given, before)]
+    return len(given) == len(before) if all(lists) else not any(lists)
 
 
 def _same(given: Any, before: Any) -> bool:
