@@ -46,7 +46,7 @@ _MOST_IN_A_SPOT = (4.0, 6.0)  # of 255, or of the mean difference: a small objec
 
 def thumbnail(image: Image.Image) -> Thumbnail:
     """(SIZE, SIZE, 3): the mean colour of each cell of an RGB image."""
-    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX, reducing_gap=3.0))
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
 def near_duplicates(thumbnails: Sequence[Thumbnail]) -> list[Pair]:
