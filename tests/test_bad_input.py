@@ -908,7 +908,7 @@ def test_the_caches_limit_is_read_before_the_data(
     ("environment", "words"),
     [
         ({"CNNFT_CACHE": "/dev/null/x"}, "/dev/null/x cannot be written (Not a directory)"),
-        ({"CNNFT_CACHE": "/dev/null"}, "/dev/null is a file, no folder for the cache"),
+        ({"CNNFT_CACHE": "/dev/null"}, "/dev/null is no folder for the cache"),
         ({"CNNFT_CACHE_LIMIT": "0"}, "the cache may have 0.0 MB (CNNFT_CACHE_LIMIT)"),
     ],
 )

@@ -301,7 +301,7 @@ def test_what_was_used_longest_ago_goes_first(photos: Path, monkeypatch) -> None
         ("disk", {"CNNFT_CACHE_LIMIT": "1e-6"}, "the cache may have 0.0 MB (CNNFT_CACHE_LIMIT)"),
         ("disk", {"CNNFT_CACHE_LIMIT": "much"}, "CNNFT_CACHE_LIMIT 'much': give a number"),
         ("disk", {"CNNFT_CACHE": "/dev/null/x"}, "/dev/null/x cannot be written (Not a directory)"),
-        ("disk", {"CNNFT_CACHE": "/dev/null"}, "/dev/null is a file, no folder for the cache"),
+        ("disk", {"CNNFT_CACHE": "/dev/null"}, "/dev/null is no folder for the cache"),
         ("ram", {}, "50% of the free memory is"),
     ],
 )

@@ -134,7 +134,7 @@ def require_folder() -> None:
         with TemporaryFile(dir=folder):
             pass
     except FileExistsError as error:
-        raise CnnftError(f"{folder} is a file, no folder for the cache; {_WAY_OUT}") from error
+        raise CnnftError(f"{folder} is no folder for the cache; {_WAY_OUT}") from error
     except OSError as error:
         raise CnnftError(
             f"{folder} cannot be written ({error.strerror or first_line(error)}); {_WAY_OUT}"
