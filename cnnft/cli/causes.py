@@ -7,7 +7,8 @@ from cnnft.errors import first_line
 
 _NO_THREADS = (
     "the system allows this process no more threads or child processes (ulimit -u, or a "
-    "container's limit on pids): raise it, or end others of your processes; --workers 0 needs fewest"
+    "container's limit on pids): raise it, or end others of your processes; --workers 0 needs "
+    "fewest"
 )
 _CAUSES = {
     "CUDA out of memory|MPS backend out of memory|ALLOC_FAILED": (
