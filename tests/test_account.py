@@ -27,7 +27,7 @@ from cnnft.data.dataset import (
     Dataset,
     Skipped,
 )
-from cnnft.data.folders import Tree
+from cnnft.data.folders import Tree, image_files
 from cnnft.data.reading import read_dataset
 from cnnft.errors import CnnftError
 from cnnft.runs.run import Run
@@ -202,15 +202,16 @@ READ = {
         {"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 0}},
         "folder extra/ (beside the split folders; 1 image)"),
     "an empty class, and one of other files": (
-        ("a/0.png", "b/0.png", "c/x.dcm", "d/"),
+        ("a/0.png", "b/0.png", "c/x.csv", "d/"),
         {"train": {"a": 1, "b": 1}}, "folders c/, d/ (no images in it)"),
     "a folder of documents": (
         ("a/0.png", "b/0.png", "docs/LICENSE", "docs/README"),
         {"train": {"a": 1, "b": 1}}, "folder docs/ (no images in it)"),
     "hidden images": (
-        ("a/0.png", "b/0.png", "a/.ipynb_checkpoints/0.png", "@eaDir/1.png", "b/.x.png", ".git/x"),
+        ("a/0.png", "b/0.png", "a/.ipynb_checkpoints/0.png", "@eaDir/1.png", "b/.x.png", ".git/x",
+         "a/.y.png"),
         {"train": {"a": 1, "b": 1}},
-        "1 hidden image in b/.x.png, "
+        "2 hidden images in a/.y.png, b/.x.png, "
         "folders @eaDir/, a/.ipynb_checkpoints/ (hidden, or left by the system; 2 images)"),
     "what nobody misses": (("a/0.png", "b/0.png", "a/.DS_Store", "Thumbs.db", ".git/x"),
         {"train": {"a": 1, "b": 1}}, ""),
@@ -218,6 +219,20 @@ READ = {
         ("a/train/0.png", "b/train/0.png", "a/val/1.png", "b/loose.png", "b/extra/0.png"),
         {"train": {"a": 1, "b": 1}, "val": {"a": 1, "b": 0}},
         "1 image beside the split folders, folder b/extra/ (beside the split folders; 1 image)"),
+    "images beside the splits of several classes": (
+        ("a/train/0.png", "b/train/0.png", "a/1.png", "b/2.png", "b/3.png"),
+        {"train": {"a": 1, "b": 1}}, "3 images beside the split folders"),
+    "a class to convert, and one to unpack": (
+        ("a/0.png", "b/0.png", "c/0.CR2", "c/x.xmp", "d/more/0.zip"),
+        {"train": {"a": 1, "b": 1}},
+        "folder c/ (only images in formats that cnnft does not read, to be converted), "
+        "folder d/ (only archives, to be unpacked)"),
+    "a file without a suffix": (
+        ("a/0.png", "b/0.png", "a/README"),
+        {"train": {"a": 1, "b": 1}}, "1 file that is no image (1 other)"),
+    "one name that says test, and classes of classes": (
+        ("test_tube/old/0.png", "flask/old/0.png", "oval/old/0.png"),
+        {"train": {"flask": 1, "oval": 1, "test_tube": 1}}, ""),
     "names that differ in case": (
         ("cat/0.png", "Cat/0.png", "None/0.png", "0/0.png", "file/0.png"),
         {"train": {"0": 1, "Cat": 1, "None": 1, "cat": 1, "file": 1}}, ""),
@@ -250,10 +265,34 @@ REFUSED = {
     "test and classes beside it": (
         ("cats/0.png", "dogs/0.png", "test/cats/0.png"),
         r"--layout flat if cats, dogs, test are the classes, or move cats, dogs into .*train if "
-        r"test holds images to test on \(cats\)"),
+        r"test holds images to evaluate on \(cats\)"),
+    "unlabelled val and test beside classes": (
+        ("cats/0.png", "dogs/0.png", "test/0.png", "val/0.png"),
+        r"--layout flat if cats, dogs, test, val are the classes, or move cats, dogs into .*train "
+        r"if test, val hold images to evaluate on"),
+    "splits under other names": (
+        ("seg_train/a/0.png", "seg_train/b/0.png", "seg_test/a/0.png", "seg_pred/0.png"),
+        r"flat if seg_pred, seg_test, seg_train are the classes, or move .*/seg_test to .*/test, "
+        r".*/seg_train to .*/train if the classes are a"),
+    "the same, one deeper": (
+        ("seg_train/seg_train/a/0.png", "seg_train/seg_train/b/0.png", "seg_test/seg_test/a/0.png",
+         "seg_test/seg_test/b/0.png"),
+        r"or move .*/seg_test/seg_test to .*/test, .*/seg_train/seg_train to .*/train if the cl"),
+    "in words and in capitals": (
+        ("TrainSet/a/0.png", "TrainSet/b/0.png", "MY-VALIDATION/a/0.png", "MY-VALIDATION/b/0.png"),
+        r"or move .*MY-VALIDATION to .*/val, .*TrainSet to .*/train if the classes are a, b"),
+    "one of them is train": (
+        ("train/a/0.png", "train/b/0.png", "val_set/a/0.png", "val_set/b/0.png"),
+        r"or move \S+val_set to \S+/val if the classes are a, b"),
+    "only formats that are not read": (("a/0.CR2", "b/0.dng"),
+        "no class folders; a, b hold only images in formats that cnnft does not read, to be conv"),
+    "loose images of such formats": (("0.jxl",), "; data holds only images in formats that cnnft"),
+    "an archive": (("data.zip", "README"), "; data holds only archives, to be unpacked: put the"),
+    "hidden images only": ((".0.png", ".x/1.png", "b/x.txt"),
+        r"no class folders; b holds no images; 2 hidden image\(s\) need --include-hidden:"),
     "splits in some classes": (
         ("a/train/0.png", "a/val/1.png", "b/0.png"),
-        "two ways: a hold train and other splits, b none: give --layout class-split .*flat"),
+        "two ways: a holds train and other splits, b none: give --layout class-split .*flat"),
     "unlabelled train and test": (("train/0.png", "test/0.png"), "no class folders in them"),
     "two of one split": (("train/a/0.png", "Train/b/0.png"), "are both a train folder"),
     "one folder": (("data/train/a/0.png", "data/train/b/0.png", "x.csv"),
@@ -327,12 +366,25 @@ def test_only_a_run_is_taken_for_one(tmp_path: Path, trained: Path) -> None:
         shutil.copytree(OLD / name, tmp_path / "runs" / name)
         assert Run.is_run(OLD / name)
     shutil.copytree(trained, tmp_path / "a" / "inside")
-    put(tmp_path, "runs/new/tensorboard/x.png")
     dataset = read_dataset(tmp_path)
     assert classes_of(dataset) == {"train": {"a": 2, "b": 1}}
     own = {e.path: (e.files, e.images) for e in dataset.skipped if e.reason == OWN}
     assert own == {f"{tmp_path}/runs/": (0, 0), f"{tmp_path}/a/inside/": (0, 0)}
     assert "folders a/inside/, runs/ (cnnft's own)" in summary(dataset.skipped, dataset.source)
+
+
+def test_images_in_runs_and_beside_them_are_counted(tmp_path: Path) -> None:
+    put(tmp_path, "a/0.png", "runs/stray.png", "b/mine/1.png", "b/mine/2.png", "b/3.png", "b/4.png")
+    for folder in ("runs/one", "b/mine"):
+        shutil.copytree(OLD / "finetune", tmp_path / folder, dirs_exist_ok=True)
+    dataset = read_dataset(tmp_path)
+    assert classes_of(dataset) == {"train": {"a": 1, "b": 2}}
+    assert {e.path: e.images for e in dataset.skipped} == {
+        f"{tmp_path}/b/mine/": 2, f"{tmp_path}/runs/": 1,
+    }  # fmt: skip
+    assert not any(entry.is_expected for entry in dataset.skipped)
+    assert "(cnnft's own; 3 images)" in summary(dataset.skipped, dataset.source)
+    assert image_files(tmp_path / "runs")[0] == [f"{tmp_path}/runs/stray.png"]  # asked for
 
 
 @pytest.mark.parametrize("content", [b"{}", b"[1]", b"no json", b'{"formats": 1}'])
@@ -396,6 +448,15 @@ def test_strict_bears_what_nobody_misses(train: Cli, flat: Path) -> None:
     assert outcome.code == 0 and "left out: folder runs/ (cnnft's own)" in outcome.err
 
 
+@pytest.mark.parametrize("below", ["x", "x/train", "x/test"])
+def test_evaluate_names_the_folder_that_is_meant(
+    cnnft: Cli, trained: Path, tmp_path: Path, below: str
+) -> None:
+    put(tmp_path, f"{below}/ants/0.png", f"{below}/bees/0.png")
+    outcome = cnnft("evaluate", tmp_path, "-m", trained, "--workers=0")
+    outcome.fails_with(1, f"did you mean {tmp_path}/x, which holds")
+
+
 def test_hidden_classes_train_and_are_evaluated(cnnft: Cli, train: Cli, flat: Path) -> None:
     (flat / "ants").rename(flat / ".ants")
     train(flat).fails_with(1, "one class only (bees)")
@@ -441,6 +502,34 @@ def test_a_class_may_be_missing_in_val(train: Cli, cnnft: Cli, separated: Path) 
     assert "no score: bees" in outcome.err and "folder val/empty/ (no images in it)" in outcome.err
     found = json.loads(cnnft("check", separated, "--workers=0", "--json").out)
     assert found["unscored"] == ["bees"]
+
+
+# ---------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("link", ["c", "train", "val/c", "v1.5", "a/train"])
+def test_a_link_to_nothing_that_may_be_a_class_or_a_split_is_an_error(
+    tmp_path: Path, link: str
+) -> None:
+    put(tmp_path, "val/a/0.png" if "val" in link else "b/0.png", "a/x/0.png")
+    (tmp_path / link).symlink_to("nowhere")
+    with pytest.raises(CnnftError, match=f"{tmp_path / link} is a link that leads nowhere: repair"):
+        read_dataset(tmp_path)
+
+
+def test_other_links_to_nothing_are_left_out_with_their_reason(tmp_path: Path) -> None:
+    put(tmp_path, "a/0.png", "b/0.png")
+    links = "a/x.2021", "a/more", "b/gone.png"
+    for link in links:
+        (tmp_path / link).symlink_to("nowhere")
+    dataset = read_dataset(tmp_path)
+    assert [(e.path, e.reason, e.files, e.images) for e in dataset.skipped] == [
+        (str(tmp_path / link), "is a link to nothing", 1, int(link.endswith("png")))
+        for link in sorted(links)
+    ]
+    assert summary(dataset.skipped, dataset.source) == (
+        "1 image that cannot be read, 2 files that are no images (2 other)"
+    )
 
 
 # ---------------------------------------------------------------- scanning

@@ -70,7 +70,12 @@ def test_auto_finds_each_layout(
 def test_a_class_may_be_called_like_a_split(tmp_path: Path, name: str) -> None:
     """vehicles, CIFAR-100 and COCO have a class train."""
     folder = put(tmp_path, "car/0.png", f"{name}/1.png", "boat/2.png")
-    source = open_source(folder)
+    if name != "train":  # without train it may as well be a split
+        with pytest.raises(
+            CnnftError, match=f"layout flat if .* or move boat, car into .*/train if {name} h"
+        ):
+            open_source(folder)
+    source = open_source(folder, "auto" if name == "train" else "flat")
     assert files(source) == {"train/boat": ["2.png"], "train/car": ["0.png"],
                              f"train/{name}": ["1.png"]}  # fmt: skip
     assert not source.separated

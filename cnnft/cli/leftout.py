@@ -10,7 +10,7 @@ from cnnft.cli import console
 if TYPE_CHECKING:
     from cnnft.data.dataset import Skipped
 
-_MOST_FOLDERS = 3
+_MOST_NAMES = 3
 _MOST_SUFFIXES = 5
 
 
@@ -31,22 +31,30 @@ def summary(skipped: Sequence["Skipped"], root: str) -> str:
     """In one line; "" where nothing was left out but what nobody misses."""
     from cnnft.data.dataset import HIDDEN, OWN, UNSUITED
 
-    unreadable = sum(map(_is_unreadable, skipped))
+    unreadable = sum(entry.images for entry in skipped if _is_unreadable(entry))
     parts = [_count(unreadable, "image") + " that cannot be read"] if unreadable else []
+    hidden: list[Skipped] = []
+    places: Counter[str] = Counter()
     folders: dict[str, list[Skipped]] = {}
     suffixes: Counter[str] = Counter()
     for entry in skipped:
-        if _is_unreadable(entry) or (entry.is_expected and entry.reason != OWN):
+        if entry.is_expected and entry.reason != OWN:
             continue
         if entry.is_folder:
             folders.setdefault(entry.reason, []).append(entry)
         elif entry.reason.startswith(UNSUITED):
             suffixes[entry.reason.removeprefix(UNSUITED).strip(" ()")] += entry.files
+        elif _is_unreadable(entry):
+            suffixes[""] += entry.files - entry.images
         elif entry.reason == HIDDEN:
-            parts.append(_count(entry.images, "hidden image") + f" in {_from(root, entry)}")
+            hidden.append(entry)
         else:
-            parts.append(_count(entry.images, "image") + f" {entry.reason}")
-    if suffixes:
+            places[entry.reason] += entry.images
+    if hidden:
+        number = sum(entry.images for entry in hidden)
+        parts.append(f"{_count(number, 'hidden image')} in {_names(hidden, root)}")
+    parts += [f"{_count(number, 'image')} {reason}" for reason, number in places.items()]
+    if suffixes := +suffixes:
         common = sorted(suffixes.items(), key=lambda item: (-item[1], not item[0], item[0]))
         kinds = [f"{n} {kind or 'other'}" for kind, n in common[:_MOST_SUFFIXES]]
         kinds += ["…"] if len(common) > _MOST_SUFFIXES else []
@@ -76,15 +84,16 @@ def _is_unreadable(entry: "Skipped") -> bool:
 
 
 def _folders(entries: Sequence["Skipped"], reason: str, root: str) -> str:
-    names = [_from(root, entry) for entry in entries[:_MOST_FOLDERS]]
-    more = len(entries) - len(names)
     images = sum(entry.images for entry in entries)
-    return (
-        f"{'folder' if len(entries) == 1 else 'folders'} {', '.join(names)}"
-        + (f" and {more} more" if more else "")
-        + f" ({reason}"
-        + (f"; {_count(images, 'image')})" if images else ")")
+    return f"{'folder' if len(entries) == 1 else 'folders'} {_names(entries, root)} ({reason}" + (
+        f"; {_count(images, 'image')})" if images else ")"
     )
+
+
+def _names(entries: Sequence["Skipped"], root: str) -> str:
+    more = len(entries) - _MOST_NAMES
+    names = ", ".join(_from(root, entry) for entry in entries[:_MOST_NAMES])
+    return names + (f" and {more} more" if more > 0 else "")
 
 
 def _from(root: str, entry: "Skipped") -> str:

@@ -19,13 +19,16 @@ HIDDEN = "hidden, or left by the system"
 OWN = "cnnft's own"
 LINK = "a link to a folder that is read at its own place"
 EMPTY = "no images in it"
+FOREIGN = "only images in formats that cnnft does not read, to be converted"
+PACKED = "only archives, to be unpacked"
 UNLABELLED = "unlabelled: no class folders in it"
 BESIDE_CLASSES = "beside the class folders"
 BESIDE_SPLITS = "beside the split folders"
 NO_SPLIT = "no split folder in it"
 UNKNOWN = "no class of the training data"
 BY_PLACE = frozenset(
-    {HIDDEN, OWN, LINK, EMPTY, UNLABELLED, BESIDE_CLASSES, BESIDE_SPLITS, NO_SPLIT, UNKNOWN}
+    {HIDDEN, OWN, LINK, EMPTY, FOREIGN, PACKED, UNLABELLED, BESIDE_CLASSES, BESIDE_SPLITS}
+    | {NO_SPLIT, UNKNOWN}
 )
 UNSUITED = "has no image suffix"
 """Reasons of `Skipped`; of an image that cannot be read it is what `ImageError` says."""
@@ -39,7 +42,7 @@ class Skipped:
     """Of a folder it ends with a slash; of several files it is a pattern, the folder and *."""
     reason: str
     files: int = 1
-    """Links that are not followed are counted as files. 0 where nobody looked: in runs."""
+    """Links that are not followed are counted as files; of runs only images are."""
     images: int = 1
     """Those of them that have an image's suffix."""
 
@@ -50,7 +53,7 @@ class Skipped:
     @property
     def is_expected(self) -> bool:
         """Everybody's folders have such things in them: nobody misses them."""
-        return self.reason == OWN or (self.reason == HIDDEN and not self.images)
+        return self.reason in (OWN, HIDDEN) and not self.images
 
 
 @dataclass(frozen=True)

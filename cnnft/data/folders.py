@@ -7,25 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cnnft.data.dataset import EMPTY, HIDDEN, LINK, OWN, UNSUITED, Skipped
-from cnnft.data.images import SUFFIXES, opens, suffix_problem
+from cnnft.data.dataset import HIDDEN, LINK, OWN, UNSUITED, Skipped
+from cnnft.data.images import opens
+from cnnft.data.names import is_hidden, is_named_as_image, name_of, unsuited, why_no_images
 from cnnft.errors import CnnftError
 
 OnFiles = Callable[[int, int | None], object]
 """Called with how many more files were found (None), or were checked (of how many in all)."""
 
-SYSTEM = frozenset(
-    {"__macosx", "@eadir", "$recycle.bin", "#recycle", "system volume information", "lost+found"}
-    | {"thumbs.db", "ehthumbs.db", "desktop.ini"}
-)
-"""What systems leave in folders, in lower case."""
-
 RUN_MARKS = (("formats.json", "formats"), ("config.json", "cnnft"))
 """(file, key of its JSON object): beside a config.toml, only cnnft writes one of these. Runs of
 the first format have no formats.json."""
-
-_LONGEST_SUFFIX = 8
-"""Longer ones, and numbers, are often a part of the name: they would be as many as the files."""
 
 
 _MOST_BYTES = 64 * 1024**2  # of a run's JSON, which lists its classes
@@ -37,7 +29,8 @@ class Listing:
 
     path: str
     images: tuple[str, ...]
-    """Files that are to be opened, by their names: those without a suffix are."""
+    """Files that are to be opened, by their names: those without a suffix are, and links to
+    nothing, which may have been folders."""
     folders: tuple[str, ...]
     hidden: tuple[str, ...]
     """Folders that are hidden, or a system's."""
@@ -70,7 +63,7 @@ class Tree:
         self._include_hidden = include_hidden
         self._on_files = on_files
         self._listings: dict[str, Listing] = {}
-        self._links: set[str] = set()
+        self._links: set[str] = set()  # to folders, and to nothing
         self._holding: dict[str, bool] = {}
 
     def listing(self, folder: str) -> Listing:
@@ -95,6 +88,11 @@ class Tree:
     def with_images(self, folder: str) -> list[str]:
         """The folders in `folder` that hold images."""
         return [path for path in self.listing(folder).folders if self.holds_images(path)]
+
+    def broken(self, folder: str) -> list[str]:
+        """Links to nothing in `folder` that may have been folders by their names."""
+        found = self._links.intersection(self.listing(folder).images)
+        return sorted(path for path in found if not is_named_as_image(path))
 
     def contents(self, folder: str) -> tuple[list[str], list[Skipped]]:
         """All images below it, in the order of torchvision's ImageFolder, and all else."""
@@ -125,17 +123,23 @@ class Tree:
     def whole(self, folder: str, reason: str) -> Skipped:
         """The folder, left out with all that is in it; links in it are not followed."""
         path = folder.rstrip(os.sep) + os.sep
-        if reason == OWN:  # changes while a run trains
-            return Skipped(path, reason, 0, 0)
         if reason == LINK:
             return Skipped(path, reason, 1, 0)
-        return Skipped(path, reason, *_count(folder))
+        files, images = _count(folder)
+        if reason == OWN:  # other files come while a run trains
+            files = images
+        return Skipped(path, reason, files, images)
 
     def without_images(self, folder: str) -> Skipped:
         """`whole` of a folder that holds none."""
-        apart = [found for found in self._visit(folder) if isinstance(found, _Apart)]
-        reasons = {found.path: found.reason for found in apart}
-        own = OWN if OWN in reasons.values() else EMPTY
+        reasons: dict[str, str] = {}
+        others: list[Skipped] = []
+        for found in self._visit(folder):
+            if isinstance(found, Listing):
+                others += found.others
+            else:
+                reasons[found.path] = found.reason
+        own = OWN if OWN in reasons.values() else why_no_images(others)
         return self.whole(folder, reasons.get(folder, own))
 
     def _visit(self, folder: str) -> Iterator[Listing | _Apart]:
@@ -150,13 +154,20 @@ class Tree:
                 continue
             seen.add(real)
             listing = self.listing(path)
-            if listing.is_run:
+            if listing.is_run or self._is_of_runs(listing):
                 yield _Apart(path, OWN)
                 continue
             yield listing
             yield from (_Apart(hidden, HIDDEN) for hidden in listing.hidden)
             waiting += [path for path in reversed(listing.folders) if path not in self._links]
             links += [path for path in listing.folders if path in self._links]
+
+    def _is_of_runs(self, listing: Listing) -> bool:
+        """Whether all folders in it are runs, with no more images beside them: strays, no class."""
+        strays = len(listing.images) <= len(listing.folders)
+        if listing.path == self.root or not listing.folders or not strays:
+            return False
+        return all(self.listing(path).is_run for path in listing.folders)
 
     def _above(self, folder: str) -> set[str]:
         """Real paths of the folders that it lies in, also by way of links."""
@@ -175,13 +186,16 @@ class Tree:
         try:
             with os.scandir(folder) as entries:
                 for entry in entries:
-                    apart = not self._include_hidden and _is_hidden(entry.name)
+                    apart = not self._include_hidden and is_hidden(entry.name)
                     if _is_folder(entry):
                         (hidden if apart else folders).append(entry.path)
                         if entry.is_symlink():
                             self._links.add(entry.path)
                         continue
-                    reason = HIDDEN if apart else _unsuited(entry.name)
+                    reason = HIDDEN if apart else unsuited(entry.name)
+                    if not apart and _is_broken(entry):
+                        self._links.add(entry.path)
+                        reason = None
                     if reason is None:
                         images.append(entry.path)
                         continue
@@ -224,28 +238,12 @@ def together(folder: str, files: Iterable[Skipped]) -> list[Skipped]:
     return joined
 
 
-def is_named_as_image(name: str) -> bool:
-    """By its suffix; what macOS writes beside each file of other systems is none (._photo.jpg)."""
-    base = name_of(name)
-    suffix = base.rpartition(".")[2].lower()
-    return f".{suffix}" in SUFFIXES and "." in base[1:] and not base.startswith("._")
-
-
-def name_of(path: str) -> str:
-    """The last part of a path that has no slash at its end."""
-    return path.rpartition(os.sep)[2]
-
-
 def _one_more(before: Skipped | None, entry: os.DirEntry[str], reason: str) -> Skipped:
     image = int(is_named_as_image(entry.name))
     if before is None:
         return Skipped(entry.path, reason, 1, image)
     first = min(before.path, entry.path)
     return Skipped(first, reason, before.files + 1, before.images + image)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in SYSTEM
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -255,15 +253,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _unsuited(name: str) -> str | None:
-    """`suffix_problem`, of few kinds."""
-    reason = suffix_problem(name)
-    suffix = name.rpartition(".")[2].lower()
-    if reason is None:
-        return None
-    if len(suffix) > _LONGEST_SUFFIX or not suffix.isascii() or not suffix.isprintable():
-        return UNSUITED
-    return UNSUITED if suffix.isdigit() else f"{UNSUITED} (.{suffix})"
+def _is_broken(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a link that cannot be followed."""
+    try:
+        return entry.is_symlink() and not entry.stat()
+    except OSError:
+        return True
 
 
 def _count(folder: str) -> tuple[int, int]:

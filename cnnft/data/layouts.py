@@ -7,13 +7,16 @@
 A folder counts where it holds images.
 """
 
+import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 from unicodedata import normalize
 
 from cnnft.data.dataset import SplitName
-from cnnft.data.folders import Tree, name_of
+from cnnft.data.folders import Tree
+from cnnft.data.names import name_of
 from cnnft.errors import CnnftError
 
 SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
@@ -24,6 +27,8 @@ SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
 """Names of the folders that hold a split, in lower case: Train and VAL are meant as well."""
 
 KnownLayout = Literal["flat", "split", "class-split"]
+
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 _SHOWN = 6  # names in a sentence
 
@@ -40,9 +45,11 @@ def find_layout(tree: Tree, classes: Collection[str] = ()) -> KnownLayout:
     ordinary = [path for path in children if split_of(path) is None]
     if ordinary and _all_separated(tree, children):
         return "class-split"
-    splits = split_folders(tree)
-    if splits and ordinary:
-        _require_split(tree, splits, children)
+    named, splits = splits_in(tree, tree.root), split_folders(tree)
+    if ordinary and not ("train" in splits and len(named) > 1):
+        _refuse_other_names(tree, children)
+        if splits or (named and "train" not in named):
+            _refuse_beside(tree, list(splits.values()) or [p for ps in named.values() for p in ps])
     if splits:
         return "split"
     if children and not ordinary:
@@ -124,24 +131,49 @@ def some(paths: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
 
 
-def _require_split(tree: Tree, splits: dict[SplitName, str], children: list[str]) -> None:
-    """Raises `CnnftError` where a folder of a split's name may as well be a class."""
-    named = {split_of(path) for path in children} - {None}
-    if "train" in splits and len(named) > 1:
-        return
-    split, path = next(iter(splits.items()))
-    inside, others = tree.with_images(path), [child for child in children if child != path]
-    if split == "train":
-        way = f"--layout split if {some([path])} holds the training images ({some(inside)})"
+def hold(paths: Sequence[str]) -> str:
+    return f"{some(paths)} {'holds' if len(paths) == 1 else 'hold'}"
+
+
+def _refuse_other_names(tree: Tree, children: list[str]) -> None:
+    """Raises `CnnftError` where folders hold the same classes and have names such as seg_train and
+    seg_test.
+    """
+    found: dict[SplitName, str] = {}
+    for path in children:
+        words = {word.lower().removesuffix("set") for word in _WORD.findall(name_of(path))}
+        for split, names in SPLIT_FOLDERS.items():
+            if words.intersection(names):
+                found.setdefault(split, dataset_within(tree, path) or path)
+    inside = Counter(name_of(p) for path in found.values() for p in tree.with_images(path))
+    if shared := [name for name, count in inside.items() if count > 1]:
+        moves = {path: str(Path(tree.root, split)) for split, path in found.items()}
+        ways = [f"{path} to {target}" for path, target in moves.items() if path != target]
+        raise CnnftError(
+            f"{tree.root} can be read in two ways: give --layout flat if {some(children)} are the "
+            f"classes, or move {', '.join(ways)} if the classes are {some(shared)}"
+        )
+
+
+def _refuse_beside(tree: Tree, splits: list[str]) -> None:
+    """Raises `CnnftError`: folders of a split's name may as well be classes."""
+    children = tree.with_images(tree.root)
+    others = some(path for path in children if path not in splits)
+    inside = {name_of(path) for split in splits for path in tree.with_images(split)}
+    held = f" ({some(inside)})" if inside else ""
+    if split_of(splits[0]) == "train":
+        way = (
+            f"--layout split if {hold(splits)} the training images{held} and {others} should be "
+            "left out"
+        )
     else:
         way = (
-            f"move {some(others)} into {Path(tree.root, 'train')} if {some([path])} holds "
-            f"images to {'validate' if split == 'val' else 'test'} on ({some(inside)})"
+            f"move {others} into {Path(tree.root, 'train')} if {hold(splits)} images to evaluate "
+            f"on{held}"
         )
     raise CnnftError(
         f"{tree.root} can be read in two ways: give --layout flat if {some(children)} are the "
         f"classes, or {way}"
-        + (f" and {some(others)} should be left out" if split == "train" else "")
     )
 
 
@@ -159,7 +191,7 @@ def _refuse_half_separated(tree: Tree, classes: list[str]) -> None:
     if separated:
         rest = [path for path in classes if path not in separated]
         raise CnnftError(
-            f"{tree.root} can be read in two ways: {some(separated)} hold train and other splits, "
+            f"{tree.root} can be read in two ways: {hold(separated)} train and other splits, "
             f"{some(rest)} none: give --layout class-split to use the splits, or --layout flat to "
             f"take all images of {some(classes)} together"
         )

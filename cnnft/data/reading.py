@@ -10,7 +10,7 @@ from PIL import Image
 
 from cnnft.config.choices import Layout
 from cnnft.data.dataset import UNKNOWN, Dataset, Samples, Skipped, SplitName
-from cnnft.data.folders import OnFiles, is_named_as_image
+from cnnft.data.folders import OnFiles
 from cnnft.data.images import (
     ImageError,
     decode,
@@ -20,6 +20,7 @@ from cnnft.data.images import (
     read_bytes,
 )
 from cnnft.data.layouts import some
+from cnnft.data.names import is_named_as_image
 from cnnft.data.sources import Source, open_source
 from cnnft.data.threads import READ_TIMEOUT, in_threads
 from cnnft.errors import CnnftError
@@ -107,7 +108,8 @@ def _find(source: Source, splits: Sequence[SplitName], classes: tuple[str, ...] 
     for split in (name for name in source.splits if name in splits):
         found[split], others = source.files(split, known)
         if classes is not None or split != "test":  # training never reads test
-            _require_known(others, known)
+            nested = source.nested if classes is not None and not len(found[split]) else ""
+            _require_known(others, known, nested)
         skipped += others
         notes += source.notes(split, known)
     if not any(map(len, found.values())):
@@ -132,12 +134,12 @@ def _training_classes(source: Source) -> tuple[str, ...]:
     return classes
 
 
-def _require_known(skipped: Sequence[Skipped], classes: tuple[str, ...]) -> None:
+def _require_known(skipped: Sequence[Skipped], classes: tuple[str, ...], nested: str) -> None:
     """Most often the name of a class is misspelt: to go on without it would score another thing."""
     for unknown in (entry for entry in skipped if entry.reason == UNKNOWN):
         raise CnnftError(
-            f"{unknown.path} is no class of the training data ({some(classes)}): rename or remove "
-            "the folder"
+            f"{unknown.path} is no class of the training data ({some(classes)})"
+            + (nested or ": rename or remove the folder")
         )
 
 

@@ -10,25 +10,32 @@ from cnnft.config.choices import Layout
 from cnnft.data.dataset import (
     BESIDE_CLASSES,
     BESIDE_SPLITS,
+    EMPTY,
+    FOREIGN,
+    HIDDEN,
     NO_SPLIT,
+    PACKED,
     UNKNOWN,
     UNLABELLED,
     Samples,
     Skipped,
     SplitName,
 )
-from cnnft.data.folders import OnFiles, Tree, name_of
+from cnnft.data.folders import OnFiles, Tree
 from cnnft.data.layouts import (
     SPLIT_FOLDERS,
     KnownLayout,
     comparable,
     dataset_within,
     find_layout,
+    hold,
     only,
     some,
     split_folders,
+    split_of,
     splits_in,
 )
+from cnnft.data.names import name_of, why_no_images
 from cnnft.errors import CnnftError, UsageError, why_not_utf8
 
 
@@ -54,6 +61,11 @@ class Source(Protocol):
     @property
     def hint(self) -> str:
         """What may be wrong where classes are missing; "" or a clause."""
+        ...
+
+    @property
+    def nested(self) -> str:
+        """The same, where the source seems to be above the one that is meant."""
         ...
 
     def classes(self, split: SplitName) -> tuple[str, ...]:
@@ -89,11 +101,21 @@ def open_source(
         CnnftError: its folders are not of that layout, may be of two, or cannot be read.
     """
     tree = Tree(require_source(source), include_hidden, on_files)
+    _require_folders(tree)
     folders = FolderSource(tree, find_layout(tree, classes) if layout == "auto" else layout)
     if not folders.splits:
         example = Path(tree.root, "train/cats" if layout == "split" else "cats/train")
         raise CnnftError(f"{tree.root} has no folders of --layout {layout}, such as {example}")
     return folders
+
+
+def _require_folders(tree: Tree) -> None:
+    """Raises `CnnftError` where a class or a split may be missing, as a link leads nowhere."""
+    broken = tree.broken(tree.root)
+    for folder in tree.listing(tree.root).folders:
+        broken += [path for path in tree.broken(folder) if split_of(folder) or split_of(path)]
+    if broken:
+        raise CnnftError(f"{broken[0]} is a link that leads nowhere: repair or remove it")
 
 
 def require_source(data: str | Path) -> Path:
@@ -136,15 +158,29 @@ class FolderSource:
     @property
     def hint(self) -> str:
         parent = self._split_folders.get("train", self.name)
-        folders = self.tree.with_images(parent)
-        if folders and (within := dataset_within(self.tree, folders[0])):
-            inside = some(self.tree.with_images(within))
-            return f"; did you mean {within}, which holds {inside}?"
-        if empty := self._without_images(parent):
-            return f"; {some(empty)} {'holds' if len(empty) == 1 else 'hold'} no images"
-        if loose := sum(file.images for file in self.tree.beside(parent, BESIDE_CLASSES)):
-            return f"; {loose} image(s) lie beside each other"
-        return ""
+        if self.nested:
+            return self.nested
+        reasons = {path: self.tree.without_images(path).reason for path in self._empty(parent)}
+        beside = self.tree.beside(parent, BESIDE_CLASSES)
+        loose = sum(file.images for file in beside if file.reason == BESIDE_CLASSES)
+        hidden = sum(file.images for file in beside if file.reason == HIDDEN)
+        if not loose and not self.tree.with_images(parent) and why_no_images(beside) != EMPTY:
+            reasons[parent] = why_no_images(beside)
+        clauses = []
+        for reason in (FOREIGN, PACKED, EMPTY):
+            if paths := [path for path, why in reasons.items() if why == reason]:
+                clauses.append(f"; {hold(paths)} {reason.removesuffix(' in it')}")
+        clauses += [f"; {loose} image(s) lie beside each other"] if loose else []
+        clauses += [f"; {hidden} hidden image(s) need --include-hidden"] if hidden else []
+        return "".join(clauses)
+
+    @property
+    def nested(self) -> str:
+        folders = self.tree.with_images(self._split_folders.get("train", self.name))
+        within = dataset_within(self.tree, folders[0]) if folders else None
+        if within is None:
+            return ""
+        return f"; did you mean {within}, which holds {some(self.tree.with_images(within))}?"
 
     def classes(self, split: SplitName) -> tuple[str, ...]:
         """Sorted as torchvision's ImageFolder sorts them.
@@ -229,9 +265,9 @@ class FolderSource:
 
     def _rest(self, folder: str, reason: str) -> list[Skipped]:
         """Of a folder that holds folders: its files, and folders without images."""
-        empty = map(self.tree.without_images, self._without_images(folder))
+        empty = map(self.tree.without_images, self._empty(folder))
         return self.tree.beside(folder, reason) + list(empty)
 
-    def _without_images(self, folder: str) -> list[str]:
+    def _empty(self, folder: str) -> list[str]:
         tree = self.tree
         return [path for path in tree.listing(folder).folders if not tree.holds_images(path)]
