@@ -441,6 +441,11 @@ def test_every_command_says_what_is_left_out(cnnft: Cli, train: Cli, flat: Path)
     train(flat, "--strict").fails_with(1, f"{flat}/ants/*: has no image suffix", "(and 3 more)")
 
 
+def test_a_class_to_convert_is_warned_of(train: Cli, flat: Path) -> None:
+    put(flat, "wasps/0.nef")
+    assert "warning: left out: folder wasps/ (only images in" in train(flat, "--dry-run").err
+
+
 def test_strict_bears_what_nobody_misses(train: Cli, flat: Path) -> None:
     put(flat, ".git/x", "ants/.DS_Store", "bees/Thumbs.db")
     shutil.copytree(OLD / "finetune", flat / "runs" / "before")

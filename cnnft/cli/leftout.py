@@ -19,10 +19,16 @@ def show_left_out(skipped: Sequence["Skipped"], root: str, elsewhere: str) -> No
 
     Folders are named from `root`, the data; `elsewhere` says where the rest is listed.
     """
+    from cnnft.data.dataset import FOREIGN, PACKED
+
     console.warn_of_skipped([entry for entry in skipped if _is_unreadable(entry)], elsewhere)
     line = summary(skipped, root)
     if line:
-        missed = any(entry.images for entry in skipped if not entry.is_expected)
+        missed = any(
+            entry.images or entry.reason in (FOREIGN, PACKED)
+            for entry in skipped
+            if not entry.is_expected
+        )
         say: Callable[[str], None] = console.warn if missed else console.say
         say(f"left out: {line}")
 
