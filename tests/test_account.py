@@ -529,7 +529,7 @@ def test_other_links_to_nothing_are_left_out_with_their_reason(tmp_path: Path) -
         (tmp_path / link).symlink_to("nowhere")
     dataset = read_dataset(tmp_path)
     assert [(e.path, e.reason, e.files, e.images) for e in dataset.skipped] == [
-        (str(tmp_path / link), "is a link to nothing", 1, int(link.endswith("png")))
+        (str(tmp_path / link), "cannot be read (a link to nothing)", 1, int(link.endswith("png")))
         for link in sorted(links)
     ]
     assert summary(dataset.skipped, dataset.source) == (

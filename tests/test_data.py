@@ -107,7 +107,7 @@ def test_a_dangling_link_is_skipped_with_its_reason(tmp_path: Path) -> None:
     (folder / "ants" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     good = read_dataset(folder)
     assert len(good.train) == 4 and [Path(s.path).name for s in good.skipped] == ["gone.png"]
-    assert good.skipped[0].reason == "is a link to nothing"
+    assert good.skipped[0].reason == "cannot be read (a link to nothing)"
 
 
 def test_reading_hashes_the_content_and_counts_every_file(tmp_path: Path) -> None:

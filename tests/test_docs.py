@@ -12,8 +12,8 @@ from cnnft.config.options import option_of
 from cnnft.config.pixels import AugmentationConfig
 from cnnft.config.schema import FIELDS, flag
 from cnnft.data.augmentation import PRESETS
-from cnnft.data.folders import SYSTEM
 from cnnft.data.images import SUFFIXES
+from cnnft.data.names import SYSTEM
 from tools import options
 
 ROOT = Path(__file__).parents[1]

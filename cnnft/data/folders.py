@@ -1,5 +1,6 @@
 """What folders hold: the images of each, and all else by kind and number. Knows no layout."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -254,11 +255,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_broken(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a link that cannot be followed."""
+    """Whether it is a link that cannot be followed, but for one that leads to itself."""
     try:
         return entry.is_symlink() and not entry.stat()
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno != errno.ELOOP
 
 
 def _count(folder: str) -> tuple[int, int]:

@@ -172,7 +172,7 @@ def read_bytes(path: str | Path) -> bytes:
         return Path(path).read_bytes()
     except OSError as error:
         if isinstance(error, FileNotFoundError) and Path(path).is_symlink():
-            raise ImageError(path, "is a link to nothing") from error
+            raise ImageError(path, "cannot be read (a link to nothing)") from error
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
     except ValueError as error:  # a list of files may hold anything
         raise ImageError(path, "is not the name of a file") from error
