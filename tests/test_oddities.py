@@ -90,11 +90,14 @@ def test_a_folder_of_oddities_trains_and_every_prediction_belongs_to_its_file(
     assert [path for path, part in bad.items() if part not in skipped[path]] == []
     lines = [line for line in outcome.err.splitlines() if line.startswith("warning: ")]
     tried = {path for path, part in bad.items() if "suffix" not in part}
+    named = {path for path in tried if path.suffix}
+    assert len(tried - named) == 1  # a file without a suffix is no image that is missed
     *shown, count, left_out = lines
     assert len(shown) == 10 and all(line.startswith("warning: skipped ") for line in shown)
     assert count == f"warning: {len(tried)} file(s) skipped: the run's skipped.csv lists all"
     assert left_out.startswith(
-        f"warning: left out: {len(tried)} images that cannot be read, 3 files that are no images ("
+        f"warning: left out: {len(named)} images that cannot be read, "
+        f"{3 + len(tried - named)} files that are no images ("
     )
     for part in (
         "folders ants/.cache/",
