@@ -266,11 +266,17 @@ def test_validation_images_that_are_in_training_are_left_out_and_counted(
     shutil.copy(train / "bees" / "1.png", val / "wasps" / "another name.png")  # across classes
     common = ["--backbone", "builtin", "--workers", 0, "--runs-dir", tmp_path / "runs"]
     plan = cnnft("finetune", separated, *common, "--dry-run", "--json")
-    assert json.loads(plan.out)["leaked"] == 2
+    left_out = {e["file"]: e["reason"] for e in json.loads(plan.out)["skipped"]}
+    assert left_out == dict.fromkeys(
+        map(str, (val / "ants" / "leak.png", val / "wasps" / "another name.png")),
+        "in val: the same file is in train",
+    )
+    assert "1 image(s) lie under two classes" in plan.err
     assert {c: n["val"] for c, n in json.loads(plan.out)["classes"].items()} == {
         "ants": 3, "bees": 3, "wasps": 3,
     }  # fmt: skip
-    assert "2 validation image(s) left out" in plan.err
+    assert "in val: the same file is in train" in plan.err
+    cnnft("finetune", separated, *common, "--strict").fails_with(1, "leak.png", "in train")
 
     arguments = ["--mode", "feature-extractor", "--epochs", 1, "--name", "x"]
     assert cnnft("finetune", separated, *common, *arguments).code == 0

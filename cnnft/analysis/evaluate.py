@@ -37,6 +37,8 @@ class Evaluation:
     """Rows are true classes, columns predicted ones."""
     left_out: int = 0
     """Images that the classifier was trained on."""
+    copies: int = 0
+    """Of the evaluated images, those whose content is that of another one before."""
     selected_on: int = 0
     """Of the evaluated images, those on which training chose its best epoch."""
     skipped: tuple[Skipped, ...] = ()
@@ -112,6 +114,7 @@ def evaluate(
     return replace(
         evaluation_of(predictions),
         left_out=len(samples) - len(kept),
+        copies=len(kept) - len(kept.once()),
         selected_on=sum(digest in seen.selected_on for digest in kept.hashes),
         skipped=dataset.skipped,
         unrecognised=seen.missing(samples),

@@ -98,20 +98,34 @@ def command(
             show_augment, contact_sheet(dataset.train, spec, augmentation(sheet.augmentation))
         )
         console.say(f"wrote {show_augment}")
+    refusal = _refusal(dataset, settings or Config.of(data=data, layout=layout))
     advice = None
-    if settings is not None:
+    if settings is not None and refusal is None:
         try:
             advice = _advise(settings, spec, dataset, facts)
         except CnnftError as error:  # the findings are worth showing all the same
             console.warn(f"no advice: {error}")
     if json:
         advised = None if advice is None else advice_json(advice)
-        console.result_json({**_json(found), "advice": advised})
+        console.result_json({**_json(found), "advice": advised, "finetune_refuses": refusal})
         return
     _show(found)
+    if refusal is not None:
+        console.warn(f"finetune stops at this: {refusal}")
     if advice is not None:
         console.result("")
         show_advice(advice, console.result)
+
+
+def _refusal(dataset: "Dataset", settings: Config) -> str | None:
+    """Why `finetune` would not train on it."""
+    from cnnft.data.split import train_and_val
+
+    try:
+        train_and_val(dataset, settings.dataset.val_fraction, settings.dataset.split_seed)
+    except CnnftError as error:
+        return str(error)
+    return None
 
 
 def _input_spec(settings: Config) -> "InputSpec":
@@ -142,7 +156,7 @@ def _advise(
     if device.type == "cpu":
         keep_freed_memory()
     asked, network = settings.dataset, settings.network
-    train, _ = train_and_val(dataset, asked.val_fraction, asked.split_seed)
+    train = train_and_val(dataset, asked.val_fraction, asked.split_seed).train
     backbone = open_backbone(network.backbone, len(train.classes), weights=network.weights)
     place(backbone.network, device)
     crops = {path: facts[path].crop for path in train.paths}

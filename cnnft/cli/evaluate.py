@@ -78,6 +78,16 @@ def command(
     show_left_out(evaluation.skipped, dataset.source, "--json lists all")
     for note in dataset.notes:
         console.say(console.printable(note))
+    if pairs := dataset.samples.contradictions():
+        console.warn(
+            f"{len(pairs)} image(s) lie under two classes, such as "
+            f"{console.printable(' = '.join(pairs[0]))}: they count under both"
+        )
+    if copies := evaluation.copies:
+        console.warn(
+            f"{copies} image(s) are copies of others here and count again: the interval is "
+            "narrower than it should be"
+        )
     if evaluation.unrecognised:
         console.warn(
             f"{evaluation.unrecognised} image(s) of the training and validation of {model} are not "
@@ -147,6 +157,7 @@ def _json(evaluation: "Evaluation") -> dict[str, Any]:
         "loss": overall.loss,
         "calibration_error": evaluation.calibration_error,
         "left_out": evaluation.left_out,
+        "copies": evaluation.copies,
         "selected_on_val": evaluation.selected_on,
         "classes": [dataclasses.asdict(row) for row in evaluation.classes],
         "confusion": evaluation.confusion,

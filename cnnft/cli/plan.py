@@ -150,8 +150,8 @@ def advice_json(advice: "Advice") -> dict[str, Any]:
 def _show_account(plan: "Plan") -> None:
     """What became of the images that are not simply trained on."""
     data = str(plan.config.dataset.data)
-    show_left_out(plan.skipped, data, "the run's skipped.csv lists all")
-    for note in plan.notes:
+    show_left_out(plan.dataset.skipped, data, "the run's skipped.csv lists all")
+    for note in plan.dataset.notes:
         console.say(console.printable(note))
     if unscored := [name for name, count in plan.val.counts_by_class().items() if not count]:
         shown = ", ".join(unscored[:_MOST_UNSCORED]) + ("…" * (len(unscored) > _MOST_UNSCORED))
@@ -159,11 +159,7 @@ def _show_account(plan: "Plan") -> None:
             f"{len(unscored)} class(es) have no image in val, so they are trained and have no "
             f"score: {console.printable(shown)}"
         )
-    if plan.leaked:
-        console.warn(
-            f"{plan.leaked} validation image(s) left out: the same file is in the training data"
-        )
-    if pairs := plan.contradictions:
+    if pairs := plan.dataset.contradictions:
         console.warn(
             f"{len(pairs)} image(s) lie under two classes, such as {' = '.join(pairs[0])}: one of "
             "the labels is wrong (cnnft check lists them)"
@@ -177,7 +173,7 @@ def _pixels_line(plan: "Plan") -> str:
     if pixels.short_side is None:
         return "decoded at full resolution"
     decoder = ", by JPEG draft mode" if pixels.decoder == "draft" else ""
-    return f"downscaled to {pixels.short_side} px on the shorter side when decoded{decoder}"
+    return f"decoded at {pixels.short_side} px on the shorter side, or less{decoder}"
 
 
 def _mode_line(plan: "Plan") -> str:
@@ -232,8 +228,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "parameters": {"trained": trained, "frozen": frozen},
         "learning_rates": {"backbone": plan.rates.backbone, "head": plan.rates.head},
         "steps_per_epoch": plan.batches.steps_per_epoch,
-        "skipped": skipped_json(plan.skipped),
-        "notes": plan.notes,
-        "leaked": plan.leaked,
-        "contradictions": plan.contradictions,
+        "skipped": skipped_json(plan.dataset.skipped),
+        "notes": plan.dataset.notes,
+        "contradictions": plan.dataset.contradictions,
     }

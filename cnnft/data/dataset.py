@@ -26,9 +26,10 @@ BESIDE_CLASSES = "beside the class folders"
 BESIDE_SPLITS = "beside the split folders"
 NO_SPLIT = "no split folder in it"
 UNKNOWN = "no class of the training data"
+LEAK = "in val: the same file is in train"
 BY_PLACE = frozenset(
     {HIDDEN, OWN, LINK, EMPTY, FOREIGN, PACKED, UNLABELLED, BESIDE_CLASSES, BESIDE_SPLITS}
-    | {NO_SPLIT, UNKNOWN}
+    | {NO_SPLIT, UNKNOWN, LEAK}
 )
 UNSUITED = "has no image suffix"
 """Reasons of `Skipped`; of an image that cannot be read it is what `ImageError` says."""
@@ -149,6 +150,8 @@ class Dataset:
     """All else that the source holds, apart from splits that were not asked for; by path."""
     notes: tuple[str, ...] = ()
     """What was understood otherwise than a reader might expect; sentences."""
+    contradictions: tuple[tuple[str, str], ...] = ()
+    """Of train and val, once they are settled: see `Samples`."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -120,6 +120,8 @@ def _require_folders(tree: Tree) -> None:
 
 def require_source(data: str | Path) -> Path:
     """Raises `UsageError` where DATA cannot be opened; reads nothing of it."""
+    if not str(data):  # Path would make it the current folder
+        raise UsageError("DATA is empty: give an image folder")
     folder = Path(data)
     if not folder.exists():
         raise UsageError(f"{folder}: no such folder")

@@ -2,27 +2,38 @@
 
 import hashlib
 from collections.abc import Collection
+from dataclasses import replace
 
-from cnnft.data.dataset import Dataset, Samples
+from cnnft.data.dataset import LEAK, Dataset, Samples, Skipped
 from cnnft.errors import CnnftError
 
 
-def train_and_val(dataset: Dataset, val_fraction: float, seed: int) -> tuple[Samples, Samples]:
-    """What a model is trained and selected on; no content is in both.
+def train_and_val(
+    dataset: Dataset, val_fraction: float, seed: int, val_hashes: Collection[str] | None = None
+) -> Dataset:
+    """The same with two splits, which a model is trained and selected on; no content is in both.
 
     Where the source has a val split, its images that are in train too are left out of val (data
-    leaks); otherwise part of train is split off.
+    leaks); otherwise part of train is split off: the contents `val_hashes`, where they are known.
 
     Raises:
         CnnftError: a class has no image in train that can be read, or nothing remains for val.
     """
-    if dataset.val is None:
+    skipped = dataset.skipped
+    if dataset.val is None and val_hashes is not None:
+        train, val = split_by(dataset.train, val_hashes)
+    elif dataset.val is None:
         train, val = split(dataset.train, val_fraction, seed)
     else:
-        train, val = dataset.train, dataset.val.without(dataset.train.hashes)
+        train = dataset.train
+        leaked, val = split_by(dataset.val, frozenset(dataset.val.hashes).difference(train.hashes))
+        skipped += tuple(Skipped(path, LEAK) for path in leaked.paths)
     for name, count in train.counts_by_class().items():
         if count == 0:
-            raise CnnftError(f"class {name} has no readable image in train")
+            raise CnnftError(
+                f"{dataset.source}: class {name} has no image to train on that can be read; cnnft "
+                "check lists those that cannot"
+            )
     if not len(val):
         if dataset.val is None:
             raise CnnftError(
@@ -32,7 +43,12 @@ def train_and_val(dataset: Dataset, val_fraction: float, seed: int) -> tuple[Sam
         raise CnnftError(
             f"{dataset.source}: no readable validation image remains that is not in train too"
         )
-    return train, val
+    return replace(
+        dataset,
+        splits={"train": train, "val": val},
+        skipped=skipped,
+        contradictions=tuple(dataset.samples.contradictions()),
+    )
 
 
 def split(samples: Samples, val_fraction: float, seed: int) -> tuple[Samples, Samples]:

@@ -178,8 +178,8 @@ class Run:
         before = self.images()
         if before and (changes := records.what_changed(before, {"train": train, "val": val})):
             raise CnnftError(
-                f"{self.path} cannot go on: since it began, {', and '.join(changes)}; bring its "
-                f"images back (elsewhere: --resume {self.path} DATA), or start a new run"
+                f"{self.path} cannot go on: since it began, {', and '.join(changes)}; make them "
+                f"what they were (elsewhere: --resume {self.path} DATA), or start a new run"
             )
 
     def images(self) -> dict[SplitName, Samples] | None:

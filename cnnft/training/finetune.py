@@ -46,7 +46,7 @@ def run_plan(
         Feed(plan).require_room()
     with run.locked() if run else Run.create(plan.config, name) as run:
         run.save_config(plan.config)
-        run.save_data(plan.train, plan.val, plan.skipped)
+        run.save_data(plan.train, plan.val, plan.dataset.skipped)
         run.save_environment(environment(plan.device))
         yield Started(run)
         folder = run.tensorboard if plan.config.run.tensorboard and distributed.is_main else None

@@ -12,12 +12,12 @@ import torch
 from cnnft.config.choices import Mode
 from cnnft.config.schema import Config
 from cnnft.data.augmentation import augmentation
-from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName, join
+from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName
 from cnnft.data.folders import OnFiles
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
-from cnnft.data.split import split_by, train_and_val
+from cnnft.data.split import train_and_val
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.machine.devices import choose_device
@@ -51,13 +51,8 @@ class Plan:
     config: Config
     """Settled: no mode auto any more."""
     requested_mode: Mode
-    train: Samples
-    val: Samples
-    skipped: tuple[Skipped, ...]
-    notes: tuple[str, ...]
-    """Of the `Dataset`."""
-    leaked: int
-    """Validation images left out because training has the same file (data leak)."""
+    dataset: Dataset
+    """With train and val."""
     classifier: Classifier
     stages: tuple[tuple[str, ...], ...]
     weights: LoadedWeights | None
@@ -72,9 +67,12 @@ class Plan:
     loading: Loading
 
     @property
-    def contradictions(self) -> list[tuple[str, str]]:
-        """Pairs of files with the same content under two classes."""
-        return join([self.train, self.val]).contradictions()
+    def train(self) -> Samples:
+        return self.dataset.splits["train"]
+
+    @property
+    def val(self) -> Samples:
+        return self.dataset.splits["val"]
 
     @cached_property
     def teacher_hashes(self) -> list[str]:
@@ -146,15 +144,15 @@ def prepare(
     device = choose_device(config.machine.device)
     requested, config = config.freezing.mode, check_settings(config, device)
     checkpoint = None if run is None else run.load_checkpoint()
-    images = _read(config, run, on_files)
-    classes = images.train.classes
+    dataset = _read(config, run, on_files)
+    train, val, classes = dataset.splits["train"], dataset.splits["val"], dataset.classes
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
-    _warn_of_known(config.loss.teacher, images.val)
+    _warn_of_known(config.loss.teacher, val)
     loading = _loading(config, device)
     backbone = open_network(config, len(classes), device)
-    spec = settle_input(config.input, backbone.input_spec, images.train, loading)
-    probed = None if checkpoint else probe_network(config, backbone, spec, images.train, loading)
-    advice = None if probed is None else advise_on(images.train, probed.probe.accuracy)
+    spec = settle_input(config.input, backbone.input_spec, train, loading)
+    probed = None if checkpoint else probe_network(config, backbone, spec, train, loading)
+    advice = None if probed is None else advise_on(train, probed.probe.accuracy)
     if requested == "auto":
         assert advice is not None
         config = config.replace(**advice.cell.settings)
@@ -162,15 +160,11 @@ def prepare(
             backbone = open_network(config, len(classes), device)
     head = new_head(config, backbone)
     fitted = install_probe(config, backbone, head, probed)
-    config, network = settle_network(config, backbone, head, spec, len(images.train))
+    config, network = settle_network(config, backbone, head, spec, len(train))
     plan = Plan(
         config=config,
         requested_mode=requested,
-        train=images.train,
-        val=images.val,
-        skipped=images.skipped,
-        notes=images.notes,
-        leaked=images.leaked,
+        dataset=dataset,
         classifier=make_classifier(config, backbone, network, head, classes, spec),
         stages=backbone.stages,
         weights=backbone.weights,
@@ -178,7 +172,7 @@ def prepare(
         head_from="checkpoint" if checkpoint else "probe" if fitted else "new",
         checkpoint=checkpoint,
         teachers=teachers,
-        batches=_batches(config, images.train),
+        batches=_batches(config, train),
         device=device,
         loading=loading,
     )
@@ -198,26 +192,15 @@ def _loading(config: Config, device: torch.device) -> Loading:
 # ---------------------------------------------------------------- data
 
 
-@dataclass(frozen=True)
-class _Images:
-    train: Samples
-    val: Samples
-    skipped: tuple[Skipped, ...]
-    notes: tuple[str, ...]
-    leaked: int
-
-
-def _read(config: Config, run: Run | None, on_files: OnFiles) -> _Images:
+def _read(config: Config, run: Run | None, on_files: OnFiles) -> Dataset:
     """Training and validation images; no file of val is in train too."""
     before = None if run is None else run.images()
     if run is None or before is None:
-        dataset, train, val = _read_splits(config, None, on_files)
-    else:
-        with _going_on(run):
-            dataset, train, val = _read_splits(config, before, on_files)
-        run.require_same_data(train, val)
-    leaked = 0 if dataset.val is None else len(dataset.val) - len(val)
-    return _Images(train, val, dataset.skipped, dataset.notes, leaked)
+        return _read_splits(config, None, on_files)
+    with _going_on(run):
+        dataset = _read_splits(config, before, on_files)
+    run.require_same_data(dataset.splits["train"], dataset.splits["val"])
+    return dataset
 
 
 @contextmanager
@@ -235,9 +218,9 @@ def _going_on(run: Run) -> Iterator[None]:
 
 def _read_splits(
     config: Config, before: Mapping[SplitName, Samples] | None, on_files: OnFiles
-) -> tuple[Dataset, Samples, Samples]:
-    """(dataset, train, val). The images that a run has had `before` say what a folder is: they hold
-    its classes, and its split.
+) -> Dataset:
+    """The images that a run has had `before` say what a folder is: they hold its classes, and its
+    split.
     """
     asked = config.dataset
     splits: tuple[SplitName, ...] = ("train", "val")
@@ -252,9 +235,11 @@ def _read_splits(
     )
     if asked.strict:
         _require_all(dataset.skipped)
-    if before is not None and dataset.val is None:
-        return dataset, *split_by(dataset.train, before["val"].hashes)
-    return dataset, *train_and_val(dataset, asked.val_fraction, asked.split_seed)
+    hashes = None if before is None else before["val"].hashes
+    settled = train_and_val(dataset, asked.val_fraction, asked.split_seed, hashes)
+    if asked.strict:
+        _require_all(settled.skipped)
+    return settled
 
 
 def _require_all(skipped: Sequence[Skipped]) -> None:
