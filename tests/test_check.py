@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Outcome, draw
+from conftest import Outcome, draw, draw_folder
 from PIL import Image, ImageFile
 
 from cnnft.data.checks import PLAIN, Inspector
@@ -197,10 +197,21 @@ def test_statistics_are_those_that_training_would_take(check, photos: Path) -> N
 
 def test_check_of_what_is_not_there(cnnft: Cli, tmp_path: Path, flat: Path) -> None:
     cnnft("check", tmp_path / "nothing").fails_with(2, "no such folder")
+    cnnft("check", "").fails_with(2, "DATA is empty")
     cnnft("check", flat, "--backbone", "resnet81").fails_with(2, "did you mean resnet")
     cnnft("check", flat, "--fit", "pad").fails_with(2, "give --backbone too")
     draw(tmp_path / "one" / "ants" / "0.png", 0, 0)
     cnnft("check", tmp_path / "one").fails_with(1, "one class only")
+
+
+def test_what_finetune_would_refuse_is_told(cnnft: Cli, check, tmp_path: Path) -> None:
+    data = draw_folder(tmp_path / "data", ("ants", "bees"), 3)
+    assert check(data)["finetune_refuses"] is None
+    for n in range(3):
+        (data / "bees" / f"{n}.png").write_bytes(b"torn")
+    assert "class bees has no image to train on" in check(data)["finetune_refuses"]
+    assert "finetune stops at this" in cnnft("check", data).err
+    cnnft("finetune", data, "--backbone", "builtin").fails_with(1, "class bees has no image")
 
 
 # ---------------------------------------------------------------- backbones

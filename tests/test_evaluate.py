@@ -198,6 +198,17 @@ def test_training_images_are_known_by_content(
     assert (found["n"], found["left_out"], found["selected_on_val"]) == (14, 3, 2)
 
 
+def test_copies_and_contradictions_are_told(
+    cnnft: Cli, evaluate: Evaluate, trained: Path, unseen: Path
+) -> None:
+    shutil.copy(unseen / "bees" / "0.png", unseen / "bees" / "again.png")
+    shutil.copy(unseen / "bees" / "1.png", unseen / "ants" / "a bee.png")
+    assert (evaluate(unseen)["n"], evaluate(unseen)["copies"]) == (14, 2)
+    err = cnnft("evaluate", unseen, "-m", trained).err
+    assert "1 image(s) lie under two classes" in err and "a bee.png" in err
+    assert "2 image(s) are copies of others" in err
+
+
 def test_unseen_images_are_not_called_optimistic(cnnft: Cli, trained: Path, unseen: Path) -> None:
     out = cnnft("evaluate", unseen, "-m", trained).out
     assert "selected on" not in out and "left out" not in out
