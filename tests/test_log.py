@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +95,15 @@ def test_a_full_disk_costs_the_log_and_not_the_run(
     outcome = train()
     assert outcome.code == 0 and "best epoch 1" in outcome.err
     assert "warning" not in outcome.err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+def test_results_that_cannot_be_written_are_an_error() -> None:
+    command = [sys.executable, "-m", "cnnft", "backbones", "resnet18"]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    message = "error: standard output cannot be written: No space left on device\n"
+    assert (process.returncode, process.stderr) == (1, message)
 
 
 def test_a_log_in_a_folder_that_is_gone_is_lost(tmp_path: Path) -> None:

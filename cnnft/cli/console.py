@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cnnft.errors import CnnftError
 from cnnft.errors import printable as printable
 from cnnft.machine import distributed
 
@@ -170,7 +171,8 @@ def result(what: RenderableType) -> None:
     if isinstance(what, str):
         result_text(what + "\n")
     elif distributed.is_main:
-        _out.print(what, soft_wrap=False)
+        with _standard_output():
+            _out.print(what, soft_wrap=False)
 
 
 def result_json(value: object) -> None:
@@ -181,7 +183,18 @@ def result_text(text: str) -> None:
     """Exactly `text`, for programs; on a terminal names cannot command it."""
     if distributed.is_main:
         seen = sys.stdout is not None and sys.stdout.isatty()
-        print(_printable_lines(text) if seen else text, end="")
+        with _standard_output():
+            print(_printable_lines(text) if seen else text, end="", flush=True)
+
+
+@contextmanager
+def _standard_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:  # the reader has enough: Typer ends without a word
+        raise
+    except OSError as error:
+        raise CnnftError(f"standard output cannot be written: {error.strerror}") from error
 
 
 @contextmanager
