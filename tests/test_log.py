@@ -100,7 +100,7 @@ def test_a_full_disk_costs_the_log_and_not_the_run(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
 def test_results_that_cannot_be_written_are_an_error() -> None:
     command = [sys.executable, "-m", "cnnft", "backbones", "resnet18"]
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     message = "error: standard output cannot be written: No space left on device\n"
     assert (process.returncode, process.stderr) == (1, message)
