@@ -133,8 +133,8 @@ class Normalizing(nn.Module):
         self.std: Tensor
         # Tensors, because a GPU multiplies by the reciprocal where it is to divide by a number.
         self.register_buffer("white", torch.tensor(255.0))
-        self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(spec.std)[:, None, None])
+        for name, values in (("mean", spec.mean), ("std", spec.std)):  # in JSON 0 is a whole number
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None])
         self.to(next(network.parameters()).device)
 
     def forward(self, pixels: Tensor) -> Tensor:
