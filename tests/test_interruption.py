@@ -7,16 +7,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
 
+from cnnft.cache import store
 from cnnft.data.threads import ReadTimeoutError, in_threads, within
 from cnnft.machine import interruption
 from cnnft.machine.interruption import Interrupted, deferred, handled, received, waiting
 
 if sys.platform == "win32":
     pytest.skip("signals are sent as on Unix", allow_module_level=True)
+
+import fcntl  # Windows has none
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -56,6 +60,18 @@ def test_what_is_deferred_is_noted_and_raises_at_the_next_wait() -> None:
         with waiting():
             pytest.fail("it waits")
     assert said == ["stopping after this step; once more to leave at once"]
+
+
+def test_who_waits_for_the_cache_can_be_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CNNFT_CACHE", str(tmp_path))
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another process does
+        with pytest.raises(Interrupted), handled(silent, silent), deferred():
+            send(after=0.2)
+            with store.writing(0):
+                pytest.fail("the lock is held")
 
 
 def test_a_signal_that_came_too_late_stops_nothing() -> None:

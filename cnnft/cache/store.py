@@ -23,6 +23,7 @@ from platformdirs import user_cache_path
 from safetensors import SafetensorError, safe_open
 
 from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.machine import interruption
 from cnnft.machine.files import remove_unfinished
 
 LIMIT = 50.0
@@ -153,7 +154,8 @@ def writing(needed: int, *, wait: bool = True) -> Iterator[bool]:
     with _locked() as lock:
         if not lock.is_locked and wait:
             _log.info("waiting for another process that writes to %s", root())
-            lock.acquire()
+            with interruption.waiting():
+                lock.acquire()
         if lock.is_locked:
             _remove_unfinished()
             _evict(limit() - needed)
