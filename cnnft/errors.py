@@ -3,7 +3,7 @@
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _LONGEST_REASON = 200  # characters; some libraries print whole tensors of names
 
@@ -46,6 +46,11 @@ def why_not_utf8(name: str) -> str | None:
 def printable(text: str) -> str:
     """In one line, and harmless: names of files may hold line breaks and a terminal's commands."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first of them, and an ellipsis for the others."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -29,6 +29,7 @@ from cnnft.data.dataset import (
 )
 from cnnft.data.folders import Tree, image_files
 from cnnft.data.reading import read_dataset
+from cnnft.data.sources import open_source
 from cnnft.errors import CnnftError
 from cnnft.runs.run import Run
 
@@ -164,9 +165,8 @@ def test_every_file_is_used_once_or_covered_once(
         for number, (folders, name) in enumerate(added):
             add(root, folders, name, number)
         try:
-            dataset = read_dataset(
-                root, layout="auto" if auto else base, include_hidden=include_hidden
-            )
+            layout = "auto" if auto else base
+            dataset = read_dataset(open_source(root, layout, include_hidden=include_hidden))
         except CnnftError:  # a layout that is none: other tests are about which
             return
         require_accounted(str(root), dataset)
@@ -327,7 +327,7 @@ def test_a_class_in_test_alone_is_left_out_of_what_is_checked(tmp_path: Path) ->
 
 def test_hidden_folders_are_read_when_asked_for(tmp_path: Path) -> None:
     put(tmp_path, "a/0.png", "a/.x/1.png", "@eaDir/2.png", "a/.2.png", "lost+found/3.png")
-    dataset = read_dataset(tmp_path, include_hidden=True)
+    dataset = read_dataset(open_source(tmp_path, include_hidden=True))
     assert classes_of(dataset) == {"train": {"@eaDir": 1, "a": 3, "lost+found": 1}}
     assert dataset.skipped == ()
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import Outcome, draw, draw_folder
 
 from cnnft import finetune
+from cnnft.runs.run import Run
 
 Cli = Callable[..., Outcome]
 Evaluate = Callable[..., dict[str, Any]]
@@ -207,6 +208,17 @@ def test_copies_and_contradictions_are_told(
     err = cnnft("evaluate", unseen, "-m", trained).err
     assert "1 image(s) lie under two classes" in err and "a bee.png" in err
     assert "2 image(s) are copies of others" in err
+
+
+def test_contradictions_that_are_left_out_are_not_told(
+    cnnft: Cli, trained: Path, unseen: Path
+) -> None:
+    train = Run(trained).dataset().splits["train"].paths[0]
+    for name in ("ants", "bees"):
+        shutil.copy(train, unseen / name / "seen.png")
+    outcome = cnnft("evaluate", unseen, "-m", trained)
+    assert "2 images that the model was trained on" in outcome.out
+    assert "under two classes" not in outcome.err
 
 
 def test_unseen_images_are_not_called_optimistic(cnnft: Cli, trained: Path, unseen: Path) -> None:

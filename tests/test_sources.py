@@ -152,7 +152,7 @@ def test_what_is_no_layout_is_one_sentence(
     tmp_path: Path, paths: tuple[str, ...], layout: Layout, message: str
 ) -> None:
     with pytest.raises(CnnftError, match=message):
-        read_dataset(put(tmp_path, *paths), layout=layout)
+        read_dataset(open_source(put(tmp_path, *paths), layout))
 
 
 def test_layout_reaches_every_command(cnnft: Cli, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ class Evaluation:
     """Images that the classifier was trained on."""
     copies: int = 0
     """Of the evaluated images, those whose content is that of another one before."""
+    contradictions: tuple[tuple[str, str], ...] = ()
+    """Of the evaluated images: see `Samples`."""
     selected_on: int = 0
     """Of the evaluated images, those on which training chose its best epoch."""
     skipped: tuple[Skipped, ...] = ()
@@ -115,6 +117,7 @@ def evaluate(
         evaluation_of(predictions),
         left_out=len(samples) - len(kept),
         copies=len(kept) - len(kept.once()),
+        contradictions=tuple(kept.contradictions()),
         selected_on=sum(digest in seen.selected_on for digest in kept.hashes),
         skipped=dataset.skipped,
         unrecognised=seen.missing(samples),

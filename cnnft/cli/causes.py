@@ -1,9 +1,9 @@
 """What the machine refused, in a sentence: libraries raise it in many kinds, with few types."""
 
 import re
-import threading
 
 from cnnft.errors import first_line
+from cnnft.machine import limits
 
 _NO_THREADS = (
     "the system allows this process no more threads or child processes (ulimit -u, or a "
@@ -61,10 +61,4 @@ def explain(error: Exception) -> str:
 
 def interrupted_by_itself() -> str | None:
     """Why a process interrupted itself: OpenBLAS does, where it may start no thread."""
-    thread = threading.Thread(target=lambda: None)
-    try:
-        thread.start()
-    except RuntimeError:
-        return _NO_THREADS
-    thread.join()
-    return None
+    return None if limits.allows_threads(1) else _NO_THREADS

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from cnnft.data.checks import DataCheck, ImageFacts
-    from cnnft.data.dataset import Dataset
+    from cnnft.data.dataset import Dataset, Samples
     from cnnft.data.transforms import InputSpec
     from cnnft.training.advice import Advice
 
@@ -61,6 +61,7 @@ def command(
     from cnnft.data.checks import PLAIN, Inspector, check_dataset
     from cnnft.data.contactsheet import contact_sheet
     from cnnft.data.reading import inspect_dataset
+    from cnnft.data.sources import open_source
     from cnnft.machine.files import write_whole
 
     if backbone is None and (weights is not None or fit is not None):
@@ -82,13 +83,9 @@ def command(
     with console.progress() as bar:
         inspector = Inspector(spec, keep_crops=settings is not None)
         reading = console.reading_images(bar)
+        source = open_source(data, layout, include_hidden=include_hidden, on_files=reading)
         dataset, facts = inspect_dataset(
-            data,
-            inspector,
-            layout=layout,
-            include_hidden=include_hidden,
-            on_files=reading,
-            read_timeout=read_timeout,
+            source, inspector, on_files=reading, read_timeout=read_timeout
         )
         found = check_dataset(dataset, facts)
     if sheet is not None and show_augment is not None:
@@ -98,18 +95,25 @@ def command(
             show_augment, contact_sheet(dataset.train, spec, augmentation(sheet.augmentation))
         )
         console.say(f"wrote {show_augment}")
-    refusal = _refusal(dataset, settings or Config.of(data=data, layout=layout))
+    settled, refusal = _settled(dataset)
+    unscored = [] if settled is None else settled.splits["val"].empty_classes()
     advice = None
-    if settings is not None and refusal is None:
+    if settings is not None and settled is not None:
         try:
-            advice = _advise(settings, spec, dataset, facts)
+            advice = _advise(settings, spec, settled.train, facts)
         except CnnftError as error:  # the findings are worth showing all the same
             console.warn(f"no advice: {error}")
     if json:
-        advised = None if advice is None else advice_json(advice)
-        console.result_json({**_json(found), "advice": advised, "finetune_refuses": refusal})
+        console.result_json(
+            {
+                **_json(found),
+                "unscored": unscored,
+                "advice": None if advice is None else advice_json(advice),
+                "finetune_refuses": refusal,
+            }
+        )
         return
-    _show(found)
+    _show(found, unscored)
     if refusal is not None:
         console.warn(f"finetune stops at this: {refusal}")
     if advice is not None:
@@ -117,15 +121,15 @@ def command(
         show_advice(advice, console.result)
 
 
-def _refusal(dataset: "Dataset", settings: Config) -> str | None:
-    """Why `finetune` would not train on it."""
+def _settled(dataset: "Dataset") -> "tuple[Dataset | None, str | None]":
+    """What `finetune` would train and select on, or why it would not."""
     from cnnft.data.split import train_and_val
 
+    settings = Config.of(data=dataset.source).dataset
     try:
-        train_and_val(dataset, settings.dataset.val_fraction, settings.dataset.split_seed)
+        return train_and_val(dataset, settings.val_fraction, settings.split_seed), None
     except CnnftError as error:
-        return str(error)
-    return None
+        return None, str(error)
 
 
 def _input_spec(settings: Config) -> "InputSpec":
@@ -142,11 +146,10 @@ def _input_spec(settings: Config) -> "InputSpec":
 
 
 def _advise(
-    settings: Config, spec: "InputSpec", dataset: "Dataset", facts: "Mapping[str, ImageFacts]"
+    settings: Config, spec: "InputSpec", train: "Samples", facts: "Mapping[str, ImageFacts]"
 ) -> "Advice":
     """As `finetune --mode auto` does, on the images that were decoded already."""
     from cnnft.data.loading import Loading, worker_count
-    from cnnft.data.split import train_and_val
     from cnnft.machine.devices import choose_device, keep_freed_memory, place
     from cnnft.models.backbones import open_backbone
     from cnnft.probe.probe import Fitting, probe
@@ -155,8 +158,7 @@ def _advise(
     device = choose_device(settings.machine.device)
     if device.type == "cpu":
         keep_freed_memory()
-    asked, network = settings.dataset, settings.network
-    train = train_and_val(dataset, asked.val_fraction, asked.split_seed).train
+    network = settings.network
     backbone = open_backbone(network.backbone, len(train.classes), weights=network.weights)
     place(backbone.network, device)
     crops = {path: facts[path].crop for path in train.paths}
@@ -168,7 +170,9 @@ def _advise(
         pinned=device.type == "cuda",
         read_timeout=settings.machine.read_timeout,
     )
-    fitting = Fitting(seed=settings.training.seed, always=True, about=Path(asked.data).name)
+    fitting = Fitting(
+        seed=settings.training.seed, always=True, about=Path(settings.dataset.data).name
+    )
     probed = probe(backbone, spec, train, loading, fitting, kept)
     assert probed is not None
     return advise_on(train, probed.probe.accuracy)
@@ -182,7 +186,7 @@ def _sheet_settings(data: str, augment: Augment | None, config_file: str | None)
     return Config.from_dict(values | given, str(config_file))
 
 
-def _show(found: "DataCheck") -> None:
+def _show(found: "DataCheck", unscored: list[str]) -> None:
     console.result(class_table(found.counts))
     lines = [
         "",
@@ -196,7 +200,7 @@ def _show(found: "DataCheck") -> None:
     for note in found.notes:
         console.result(console.printable(note))
     _list("left out", left_out_lines(found.skipped), most=None)
-    _list("classes that get no score: fewer than 2 images, or none in val", list(found.unscored))
+    _list("classes that get no score: fewer than 2 images, or none in val", unscored)
     for name, groups in (
         ("the same file more than once", found.duplicates),
         ("images that look the same", found.near_duplicates),

@@ -10,12 +10,12 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,9 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cnnft.errors import CnnftError
 from cnnft.errors import printable as printable
 from cnnft.machine import distributed
-
-if TYPE_CHECKING:
-    from cnnft.data.dataset import Skipped
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
 # A pipe does not fold lines; a closed standard output is None.
@@ -138,16 +135,6 @@ def say(what: RenderableType = "", style: str | None = None) -> None:
 
 def warn(text: str) -> None:
     _log.warning("%s", text)
-
-
-def warn_of_skipped(files: Sequence["Skipped"], elsewhere: str) -> None:
-    """A line for each of the first files and a count; `elsewhere` is about the rest."""
-    most = 10
-    for file in files[:most]:
-        warn(f"skipped {file.path}: {file.reason}")
-    if files:
-        count = sum(file.files for file in files)
-        warn(f"{count} file(s) skipped" + (f": {elsewhere}" if len(files) > most else ""))
 
 
 def error(text: str, *, met_by_main: bool = False, traceback: bool = False) -> None:

@@ -78,7 +78,7 @@ def command(
     show_left_out(evaluation.skipped, dataset.source, "--json lists all")
     for note in dataset.notes:
         console.say(console.printable(note))
-    if pairs := dataset.samples.contradictions():
+    if pairs := evaluation.contradictions:
         console.warn(
             f"{len(pairs)} image(s) lie under two classes, such as "
             f"{console.printable(' = '.join(pairs[0]))}: they count under both"

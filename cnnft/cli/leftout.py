@@ -21,7 +21,7 @@ def show_left_out(skipped: Sequence["Skipped"], root: str, elsewhere: str) -> No
     """
     from cnnft.data.dataset import FOREIGN, PACKED
 
-    console.warn_of_skipped([entry for entry in skipped if _is_unreadable(entry)], elsewhere)
+    warn_of_skipped([entry for entry in skipped if _is_unreadable(entry)], elsewhere)
     line = summary(skipped, root)
     if line:
         missed = any(
@@ -31,6 +31,16 @@ def show_left_out(skipped: Sequence["Skipped"], root: str, elsewhere: str) -> No
         )
         say: Callable[[str], None] = console.warn if missed else console.say
         say(f"left out: {line}")
+
+
+def warn_of_skipped(files: Sequence["Skipped"], elsewhere: str) -> None:
+    """A line for each of the first files and a count; `elsewhere` is about the rest."""
+    most = 10
+    for file in files[:most]:
+        console.warn(f"skipped {file.path}: {file.reason}")
+    if files:
+        count = sum(file.files for file in files)
+        console.warn(f"{count} file(s) skipped" + (f": {elsewhere}" if len(files) > most else ""))
 
 
 def summary(skipped: Sequence["Skipped"], root: str) -> str:

@@ -8,6 +8,7 @@ from rich.table import Table
 from cnnft.cli import console
 from cnnft.cli.leftout import show_left_out, skipped_json
 from cnnft.cli.tables import table
+from cnnft.errors import listed
 
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
@@ -153,11 +154,10 @@ def _show_account(plan: "Plan") -> None:
     show_left_out(plan.dataset.skipped, data, "the run's skipped.csv lists all")
     for note in plan.dataset.notes:
         console.say(console.printable(note))
-    if unscored := [name for name, count in plan.val.counts_by_class().items() if not count]:
-        shown = ", ".join(unscored[:_MOST_UNSCORED]) + ("…" * (len(unscored) > _MOST_UNSCORED))
+    if unscored := plan.val.empty_classes():
         console.warn(
             f"{len(unscored)} class(es) have no image in val, so they are trained and have no "
-            f"score: {console.printable(shown)}"
+            f"score: {console.printable(listed(unscored, _MOST_UNSCORED))}"
         )
     if pairs := plan.dataset.contradictions:
         console.warn(

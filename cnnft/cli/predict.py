@@ -10,6 +10,7 @@ import typer
 from rich.progress import Progress
 
 from cnnft.cli import console, options, rows
+from cnnft.cli.leftout import warn_of_skipped
 from cnnft.config.panels import MACHINE
 from cnnft.errors import CnnftError, UsageError
 from cnnft.machine import distributed
@@ -92,7 +93,7 @@ def command(
     if output is not None:
         console.say(f"wrote {output}")
     missed = [entry for entry in skipped if not entry.is_expected]
-    console.warn_of_skipped(missed, "name a file to have it tried")
+    warn_of_skipped(missed, "name a file to have it tried")
     failed = failures[True]
     if failed == len(files):
         raise CnnftError(f"none of the {failed} file(s) could be read as an image")

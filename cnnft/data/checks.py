@@ -33,8 +33,6 @@ class DataCheck:
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     """Of the `Dataset`."""
-    unscored: tuple[str, ...]
-    """Classes that training would have no validation image of."""
     duplicates: tuple[Group, ...]
     """Files with the same content."""
     near_duplicates: tuple[Group, ...]
@@ -124,7 +122,6 @@ def check_dataset(dataset: Dataset, facts: Mapping[str, ImageFacts]) -> DataChec
         counts={name: samples.counts_by_class() for name, samples in splits.items()},
         skipped=dataset.skipped,
         notes=dataset.notes,
-        unscored=_unscored(dataset),
         duplicates=tuple(exact),
         near_duplicates=among(False, lambda a, b: True),
         leaks=among(True, lambda a, b: (split_of[a] == "train") != (split_of[b] == "train")),
@@ -138,15 +135,6 @@ def check_dataset(dataset: Dataset, facts: Mapping[str, ImageFacts]) -> DataChec
         mean=mean,
         std=std,
     )
-
-
-def _unscored(dataset: Dataset) -> tuple[str, ...]:
-    """Classes without an image in val, or, where val is split off, with less than two contents."""
-    if dataset.val is not None:
-        counts, least = dataset.val.without(dataset.train.hashes).counts(), 1
-    else:
-        counts, least = dataset.train.once().counts(), 2
-    return tuple(name for name, count in zip(dataset.classes, counts, strict=True) if count < least)
 
 
 def _groups(samples: Samples) -> list[Group]:

@@ -130,6 +130,10 @@ class Samples:
     def counts_by_class(self) -> dict[str, int]:
         return dict(zip(self.classes, self.counts(), strict=True))
 
+    def empty_classes(self) -> list[str]:
+        """Those without any image."""
+        return [name for name, count in self.counts_by_class().items() if not count]
+
 
 def join(parts: Sequence[Samples]) -> Samples:
     """One after the other; all must have the same classes."""
@@ -151,7 +155,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     """What was understood otherwise than a reader might expect; sentences."""
     contradictions: tuple[tuple[str, str], ...] = ()
-    """Of train and val, once they are settled: see `Samples`."""
+    """Of all that was read, once train and val are settled: see `Samples`."""
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from unicodedata import normalize
 from cnnft.data.dataset import SplitName
 from cnnft.data.folders import Tree
 from cnnft.data.names import name_of
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, listed
 
 SPLIT_FOLDERS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -127,8 +127,7 @@ def dataset_within(tree: Tree, folder: str) -> str | None:
 
 
 def some(paths: Iterable[str]) -> str:
-    names = sorted(name_of(path) for path in paths)
-    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
+    return listed(sorted(map(name_of, paths)), _SHOWN)
 
 
 def hold(paths: Sequence[str]) -> str:

@@ -2,13 +2,12 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
-from cnnft.config.choices import Layout
 from cnnft.data.dataset import UNKNOWN, Dataset, Samples, Skipped, SplitName
 from cnnft.data.folders import OnFiles
 from cnnft.data.images import (
@@ -33,17 +32,16 @@ def read_dataset(
     source: str | Path | Source,
     splits: Sequence[SplitName] = ("train", "val", "test"),
     *,
-    layout: Layout = "auto",
-    include_hidden: bool = False,
     classes: tuple[str, ...] | None = None,
     on_files: OnFiles = lambda count, total: None,
     read_timeout: float = READ_TIMEOUT,
 ) -> Dataset:
     """The labelled images of a source that can be decoded, in the order of `Samples.in_order`.
 
+    A folder is read in the layout that it seems to have; `open_source` reads it in another.
+
     Args:
         splits: which to read, of those that the source separates.
-        layout: of a folder; as `include_hidden`, of no use where the source is open already.
         classes: those of a model, which labels are to follow. None: the training images', of which
             there must be two or more.
         on_files: see `OnFiles`.
@@ -53,10 +51,8 @@ def read_dataset(
         UsageError: there is no such source.
         CnnftError: it holds no classes, or, in train, in val or beside those of a model, others.
     """
-    opened = _opened(source, layout, include_hidden, classes or (), on_files)
-    reading = _Reading(_require_decodable, on_files, read_timeout)
-    dataset, _ = _decode_all(_find(opened, splits, classes), reading)
-    return dataset
+    found = _find(source, splits, classes, on_files)
+    return _decode_all(found, _require_decodable, on_files, read_timeout)[0]
 
 
 def inspect_dataset(
@@ -64,8 +60,6 @@ def inspect_dataset(
     inspect: Callable[[Image.Image, str], T],
     splits: Sequence[SplitName] = ("train", "val", "test"),
     *,
-    layout: Layout = "auto",
-    include_hidden: bool = False,
     on_files: OnFiles = lambda count, total: None,
     read_timeout: float = READ_TIMEOUT,
 ) -> tuple[Dataset, dict[str, T]]:
@@ -77,30 +71,18 @@ def inspect_dataset(
     def look(path: str, content: bytes) -> T:
         return inspect(decode(path, content), mode_of(path, content))
 
-    opened = _opened(source, layout, include_hidden, (), on_files)
-    return _decode_all(_find(opened, splits, None), _Reading(look, on_files, read_timeout))
+    return _decode_all(_find(source, splits, None, on_files), look, on_files, read_timeout)
 
 
-def _opened(
+def _find(
     source: str | Path | Source,
-    layout: Layout,
-    include_hidden: bool,
-    classes: tuple[str, ...],
+    splits: Sequence[SplitName],
+    classes: tuple[str, ...] | None,
     on_files: OnFiles,
-) -> Source:
-    if isinstance(source, str | Path):
-        return open_source(
-            source,
-            layout,
-            include_hidden=include_hidden,
-            classes=classes,
-            on_files=on_files,
-        )
-    return source
-
-
-def _find(source: Source, splits: Sequence[SplitName], classes: tuple[str, ...] | None) -> Dataset:
+) -> Dataset:
     """Nothing is read yet: it has no hashes, and `skipped` what can be told by names."""
+    if isinstance(source, str | Path):
+        source = open_source(source, classes=classes or (), on_files=on_files)
     known = _training_classes(source) if classes is None else classes
     skipped = source.left_out()
     notes: list[str] = []
@@ -143,25 +125,17 @@ def _require_known(skipped: Sequence[Skipped], classes: tuple[str, ...], nested:
         )
 
 
-@dataclass(frozen=True)
-class _Reading(Generic[T]):
-    """How files are read."""
-
-    look: Callable[[str, bytes], T]
-    """look(path, content); raises `ImageError` where it cannot be decoded."""
-    on_files: OnFiles
-    timeout: float
-
-
-def _decode_all(found: Dataset, reading: _Reading[T]) -> tuple[Dataset, dict[str, T]]:
+def _decode_all(
+    found: Dataset, look: Callable[[str, bytes], T], on_files: OnFiles, read_timeout: float
+) -> tuple[Dataset, dict[str, T]]:
     """Those that can be decoded, with their hashes and what `look` gives; processes share the
-    work.
+    work. `look(path, content)` raises `ImageError` where one cannot be.
     """
 
     def read(path: str) -> tuple[str, T] | Skipped:
         try:
             content = read_bytes(path)
-            return hashlib.sha256(content).hexdigest(), reading.look(path, content)
+            return hashlib.sha256(content).hexdigest(), look(path, content)
         except ImageError as error:
             return Skipped(path, error.reason, images=int(is_named_as_image(path)))
 
@@ -174,9 +148,9 @@ def _decode_all(found: Dataset, reading: _Reading[T]) -> tuple[Dataset, dict[str
         share = distributed.shard(len(samples))
         mine = samples.paths[share.start : share.stop]
         with ignoring_oddities():
-            for file in in_threads(read, mine, reading.timeout):
+            for file in in_threads(read, mine, read_timeout):
                 files.append(file)
-                reading.on_files(1, total)
+                on_files(1, total)
         files = distributed.gather(files)
         good = {i: file for i, file in enumerate(files) if not isinstance(file, Skipped)}
         skipped += [file for file in files if isinstance(file, Skipped)]

@@ -27,7 +27,8 @@ def train_and_val(
     else:
         train = dataset.train
         leaked, val = split_by(dataset.val, frozenset(dataset.val.hashes).difference(train.hashes))
-        skipped += tuple(Skipped(path, LEAK) for path in leaked.paths)
+        leaks = (Skipped(path, LEAK) for path in leaked.paths)
+        skipped = tuple(sorted((*skipped, *leaks), key=lambda entry: entry.path))
     for name, count in train.counts_by_class().items():
         if count == 0:
             raise CnnftError(

@@ -1,6 +1,7 @@
 """A classifier on disk: a run directory or an exported file."""
 
 import copy
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def _load_backbone(classifier: Classifier, path: Path, weights: str | Path | Non
         CnnftError: they are not there any more, or are others.
     """
     source = weights if weights is not None else _file_of(classifier)
-    if weights is None and source is not None and not Path(source).is_file():
+    if weights is None and source is not None and not os.path.isfile(source):  # noqa: PTH113  # Path's raises where a name is too long
         raise CnnftError(
             f"{path} was trained on {source}, which is not there any more: give the file with "
             "--weights FILE"

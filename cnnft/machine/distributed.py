@@ -205,7 +205,7 @@ def data_parallel(network: "nn.Module", device: "torch.device") -> "nn.Module":
 
 
 def no_sync(network: "nn.Module") -> AbstractContextManager[None]:
-    """Within it, backward passes of a `parallel` network add to this process's gradients only."""
+    """Within it, a `data_parallel` network's backward passes add to this process's gradients."""
     if world_size == 1:
         return nullcontext()
     return network.no_sync()  # type: ignore[operator]

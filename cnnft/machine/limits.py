@@ -34,12 +34,12 @@ def compute_in_one_thread_where_few_are_allowed() -> None:
     """Libraries that compute start a thread for each processor, and end the process, or crash,
     where the system allows no more; they read these variables when they are first imported.
     """
-    if not _allows_threads(4 * (os.cpu_count() or 1)):  # several libraries, and those that read
+    if not allows_threads(4 * (os.cpu_count() or 1)):  # several libraries, and those that read
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ.setdefault(name, "1")
 
 
-def _allows_threads(count: int) -> bool:
+def allows_threads(count: int) -> bool:
     enough, threads = threading.Event(), []
     try:
         for _ in range(count):

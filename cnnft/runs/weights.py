@@ -4,6 +4,7 @@ They go together: whatever is killed, a run never has the scores of other weight
 """
 
 import hashlib
+import os
 from pathlib import Path
 
 from cnnft.machine import distributed
@@ -21,7 +22,8 @@ def save_weights(folder: Path, content: bytes) -> None:
     """
     with writing_whole(folder / WEIGHTS) as file:
         file.write(content)
-        file.flush()  # a full disk is met here
+        file.flush()
+        os.fsync(file.fileno())  # a full disk is met here at the latest
         forget_scores(folder)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from cnnft.config.recipes import expand
 from cnnft.config.schema import Config
-from cnnft.errors import CnnftError
+from cnnft.errors import CnnftError, listed
 from cnnft.machine import distributed
 from cnnft.machine.environment import environment
 from cnnft.runs.run import Run
@@ -65,11 +65,10 @@ def _explained(plan: Plan) -> Iterator[None]:
         else:
             cause = "most often a learning rate is too high: lower --lr or --head-lr"
         files = [plan.train.paths[index] for index in plan.batches.at(error.step)]
-        shown = ", ".join(files[:_FILES_SHOWN]) + (", …" if len(files) > _FILES_SHOWN else "")
         _log.debug("images of step %d: %s", error.step + 1, ", ".join(files))
         raise DivergedError(
-            f"{error}: {cause}; its images: {shown} (with --skip-nonfinite N, also beside "
-            "--resume, up to N such steps are left out)"
+            f"{error}: {cause}; its images: {listed(files, _FILES_SHOWN)} (with --skip-nonfinite "
+            "N, also beside --resume, up to N such steps are left out)"
         ) from error
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):

@@ -17,6 +17,7 @@ from cnnft.data.folders import OnFiles
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
+from cnnft.data.sources import open_source
 from cnnft.data.split import train_and_val
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier
@@ -224,17 +225,21 @@ def _read_splits(
     """
     asked = config.dataset
     splits: tuple[SplitName, ...] = ("train", "val")
-    dataset = read_dataset(
+    classes = None if before is None else before["train"].classes
+    source = open_source(
         asked.data,
-        splits,
-        layout=asked.layout,
+        asked.layout,
         include_hidden=asked.include_hidden,
-        classes=None if before is None else before["train"].classes,
+        classes=classes or (),
+        on_files=on_files,
+    )
+    dataset = read_dataset(
+        source,
+        splits,
+        classes=classes,
         on_files=on_files,
         read_timeout=config.machine.read_timeout,
     )
-    if asked.strict:
-        _require_all(dataset.skipped)
     hashes = None if before is None else before["val"].hashes
     settled = train_and_val(dataset, asked.val_fraction, asked.split_seed, hashes)
     if asked.strict:
