@@ -16,19 +16,20 @@ from cnnft.machine.files import remove_unfinished
 
 STATE = "state"
 """The folder in a run for what training needs to go on."""
+CONFIG = "config.toml"
+"""The file that makes a directory a run."""
+WEIGHTS = "model.safetensors"
+"""The file with which a run can be used."""
 
 _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def new_directory(
-    runs_dir: Path, name: str, *, is_run: str, has_weights: str, force: bool
-) -> Iterator[Path]:
+def new_directory(runs_dir: Path, name: str, *, force: bool) -> Iterator[Path]:
     """`name`, or `name`-2, -3, ...; with `force` `name` itself.
 
-    A directory is a run if it holds the file `is_run`, and of use if it holds `has_weights`. What
-    `force` replaces is kept, hidden, until `forget_replaced`; within this nobody else replaces a
-    run of that name. The main process makes the directory for all.
+    What `force` replaces is kept, hidden, until `forget_replaced`; within this nobody else replaces
+    a run of that name. The main process makes the directory for all.
 
     Raises:
         UsageError: `force` would replace something that is no run.
@@ -41,7 +42,7 @@ def new_directory(
                 runs_dir.mkdir(parents=True, exist_ok=True)
                 if force and (runs_dir / name).exists():
                     stack.enter_context(_replacing(runs_dir / name))
-                    _put_aside(runs_dir / name, is_run, has_weights)
+                    _put_aside(runs_dir / name)
                 return _make(runs_dir, name)
             except OSError as error:
                 raise CnnftError(
@@ -128,10 +129,10 @@ def _acquire(lock: BaseFileLock, path: Path) -> None:
     remove_unfinished(path / STATE)
 
 
-def _put_aside(path: Path, is_run: str, has_weights: str) -> None:
+def _put_aside(path: Path) -> None:
     if not path.exists():  # another process has replaced it just now
         return
-    if not (path / is_run).is_file():
+    if not (path / CONFIG).is_file():
         if {entry.name for entry in path.iterdir()} <= {STATE}:
             raise CnnftError(
                 f"{path} was just begun by another process, or by one that was killed: choose "
@@ -141,7 +142,7 @@ def _put_aside(path: Path, is_run: str, has_weights: str) -> None:
     lock = _lock_of(path)
     _acquire(lock, path)  # nobody trains in it; not `locked`, as the main process is alone here
     lock.release()
-    if (path / has_weights).exists():
+    if (path / WEIGHTS).exists():
         forget_replaced(path)
     elif _replaced(path).exists():
         shutil.rmtree(path)  # it was to replace that one, and got no weights

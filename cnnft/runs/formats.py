@@ -9,10 +9,10 @@ from typing import IO, Any
 
 from cnnft import __version__
 from cnnft.machine.files import parse_json, to_json
-from cnnft.runs.directory import STATE
+from cnnft.runs.directory import CONFIG, STATE
 
 FORMATS = {
-    "config.toml": 1,
+    CONFIG: 1,
     "history.csv": 2,  # 1: its train_loss was the objective, smoothing and weights included
     "metrics.jsonl": 2,
     "metrics.json": 1,

@@ -41,7 +41,7 @@ from cnnft.machine import distributed
 from cnnft.machine.files import parse_json, to_json, to_safetensors, write_whole
 from cnnft.runs import records
 from cnnft.runs.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
-from cnnft.runs.directory import STATE, forget_replaced, locked, new_directory
+from cnnft.runs.directory import CONFIG, STATE, WEIGHTS, forget_replaced, locked, new_directory
 from cnnft.runs.formats import FORMATS, formats_from_json, formats_to_json
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
 from cnnft.runs.records import Epoch, Metrics
@@ -49,7 +49,7 @@ from cnnft.runs.weights import forget_scores, has_scores, save_weights, weights_
 
 T = TypeVar("T")
 
-FILES = ("formats.json", "config.json", "model.safetensors", *FORMATS)
+FILES = ("formats.json", "config.json", WEIGHTS, *FORMATS)
 
 _LAUNCH = f"{STATE}/launch"
 
@@ -82,13 +82,8 @@ class Run:
             CnnftError: the directory cannot be made; the run to replace is being trained.
         """
         with ExitStack() as stack:
-            with new_directory(
-                Path(config.run.runs_dir),
-                name,
-                is_run="config.toml",
-                has_weights="model.safetensors",
-                force=config.run.force,
-            ) as path:
+            runs_dir = Path(config.run.runs_dir)
+            with new_directory(runs_dir, name, force=config.run.force) as path:
                 run = stack.enter_context(cls(path).locked())
                 run.save_config(config)  # from here on it is a run
             if launch := distributed.launch():
@@ -129,19 +124,19 @@ class Run:
         path = Path(path)
         if not path.is_dir():
             raise UsageError(f"{path}: no such run")
-        if not (path / "config.toml").is_file():
-            raise UsageError(f"{path} is not a run: it has no config.toml")
+        if not cls.is_run(path):
+            raise UsageError(f"{path} is not a run: it has no {CONFIG}")
         return cls(path)
 
     @classmethod
     def is_run(cls, path: str | Path) -> bool:
         """Rather than a folder that holds a classifier alone, or a file."""
-        return (Path(path) / "config.toml").is_file()
+        return (Path(path) / CONFIG).is_file()
 
     def config(self) -> Config:
         """The settings that it was made with; those that only a newer cnnft has are ignored."""
-        self._require_known("config.toml")
-        file = self.path / "config.toml"
+        self._require_known(CONFIG)
+        file = self.path / CONFIG
         settings = read_config_file(file)
         try:
             return Config.from_dict({k: v for k, v in settings.items() if k in FIELDS}, str(file))
@@ -150,7 +145,7 @@ class Run:
 
     def save_config(self, config: Config) -> None:
         self._write("formats.json", formats_to_json())
-        self._write("config.toml", tomli_w.dumps(config.to_dict()).encode())
+        self._write(CONFIG, tomli_w.dumps(config.to_dict()).encode())
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         if distributed.is_main:
@@ -169,9 +164,9 @@ class Run:
         if self._require_known(STATE) < FORMATS[STATE]:
             raise CnnftError(
                 f"{self.path} was begun by an older cnnft, whose training this one cannot "
-                f"continue: start a new run, as with --config {self.path / 'config.toml'}"
+                f"continue: start a new run, as with --config {self.path / CONFIG}"
             )
-        return load_checkpoint(self.path / STATE, self.path / "model.safetensors")
+        return load_checkpoint(self.path / STATE, self.path / WEIGHTS)
 
     def require_same_data(self, train: Samples, val: Samples) -> None:
         """Raises `CnnftError` where the images are not those that the run began with."""
@@ -242,12 +237,12 @@ class Run:
 
     def load_weights(self, network: nn.Module) -> None:
         """Those of the best epoch."""
-        path = self.path / "model.safetensors"
+        path = self.path / WEIGHTS
         fill(network, read_tensors(path)[1], path)
 
     def require_classifier(self, of_an_epoch: bool) -> None:
         """Raises `CnnftError` where an epoch's weights were saved and are not there any more."""
-        for name in ("config.json", "model.safetensors"):
+        for name in ("config.json", WEIGHTS):
             if of_an_epoch and not (self.path / name).is_file():
                 raise CnnftError(f"{self.path} has lost its {name}: start a new run")
 

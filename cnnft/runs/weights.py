@@ -9,8 +9,8 @@ from pathlib import Path
 
 from cnnft.machine import distributed
 from cnnft.machine.files import writing_whole
+from cnnft.runs.directory import WEIGHTS
 
-WEIGHTS = "model.safetensors"
 _SCORES = ("metrics.json", "predictions.csv")
 
 
