@@ -156,7 +156,7 @@ class _Worker:
     def submit(self, key: object, seconds: float) -> None:
         """Raises `TimeoutError` where it has not read what was submitted before."""
         try:
-            send(self.socket, key, lambda send: within(seconds, lambda timeout: send()))
+            send(lambda part: within(seconds, lambda _: self.socket.send(part)), key)
         except TimeoutError:
             raise
         except OSError:  # it has died, as `result` will say
@@ -249,7 +249,7 @@ def _serve(own: socket.socket, fetch: Callable[[Any], Any]) -> None:
                 result = fetch(key)
             except Exception as error:
                 result = _Failed(_portable(error))
-            send(own, result, lambda send: send())
+            send(own.send, result)
             del key, result  # while it waits for the next one
 
 

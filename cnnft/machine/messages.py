@@ -1,65 +1,70 @@
-"""Python objects over a socket; the tensors in them travel as bytes, beside the pickle."""
+"""Python objects over a socket; the tensors in them travel as bytes, behind the pickle."""
 
 import pickle
 import socket
 import struct
 from collections.abc import Callable
-from functools import partial
 from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LENGTHS = struct.Struct("!Q")
+_LENGTH = struct.Struct("!Q")
+
+_Layout = tuple[torch.dtype, torch.Size, tuple[int, ...]]
+"""A tensor's dtype, shape and stride: all of it but its numbers."""
 
 
 class _Pickler(pickle.Pickler):
-    """Sets tensors aside, densely in memory in the order that they have there."""
+    """Puts down layouts, and keeps the tensors, densely in memory in the order they have there."""
 
     def __init__(self, file: BytesIO) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self.tensors: list[Tensor] = []
 
-    def persistent_id(self, value: object) -> int | None:
+    def persistent_id(self, value: object) -> _Layout | None:
         if not isinstance(value, Tensor):
             return None
         dense = torch.empty_like(value)
-        self.tensors.append(value if dense.stride() == value.stride() else dense.copy_(value))
-        return len(self.tensors) - 1
+        dense = value if dense.stride() == value.stride() else dense.copy_(value)
+        self.tensors.append(dense)
+        return dense.dtype, dense.shape, dense.stride()
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, content: bytes, tensors: list[Tensor]) -> None:
+    """Reads each tensor where it finds a layout."""
+
+    def __init__(self, content: bytearray, source: socket.socket, pinned: bool) -> None:
         super().__init__(BytesIO(content))
-        self.persistent_load = tensors.__getitem__  # type: ignore[method-assign]
+        self.source, self.pinned = source, pinned
+
+    def persistent_load(self, layout: _Layout) -> Tensor:
+        dtype, shape, stride = layout
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, pin_memory=self.pinned)
+        _exactly(self.source, _bytes_of(tensor))
+        return tensor
 
 
-def send(to: socket.socket, message: object, attempt: Callable[[Callable[[], int]], int]) -> None:
-    """A pickle of `message`, whose tensors follow as they lie in memory."""
-    head = BytesIO()
-    pickler = _Pickler(head)
+def send(write: Callable[[memoryview], int], message: object) -> None:
+    """A pickle of `message`, behind which its tensors follow as they lie in memory.
+
+    `write` returns how many bytes it took, as `socket.send` does.
+    """
+    content = BytesIO()
+    pickler = _Pickler(content)
     pickler.dump(message)
-    layouts = pickle.dumps([(t.dtype, t.shape, t.stride()) for t in pickler.tensors])
-    lengths = _LENGTHS.pack(len(layouts)) + _LENGTHS.pack(head.tell())
-    start = memoryview(lengths + layouts + head.getvalue())
+    start = memoryview(_LENGTH.pack(content.tell()) + content.getvalue())
     for part in (start, *map(_bytes_of, pickler.tensors)):
         left = part
         while left:
-            left = left[attempt(partial(to.send, left)) :]
+            left = left[write(left) :]
 
 
 def receive(source: socket.socket, pinned: bool = False) -> Any:
     """Raises `EOFError` where the other side has ended."""
-    lengths = _exactly(source, bytearray(2 * _LENGTHS.size))
-    layouts, head = (
-        bytes(_exactly(source, bytearray(size))) for (size,) in _LENGTHS.iter_unpack(lengths)
-    )
-    tensors: list[Tensor] = []
-    for dtype, shape, stride in pickle.loads(layouts):
-        tensors.append(torch.empty_strided(shape, stride, dtype=dtype, pin_memory=pinned))
-        _exactly(source, _bytes_of(tensors[-1]))
-    return _Unpickler(head, tensors).load()
+    (length,) = _LENGTH.unpack(_exactly(source, bytearray(_LENGTH.size)))
+    return _Unpickler(_exactly(source, bytearray(length)), source, pinned).load()
 
 
 def _bytes_of(dense: Tensor) -> memoryview:
