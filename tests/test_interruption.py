@@ -42,7 +42,7 @@ def test_a_signal_raises_also_in_a_wait_and_handlers_come_back(number: int) -> N
     start = time.monotonic()
     with pytest.raises(Interrupted) as raised, handled(silent, silent):
         send(number, after=0.1)
-        within(60, lambda seconds: SimpleQueue[int]().get(timeout=seconds))
+        within(60, lambda seconds: SimpleQueue[int]().get(timeout=seconds), [])
     assert raised.value.number == number and time.monotonic() - start < 5
     assert signal.getsignal(number) == before and received() is None
     assert not [thread for thread in threading.enumerate() if thread.name == "signals"]
@@ -231,4 +231,4 @@ def test_time_in_which_the_process_stands_still_does_not_count(
         return "there"
 
     monkeypatch.setattr("cnnft.data.threads._TICK", 0.01)
-    assert within(0.1, late) == "there" and asked == [0.01] * 3
+    assert within(0.1, late, []) == "there" and asked == [0.01] * 3

@@ -115,12 +115,17 @@ def test_one_that_stands_still_and_is_not_needed_harms_nobody() -> None:
     assert len(list(found)) == 1
 
 
-def test_one_that_does_not_even_read_what_it_is_to_do() -> None:
-    many = [[n] * 300_000 for n in range(8)]  # more than a socket holds
-    found = iter(Batches(len, many, lambda key: [f"{key[0]}.png"], Loading(1, 1, read_timeout=0.3)))
-    next(found)
-    stop(*children())
-    with pytest.raises(ReadTimeoutError, match=r"\d\.png"):
+@pytest.mark.parametrize("count", [1, 3])
+def test_one_that_does_not_even_read_what_it_is_to_do(count: int) -> None:
+    def stand_still(key: list[int]) -> int:
+        if key[0] == 4:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return key[0]
+
+    many = [[n] * 300_000 for n in range(12)]  # more than a socket holds
+    loading = Loading(1, count, read_timeout=0.3)
+    found = iter(Batches(stand_still, many, lambda key: [f"{key[0]}.png"], loading))
+    with pytest.raises(ReadTimeoutError, match=r"0\.3 seconds of 4\.png"):
         list(found)
 
 

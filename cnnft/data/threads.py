@@ -38,21 +38,22 @@ class ReadTimeoutError(CnnftError):
         )
 
 
-def within(seconds: float, get: Callable[[float], T]) -> T:
+def within(seconds: float, get: Callable[[float], T], files: list[str]) -> T:
     """What `get(timeout)` returns, which raises `TimeoutError` or `queue.Empty` after `timeout`.
 
     Time in which this process is suspended does not count, and a signal is not kept waiting.
 
     Raises:
-        TimeoutError: nothing for so many seconds.
+        ReadTimeoutError: nothing for so many seconds, for lack of these `files`.
     """
+    left = seconds
     with waiting():
-        while seconds > 0:
+        while left > 0:
             try:
-                return get(min(_TICK, seconds))
+                return get(min(_TICK, left))
             except (TimeoutError, Empty):
-                seconds -= _TICK
-    raise TimeoutError
+                left -= _TICK
+    raise ReadTimeoutError(files, seconds)
 
 
 def in_threads(
@@ -76,10 +77,7 @@ def in_threads(
 
     def result() -> T:
         file, future = waited.popleft()
-        try:
-            error = within(read_timeout, future.exception)
-        except TimeoutError:
-            raise ReadTimeoutError(names(file), read_timeout) from None
+        error = within(read_timeout, future.exception, names(file))
         if error is not None:
             raise error
         return future.result()

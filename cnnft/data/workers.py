@@ -21,14 +21,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
-from itertools import cycle
+from itertools import cycle, islice
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, Generic, TypeVar
 
 import torch
 
-from cnnft.data.threads import ReadTimeoutError, within
+from cnnft.data.threads import within
 from cnnft.errors import CnnftError, first_line
 from cnnft.machine import interruption
 from cnnft.machine.messages import receive, send
@@ -89,46 +89,29 @@ class Workers(Generic[K, B]):
         """fetch(key) of each, in order. Left before its end, it ends the workers.
 
         Raises:
-            ReadTimeoutError: nothing came for `read_timeout` seconds from when it was needed; the
-                message has the `names`.
+            ReadTimeoutError: for `read_timeout` seconds from when it was needed nothing came, or a
+                worker did not even take its next key; the message has the `names` of what it is at.
             WorkerError: one died.
         """
-        rest, turns = iter(keys), cycle(self._workers)
+        pairs = zip(cycle(self._workers), keys)
         under_way: deque[tuple[_Worker, K]] = deque()
-        complete = False
+
+        def submit(some: Iterable[tuple[_Worker, K]]) -> None:
+            for worker, key in some:
+                computed = next((first for busy, first in under_way if busy is worker), key)
+                worker.submit(key, read_timeout, names(computed))
+                under_way.append((worker, key))
+
         try:
-            for _ in range(PREFETCHED * len(self._workers)):
-                _submit(rest, turns, under_way, read_timeout, names)
+            submit(islice(pairs, PREFETCHED * len(self._workers)))
             while under_way:
                 worker, key = under_way.popleft()
-                try:
-                    batch = worker.result(read_timeout)
-                except TimeoutError:
-                    raise ReadTimeoutError(names(key), read_timeout) from None
-                _submit(rest, turns, under_way, read_timeout, names)
+                batch = worker.result(read_timeout, names(key))
+                submit(islice(pairs, 1))
                 yield batch
-            complete = True
-        finally:
-            if not complete:
-                self.end()
-
-
-def _submit(
-    rest: Iterator[K],
-    turns: "Iterator[_Worker]",
-    under_way: "deque[tuple[_Worker, K]]",
-    read_timeout: float,
-    names: Callable[[K], list[str]],
-) -> None:
-    """Give the next of the `rest` to the worker whose turn it is."""
-    for key in rest:
-        worker = next(turns)
-        try:
-            worker.submit(key, read_timeout)
-        except TimeoutError:
-            raise ReadTimeoutError(names(key), read_timeout) from None
-        under_way.append((worker, key))
-        return
+        except BaseException:  # GeneratorExit too: it is left before its end
+            self.end()
+            raise
 
 
 class _Worker:
@@ -153,17 +136,13 @@ class _Worker:
         finally:
             theirs.close()
 
-    def submit(self, key: object, seconds: float) -> None:
-        """Raises `TimeoutError` where it has not read what was submitted before."""
-        try:
-            send(lambda part: within(seconds, lambda _: self.socket.send(part)), key)
-        except TimeoutError:
-            raise
-        except OSError:  # it has died, as `result` will say
-            pass
+    def submit(self, key: object, seconds: float, files: list[str]) -> None:
+        """Waits where it has not read what was submitted before: it computes of `files`."""
+        with suppress(OSError):  # it has died, as `result` will say
+            send(lambda part: within(seconds, lambda _: self.socket.send(part), files), key)
 
-    def result(self, seconds: float) -> Any:
-        result = within(seconds, lambda some: self.results.get(timeout=some))
+    def result(self, seconds: float, files: list[str]) -> Any:
+        result = within(seconds, lambda some: self.results.get(timeout=some), files)
         if isinstance(result, _Ended):
             self.explain_death()
         if isinstance(result, _Failed):
