@@ -111,6 +111,20 @@ def test_in_another_thread_nothing_is_handled() -> None:
     assert seen == [before]
 
 
+def test_where_no_file_is_left_nothing_is_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise OSError(24, "Too many open files")
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr("socket.socketpair", refuse)
+        with handled(silent, silent):
+            pytest.fail("it runs")
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(Interrupted), handled(silent, silent):  # again
+        send()
+
+
 STUBBORN = """
 import multiprocessing, sys, time
 from cnnft.machine import interruption

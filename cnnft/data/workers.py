@@ -215,7 +215,6 @@ def _serve(own: socket.socket, fetch: Callable[[Any], Any]) -> None:
     """What a worker process does until its parent has gone."""
     _end_with_parent()
     interruption.forget()
-    interruption.unblock()
     if hasattr(os, "setpgrp"):
         os.setpgrp()  # Ctrl-C and torchrun signal whole groups: the parent decides what follows
     for inherited in list(_ours):

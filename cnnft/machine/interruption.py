@@ -122,11 +122,13 @@ def forget() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # what came since the fork acts now
 
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Signals wait until its end, and in a process that is forked within it for `unblock`."""
+    """Signals wait until its end, and in a process that is forked within it for `forget`."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -137,11 +139,6 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def unblock() -> None:
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
 def _here() -> "_Interruption | None":
     return _active if threading.current_thread() is threading.main_thread() else None
 
@@ -150,18 +147,24 @@ class _Interruption:
     """The signals of a command, and the thread that watches them."""
 
     def __init__(self, say: Callable[[str], object], say_last: Callable[[str], object]) -> None:
+        """Raises `OSError` where no file is left."""
         self.say, self.say_last = say, say_last
         self.children = _children()
         self.number: int | None = None
-        self.deferred = self.waiting = self.overdue = self.too_late = False
+        self.deferred = self.waiting = False
+        self.too_late = False
+        """What the signal was to stop is done: the thread is to forget it as well."""
+        self.overdue = False
+        """One process of several has waited for `TOGETHER`: it ends without the others."""
         self.since = 0.0
         """From when on the main thread might have acted."""
+        self.resent = 0
+        """How many signals the thread has sent, to wake the main one, and has not read back."""
         # What is ignored (nohup) stays so.
         self.before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) is not signal.SIG_IGN}
-        self.resent = 0
+        self.reader, self.writer = socket.socketpair()
 
     def begin(self) -> None:
-        self.reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
         self.thread = threading.Thread(target=self.watch, name="signals", daemon=True)
         with suppress(RuntimeError):  # no thread may be started: the handlers remain
