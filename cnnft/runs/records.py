@@ -138,15 +138,19 @@ _DATA = ("split", "class", "file", "sha256", "group", "weight")
 
 
 def data_to_csv(splits: Mapping[SplitName, Samples]) -> bytes:
-    return to_csv(_DATA, (row for split in splits for row in _data_rows(split, splits[split])))
+    return to_csv(_DATA, _data_rows(splits))
 
 
-def _data_rows(split: SplitName, samples: Samples) -> Iterator[tuple[str, ...]]:
-    groups = samples.groups or [""] * len(samples)
-    weights = map(repr, samples.weights) if samples.weights else [""] * len(samples)
-    columns = samples.labels, samples.paths, samples.hashes, groups, weights
-    for label, path, digest, group, weight in zip(*columns, strict=True):
-        yield split, samples.classes[label], path, digest, group, weight
+def _data_rows(
+    splits: Mapping[SplitName, Samples],
+) -> Iterator[tuple[str, str, str, str, str, float | None]]:
+    """The cells of each image; "" or None where the data have no groups or weights."""
+    for split, samples in splits.items():
+        groups = samples.groups or [""] * len(samples)
+        weights = samples.weights or [None] * len(samples)
+        columns = samples.labels, samples.paths, samples.hashes, groups, weights
+        for label, path, digest, group, weight in zip(*columns, strict=True):
+            yield split, samples.classes[label], path, digest, group, weight
 
 
 def data_from_csv(file: IO[bytes]) -> dict[SplitName, Samples]:
@@ -200,15 +204,8 @@ def _surplus(
 def _uses(splits: Mapping[SplitName, Samples]) -> list[tuple[str, str, str, str, float]]:
     """(split, class, SHA-256, group, weight) of each image, wherever its file lies."""
     return [
-        (split, samples.classes[label], digest, group, weight)
-        for split, samples in splits.items()
-        for label, digest, group, weight in zip(
-            samples.labels,
-            samples.hashes,
-            samples.groups or [""] * len(samples),
-            samples.weights or [1.0] * len(samples),
-            strict=True,
-        )
+        (split, name, digest, group, 1.0 if weight is None else weight)
+        for split, name, _, digest, group, weight in _data_rows(splits)
     ]
 
 
