@@ -61,25 +61,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         other.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path, model: Path | None = None) -> Checkpoint | None:
-    """The newest whole one; None where there is none. A damaged one is logged.
-
-    Raises:
-        CnnftError: all are damaged, and `model` is there: training that began anew would replace
-            it by the weights of a first epoch.
-    """
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole one; None where there is none. A damaged one is logged."""
     for path in _newest_first(folder):
         try:
             return _read(path)
         except (CnnftError, SafetensorError, OSError, KeyError, TypeError, ValueError):
             _log.warning("the checkpoint %s is damaged", path)
-    if has_checkpoint(folder):
-        if model is not None and model.exists():
-            raise CnnftError(
-                f"{model.parent} cannot go on: all its checkpoints are damaged; its model is kept: "
-                f"start a new run, as with --config {model.parent / 'config.toml'}"
-            )
-        _log.warning("no checkpoint is whole: training begins anew")
     return None
 
 

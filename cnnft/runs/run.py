@@ -20,6 +20,7 @@ Every file appears whole: it is written beside its place, synced and renamed. On
 lines, and TensorBoard's files by events.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ T = TypeVar("T")
 
 FILES = ("formats.json", "config.json", WEIGHTS, *FORMATS)
 
+_log = logging.getLogger(__name__)
 _LAUNCH = f"{STATE}/launch"
 
 
@@ -82,8 +84,7 @@ class Run:
             CnnftError: the directory cannot be made; the run to replace is being trained.
         """
         with ExitStack() as stack:
-            runs_dir = Path(config.run.runs_dir)
-            with new_directory(runs_dir, name, force=config.run.force) as path:
+            with new_directory(Path(config.run.runs_dir), name, force=config.run.force) as path:
                 run = stack.enter_context(cls(path).locked())
                 run.save_config(config)  # from here on it is a run
             if launch := distributed.launch():
@@ -159,14 +160,21 @@ class Run:
 
         Raises:
             CnnftError: the run is of a cnnft whose training this one cannot continue, or all
-                are damaged.
+                are damaged and there is a model, which the first epoch of another would replace.
         """
+        anew = f"start a new run, as with --config {self.path / CONFIG}"
         if self._require_known(STATE) < FORMATS[STATE]:
             raise CnnftError(
                 f"{self.path} was begun by an older cnnft, whose training this one cannot "
-                f"continue: start a new run, as with --config {self.path / CONFIG}"
+                f"continue: {anew}"
             )
-        return load_checkpoint(self.path / STATE, self.path / WEIGHTS)
+        found = load_checkpoint(self.path / STATE)
+        if found is None and self.has_checkpoint():
+            if (self.path / WEIGHTS).exists():
+                why = "all its checkpoints are damaged; its model is kept"
+                raise CnnftError(f"{self.path} cannot go on: {why}: {anew}")
+            _log.warning("no checkpoint is whole: training begins anew")
+        return found
 
     def require_same_data(self, train: Samples, val: Samples) -> None:
         """Raises `CnnftError` where the images are not those that the run began with."""
@@ -199,13 +207,12 @@ class Run:
         Raises:
             CnnftError: not all of them are listed.
         """
+        path = self.path / "data.csv"
         splits, metrics = self._read("data.csv", records.data_from_csv), self.metrics()
         # What is missing here would be evaluated on although it was trained on.
         if [len(s) for s in splits.values()] != [metrics.train.n, metrics.val.n]:
-            raise CnnftError(
-                f"{self.path / 'data.csv'} is damaged: it does not list the images of the run"
-            )
-        return Dataset(str(self.path / "data.csv"), splits, self.skipped())
+            raise CnnftError(f"{path} is damaged: it does not list the images of the run")
+        return Dataset(str(path), splits, self.skipped())
 
     def skipped(self) -> tuple[Skipped, ...]:
         """Files of its data that were left out."""
