@@ -203,10 +203,10 @@ READ = {
         "folder extra/ (beside the split folders; 1 image)"),
     "an empty class, and one of other files": (
         ("a/0.png", "b/0.png", "c/x.csv", "d/"),
-        {"train": {"a": 1, "b": 1}}, "folders c/, d/ (no images in it)"),
+        {"train": {"a": 1, "b": 1}}, "folders c/, d/ (no images)"),
     "a folder of documents": (
         ("a/0.png", "b/0.png", "docs/LICENSE", "docs/README"),
-        {"train": {"a": 1, "b": 1}}, "folder docs/ (no images in it)"),
+        {"train": {"a": 1, "b": 1}}, "folder docs/ (no images)"),
     "hidden images": (
         ("a/0.png", "b/0.png", "a/.ipynb_checkpoints/0.png", "@eaDir/1.png", "b/.x.png", ".git/x",
          "a/.y.png"),
@@ -416,7 +416,7 @@ def test_every_command_says_what_is_left_out(cnnft: Cli, train: Cli, flat: Path)
     assert outcome.code == 0, outcome.err
     said = (
         "left out: 1 image beside the class folders, 2 files that are no images (2 .txt), "
-        "folder ants/.x/ (hidden, or left by the system; 1 image), folder nobody/ (no images in it)"
+        "folder ants/.x/ (hidden, or left by the system; 1 image), folder nobody/ (no images)"
     )
     assert f"warning: {said}\n" in outcome.err
     run = Path(outcome.out.strip())
@@ -436,7 +436,7 @@ def test_every_command_says_what_is_left_out(cnnft: Cli, train: Cli, flat: Path)
     assert len(json.loads(outcome.out)["skipped"]) == 5
     text, found = (cnnft("check", flat, "--workers=0", *flags).out for flags in ((), ("--json",)))
     assert f"{flat}/ants/*: has no image suffix (.txt) (2 files, 0 images)" in text
-    assert f"{flat}/nobody/: no images in it (1 file, 0 images)" in text
+    assert f"{flat}/nobody/: no images (1 file, 0 images)" in text
     assert len(json.loads(found)["skipped"]) == 5
     train(flat, "--strict").fails_with(1, f"{flat}/ants/*: has no image suffix", "(and 3 more)")
 
@@ -504,7 +504,7 @@ def test_a_class_may_be_missing_in_val(train: Cli, cnnft: Cli, separated: Path) 
     (separated / "val" / "empty").mkdir()
     outcome = train(separated)
     assert outcome.code == 0, outcome.err
-    assert "no score: bees" in outcome.err and "folder val/empty/ (no images in it)" in outcome.err
+    assert "no score: bees" in outcome.err and "folder val/empty/ (no images)" in outcome.err
     found = json.loads(cnnft("check", separated, "--workers=0", "--json").out)
     assert found["unscored"] == ["bees"]
 

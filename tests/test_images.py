@@ -11,7 +11,8 @@ from PIL import Image
 
 from cnnft.data import images
 from cnnft.data.augmentation import training_transform
-from cnnft.data.images import SUFFIXES, ImageError, find_problem, read_image, suffix_problem
+from cnnft.data.images import SUFFIXES, ImageError, find_problem, read_image
+from cnnft.data.names import unsuited
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import CnnftError
 
@@ -239,7 +240,7 @@ def test_what_is_no_image_has_its_reason(
     monkeypatch.setattr(images, "opens_heic", lambda: False)
     content, part = BAD[name]
     if "suffix" in part:
-        assert suffix_problem(name) == part
+        assert unsuited(name) == part
         return
     path = tmp_path / name
     path.write_bytes(content)
@@ -254,7 +255,7 @@ def test_what_is_no_image_has_its_reason(
     [("x", None), ("x.", None), ("x.JPeG", None), ("x.tar.png", None), ("x.png.bak", ".bak")],
 )
 def test_a_suffix_decides_what_is_opened(name: str, reason: str | None) -> None:
-    assert suffix_problem(name) == (reason and f"has no image suffix ({reason})")
+    assert unsuited(name) == (reason and f"has no image suffix ({reason})")
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

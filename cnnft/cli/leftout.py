@@ -21,7 +21,7 @@ def show_left_out(skipped: Sequence["Skipped"], root: str, elsewhere: str) -> No
     """
     from cnnft.data.dataset import FOREIGN, PACKED
 
-    warn_of_skipped([entry for entry in skipped if _is_unreadable(entry)], elsewhere)
+    warn_of_skipped([entry for entry in skipped if entry.is_unreadable], elsewhere)
     line = summary(skipped, root)
     if line:
         missed = any(
@@ -45,9 +45,9 @@ def warn_of_skipped(files: Sequence["Skipped"], elsewhere: str) -> None:
 
 def summary(skipped: Sequence["Skipped"], root: str) -> str:
     """In one line; "" where nothing was left out but what nobody misses."""
-    from cnnft.data.dataset import HIDDEN, OWN, UNSUITED
+    from cnnft.data.dataset import HIDDEN, OWN
 
-    unreadable = sum(entry.images for entry in skipped if _is_unreadable(entry))
+    unreadable = sum(entry.images for entry in skipped if entry.is_unreadable)
     parts = [_count(unreadable, "image") + " that cannot be read"] if unreadable else []
     hidden: list[Skipped] = []
     places: Counter[str] = Counter()
@@ -58,9 +58,9 @@ def summary(skipped: Sequence["Skipped"], root: str) -> str:
             continue
         if entry.is_folder:
             folders.setdefault(entry.reason, []).append(entry)
-        elif entry.reason.startswith(UNSUITED):
-            suffixes[entry.reason.removeprefix(UNSUITED).strip(" ()")] += entry.files
-        elif _is_unreadable(entry):
+        elif entry.suffix is not None:
+            suffixes[entry.suffix] += entry.files
+        elif entry.is_unreadable:
             suffixes[""] += entry.files - entry.images
         elif entry.reason == HIDDEN:
             hidden.append(entry)
@@ -90,13 +90,6 @@ def skipped_json(skipped: Sequence["Skipped"]) -> list[dict[str, Any]]:
     return [
         {"file": e.path, "reason": e.reason, "files": e.files, "images": e.images} for e in skipped
     ]
-
-
-def _is_unreadable(entry: "Skipped") -> bool:
-    """Rather than left out for its name or its place."""
-    from cnnft.data.dataset import BY_PLACE, UNSUITED
-
-    return entry.reason not in BY_PLACE and not entry.reason.startswith(UNSUITED)
 
 
 def _folders(entries: Sequence["Skipped"], reason: str, root: str) -> str:

@@ -18,7 +18,7 @@ _COLUMNS = ("paths", "labels", "hashes", "groups", "weights")
 HIDDEN = "hidden, or left by the system"
 OWN = "cnnft's own"
 LINK = "a link to a folder that is read at its own place"
-EMPTY = "no images in it"
+EMPTY = "no images"
 FOREIGN = "only images in formats that cnnft does not read, to be converted"
 PACKED = "only archives, to be unpacked"
 UNLABELLED = "unlabelled: no class folders in it"
@@ -50,6 +50,19 @@ class Skipped:
     @property
     def is_folder(self) -> bool:
         return self.path.endswith(os.sep)
+
+    @property
+    def suffix(self) -> str | None:
+        """For which it is not opened, such as ".txt"; "" where suffixes are not told apart; None
+        where another reason is given."""
+        if not self.reason.startswith(UNSUITED):
+            return None
+        return self.reason.removeprefix(UNSUITED).strip(" ()")
+
+    @property
+    def is_unreadable(self) -> bool:
+        """Rather than left out for its name or its place."""
+        return self.reason not in BY_PLACE and self.suffix is None
 
     @property
     def is_expected(self) -> bool:

@@ -153,14 +153,6 @@ def opens(path: str | Path) -> bool:
     return True
 
 
-def suffix_problem(name: str) -> str | None:
-    """Why a file of this name is not even opened, or None; one without suffix is."""
-    _, dot, suffix = name.rpartition(".")
-    if not dot or not suffix or f".{suffix.lower()}" in SUFFIXES:
-        return None
-    return f"has no image suffix (.{suffix.lower()})"
-
-
 def read_bytes(path: str | Path) -> bytes:
     """The content of a regular file; raises `ImageError` where there is none to read."""
     try:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 
 from cnnft.data.dataset import EMPTY, FOREIGN, PACKED, UNSUITED, Skipped
-from cnnft.data.images import SUFFIXES, suffix_problem
+from cnnft.data.images import SUFFIXES
 
 SYSTEM = frozenset(
     {"__macosx", "@eadir", "$recycle.bin", "#recycle", "system volume information", "lost+found"}
@@ -41,10 +41,11 @@ def is_hidden(name: str) -> bool:
 
 
 def unsuited(name: str) -> str | None:
-    """`suffix_problem`, of few kinds."""
-    reason = suffix_problem(name)
-    suffix = name.rpartition(".")[2].lower()
-    if reason is None:
+    """Why a file of this name is not even opened, of few kinds; None: it is, as one without suffix
+    is.
+    """
+    _, dot, suffix = name.lower().rpartition(".")
+    if not dot or not suffix or f".{suffix}" in SUFFIXES:
         return None
     if len(suffix) > _LONGEST_SUFFIX or not suffix.isascii() or not suffix.isprintable():
         return UNSUITED
@@ -53,7 +54,7 @@ def unsuited(name: str) -> str | None:
 
 def why_no_images(others: Iterable[Skipped]) -> str:
     """The reason for a folder without images, which holds these files."""
-    suffixes = {file.reason.removeprefix(UNSUITED).strip(" ()") for file in others}
+    suffixes = {file.suffix for file in others}
     if suffixes & _UNREAD:
         return FOREIGN
     return PACKED if suffixes & _ARCHIVES else EMPTY

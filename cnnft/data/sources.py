@@ -171,7 +171,7 @@ class FolderSource:
         clauses = []
         for reason in (FOREIGN, PACKED, EMPTY):
             if paths := [path for path, why in reasons.items() if why == reason]:
-                clauses.append(f"; {hold(paths)} {reason.removesuffix(' in it')}")
+                clauses.append(f"; {hold(paths)} {reason}")
         clauses += [f"; {loose} image(s) lie beside each other"] if loose else []
         clauses += [f"; {hidden} hidden image(s) need --include-hidden"] if hidden else []
         return "".join(clauses)
