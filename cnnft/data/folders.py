@@ -3,7 +3,7 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -112,14 +112,11 @@ class Tree:
     def beside(self, folder: str, reason: str) -> list[Skipped]:
         """The files and the hidden folders in `folder`, which are not to be used for `reason`."""
         listing = self.listing(folder)
-        images = [path for path in listing.images if is_named_as_image(path)]
-        rest = [path for path in listing.images if not is_named_as_image(path)]
-        loose = [*listing.others]
-        if images:
-            loose.append(Skipped(images[0], reason, len(images), len(images)))
-        if rest:
-            loose.append(Skipped(rest[0], UNSUITED, len(rest), 0))
-        return together(folder, loose) + [self.whole(path, HIDDEN) for path in listing.hidden]
+        files: dict[str, list[str]] = {}
+        for path in listing.images:
+            files.setdefault(reason if is_named_as_image(path) else UNSUITED, []).append(path)
+        loose = together(folder, [*listing.others, *_left_out(files)])
+        return loose + [self.whole(path, HIDDEN) for path in listing.hidden]
 
     def whole(self, folder: str, reason: str) -> Skipped:
         """The folder, left out with all that is in it; links in it are not followed."""
@@ -182,7 +179,7 @@ class Tree:
 
     def _scan(self, folder: str) -> Listing:
         images, folders, hidden = list[str](), list[str](), list[str]()
-        others: dict[str, Skipped] = {}
+        others: dict[str, list[str]] = {}
         names: set[str] = set()
         try:
             with os.scandir(folder) as entries:
@@ -200,7 +197,7 @@ class Tree:
                     if reason is None:
                         images.append(entry.path)
                         continue
-                    others[reason] = _one_more(others.get(reason), entry, reason)
+                    others.setdefault(reason, []).append(entry.path)
                     if entry.name.endswith((".toml", ".json")):
                         names.add(entry.name)
         except OSError as error:
@@ -210,20 +207,18 @@ class Tree:
             tuple(sorted(images)),
             tuple(sorted(folders)),
             tuple(sorted(hidden)),
-            tuple(others.values()),
+            _left_out(others),
             _is_run(folder, names),
         )
 
 
-def image_files(
-    folder: str | Path, on_files: OnFiles = lambda count, total: None
-) -> tuple[list[str], list[Skipped]]:
+def image_files(folder: str | Path) -> tuple[list[str], list[Skipped]]:
     """Image files below `folder` in the order of torchvision's ImageFolder, and all else.
 
     Raises:
         CnnftError: a folder cannot be read.
     """
-    return Tree(folder, on_files=on_files).contents(str(folder))
+    return Tree(folder).contents(str(folder))
 
 
 def together(folder: str, files: Iterable[Skipped]) -> list[Skipped]:
@@ -239,12 +234,12 @@ def together(folder: str, files: Iterable[Skipped]) -> list[Skipped]:
     return joined
 
 
-def _one_more(before: Skipped | None, entry: os.DirEntry[str], reason: str) -> Skipped:
-    image = int(is_named_as_image(entry.name))
-    if before is None:
-        return Skipped(entry.path, reason, 1, image)
-    first = min(before.path, entry.path)
-    return Skipped(first, reason, before.files + 1, before.images + image)
+def _left_out(files: Mapping[str, Sequence[str]]) -> tuple[Skipped, ...]:
+    """Files of one folder by reason."""
+    return tuple(
+        Skipped(min(paths), reason, len(paths), sum(map(is_named_as_image, paths)))
+        for reason, paths in files.items()
+    )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
