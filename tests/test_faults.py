@@ -98,7 +98,7 @@ def test_counts_are_summed_over_commands(tmp_path: Path) -> None:
     for seed in (1, 2):
         for _ in range(2):
             tally = Tally("kills", seed, tmp_path / "kills.json")
-            tally.add("row", {"killed": 2, "slowest": seed}, f"seed {seed}")
+            tally.add({"row": {"killed": 2, "slowest": seed}}, {"row": f"seed {seed}"})
     assert tally.sums() == {"row": Counter({"killed": 8, "slowest": 2})}
     assert [record["seed"] for record in tally.records()] == [1, 2]
     assert tally.words("row") == "seed 2" and tally.words("other") == ""

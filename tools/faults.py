@@ -26,6 +26,7 @@ from tools.document import fill
 from tools.each_step import children, start_torchrun
 from tools.forked import (
     Command,
+    begin_or_resume,
     bytes_lost,
     cache_content,
     draw_data,
@@ -33,8 +34,8 @@ from tools.forked import (
     start,
     unfinished,
 )
-from tools.kills import COMMON, DOCUMENT, finish
-from tools.tally import Tally, joined, table
+from tools.kills import COMMON, finish
+from tools.tally import DOCUMENT, Tally, joined, table
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,9 @@ class Place:
 
     def start(self, *options: str, before: Callable[[], object] = lambda: None) -> Command:
         """The command that begins the run, or that resumes it."""
-        if (self.run / "config.toml").exists():
-            arguments = [f"--resume={self.run}"]
-        else:
-            shutil.rmtree(self.run, ignore_errors=True)  # stopped before it was a run
-            arguments = [str(self.data), *COMMON, *(options or ["--workers=0"])]
-            arguments += [f"--runs-dir={self.runs}"]
+        begin = str(self.data), *COMMON, *(options or ["--workers=0"])
         environment = {"CNNFT_CACHE": str(self.folder / "cache")}
-        return start(["finetune", *arguments], self.folder / "said", environment, before)
+        return start(begin_or_resume(self.run, *begin), self.folder / "said", environment, before)
 
     def undisturbed(self) -> dict[str, bytes]:
         self.begin_anew()
@@ -363,7 +359,7 @@ def main() -> None:
                 while done["tries"] < options.tries:
                     counts, said = attempt()
                     done = joined(done, counts)
-                    tally.add(name, counts, said.replace(folder, "…"))
+                    tally.add({name: counts}, {name: said.replace(folder, "…")} if said else {})
                 print(name, dict(done), said, flush=True)
     finally:
         fill(DOCUMENT, "faults", summary(tally))

@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import pkgutil
+import shutil
 import signal
 import socket
 import sys
@@ -32,6 +33,7 @@ from cnnft.machine import distributed
 from cnnft.machine.files import to_safetensors, whole_file
 from cnnft.models.build import build
 from cnnft.models.identity import Identity
+from cnnft.runs.directory import CONFIG
 from cnnft.runs.run import Run
 from cnnft.training.step import train
 
@@ -245,6 +247,14 @@ def ranks(count: int) -> list[dict[str, str]]:
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [shared | {"RANK": str(n), "LOCAL_RANK": str(n)} for n in range(count)]
+
+
+def begin_or_resume(run: Path, *begin: str) -> list[str]:
+    """The arguments that resume the run; where it is none yet, those that begin it."""
+    if (run / CONFIG).exists():
+        return ["finetune", f"--resume={run}"]
+    shutil.rmtree(run, ignore_errors=True)  # stopped before it was a run
+    return ["finetune", *begin, f"--runs-dir={run.parent}"]
 
 
 # ---------------------------------------------------------------- what comes out

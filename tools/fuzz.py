@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from itertools import count, cycle
 from multiprocessing import get_context
 from pathlib import Path
@@ -78,9 +78,8 @@ from cnnft.runs.records import (
 from cnnft.runs.run import Run
 from tools.document import fill
 from tools.forked import TINY, make_backbone
-from tools.tally import ROOT, Tally, joined, table
+from tools.tally import DOCUMENT, Tally, joined, table
 
-DOCUMENT = ROOT / "docs" / "reliability.md"
 LIMIT = 10.0
 MEMORY = 4 << 30
 """Bytes of address space besides what the process has before it reads."""
@@ -672,13 +671,17 @@ def _audit(event: str, arguments: tuple) -> None:
         raise Escape(f"{event} {arguments}")
 
 
+@cache
+def _install_audit() -> None:
+    """Once: it stays until the process ends."""
+    sys.addaudithook(_audit)
+
+
 @contextmanager
 def watched() -> Iterator[None]:
     """A process started, a connection opened, anything written raises `Escape`; memory is short."""
     global _watched
-    if not watched_before:
-        sys.addaudithook(_audit)  # it stays until the process ends
-        watched_before.append(True)
+    _install_audit()
     limits, caching = resource.getrlimit(resource.RLIMIT_AS), sys.dont_write_bytecode
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
@@ -689,9 +692,6 @@ def watched() -> Iterator[None]:
     finally:
         sys.dont_write_bytecode, _watched = caching, False
         resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-watched_before: list[bool] = []
 
 
 def example(target: Target, random: Random, folder: Path) -> bool:
@@ -794,7 +794,7 @@ def fuzz(targets: dict[str, Target], minutes: float, folder: Path, tally: Tally)
     examples = run(targets, list(targets), tally.record["seed"], minutes, folder)
 
     def keep() -> None:
-        tally.add_all(counts, findings)
+        tally.add(counts, findings)
         counts.clear()
 
     for name, outcome, seconds in examples:

@@ -22,11 +22,13 @@ from pathlib import Path
 import torch
 
 from cnnft.cache import features
+from cnnft.runs.directory import CONFIG
 from tools.document import fill
 from tools.forked import (
     GRACE,
     PHASES,
     Command,
+    begin_or_resume,
     bytes_lost,
     cache_content,
     draw_data,
@@ -35,9 +37,7 @@ from tools.forked import (
     start,
     unfinished,
 )
-from tools.tally import ROOT, Tally, table
-
-DOCUMENT = ROOT / "docs" / "reliability.md"
+from tools.tally import DOCUMENT, Tally, table
 
 COMMON = (
     "--backbone=builtin", "--epochs=3", "--batch-size=6", "--image-size=64", "--device=cpu",
@@ -151,15 +151,11 @@ class Trial:
         ]
         if not row.trains:
             return [row.command, *given]
-        config = self.run / "config.toml"
-        if config.exists() and config.read_bytes() != self._replaced():
-            return [row.command, f"--resume={self.run}"]
-        if not config.exists():  # killed before it was a run
-            shutil.rmtree(self.run, ignore_errors=True)
-        return [row.command, str(self.data), *COMMON, *given, f"--runs-dir={self.run.parent}"]
-
-    def _replaced(self) -> bytes:
-        return (self.subjects.model / "config.toml").read_bytes()
+        begin = [str(self.data), *COMMON, *given]
+        config, replaced = self.run / CONFIG, subjects.model / CONFIG
+        if config.exists() and config.read_bytes() == replaced.read_bytes():  # it is still that one
+            return [row.command, *begin, f"--runs-dir={self.run.parent}"]
+        return begin_or_resume(self.run, *begin)
 
     def start(self) -> list[Command]:
         """Of each process the command."""
@@ -295,12 +291,11 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as place:
             subjects = Subjects(Path(place)) if options.kills else None
-            for name in [options.row] if options.row else MATRIX:
-                if subjects is None:
-                    break
+            rows = [options.row] if options.row else list(MATRIX)
+            for name in rows if options.kills else ():
 
                 def count(counts: Counter[str], name: str = name) -> None:
-                    tally.add(name, counts)
+                    tally.add({name: counts})
                     print(name, dict(counts), flush=True)
 
                 folder = Path(place) / "trial"

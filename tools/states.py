@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,7 +38,6 @@ from hypothesis.stateful import (
 from cnnft.inference.predict import Inference, predict
 from cnnft.inference.storage import load, read_tensors
 from cnnft.machine.files import parse_json
-from cnnft.runs import records
 from cnnft.runs.predictions import predictions_from_csv
 from cnnft.runs.run import Run
 from tools.document import fill
@@ -54,8 +53,7 @@ from tools.forked import (
     start,
     unfinished,
 )
-from tools.kills import DOCUMENT
-from tools.tally import Tally, table
+from tools.tally import DOCUMENT, Tally, table
 
 KINDS = {
     "finetune": ("--cache=off",),
@@ -223,7 +221,7 @@ READERS: dict[str, Callable[[Run], object]] = {
     "history.csv": lambda run: list(csv.DictReader((run.path / "history.csv").open())),
     "predictions.csv": lambda run: run._read("predictions.csv", predictions_from_csv),
     "environment.json": Run.environment,
-    "data.csv": lambda run: run._read("data.csv", records.data_from_csv),
+    "data.csv": Run.images,
     "formats.json": lambda run: parse_json((run.path / "formats.json").read_bytes(), run.path),
     "run.log": lambda run: run.log.read_text(encoding="utf-8"),
 }
@@ -244,7 +242,7 @@ def require_parsed(run: Run) -> None:
 
 def is_described(run: Run, data: Path) -> bool:
     """Whether its weights give the scores and logits that stand beside them."""
-    samples = run._read("data.csv", records.data_from_csv)["val"]
+    samples = run.images()["val"]
     paths = tuple(str(data.joinpath(*Path(path).parts[-2:])) for path in samples.paths)
     samples = replace(samples, paths=paths)
     metrics, kept = run.metrics(), run._read("predictions.csv", predictions_from_csv)
@@ -279,16 +277,18 @@ class RunMachine(RuleBasedStateMachine):
     # ------------------------------------------------------------ commands
 
     def _execute(
-        self, arguments: list[str], fault: Fault | None, kind: str, writes: Iterable[Path] = ()
-    ) -> Command:
-        """One command, to its end; nothing but `writes` may change."""
+        self, arguments: list[str], fault: Fault | None = None, kind: str = "",
+        writes: Iterable[Path] = (), allowed: Collection[int] = (0,),
+    ) -> Command:  # fmt: skip
+        """One command, to its end; nothing but `writes` may change. Without a fault, which may end
+        it otherwise, it ends with one of the `allowed` exit codes.
+        """
         around = self.world.around(writes)
         command = self.world.command(arguments, fault, kind)
         code = command.wait()
         command.require_end()
-        allowed = (0,) if fault is None else (0, *ENDED[fault.kind])
         said = command.said
-        assert code in allowed, (code, said)
+        assert code in allowed or (fault and code in ENDED[fault.kind]), (code, said)
         assert "Traceback" not in said and "this is a bug" not in said, said
         changed = self.world.around(writes).items() ^ around.items()
         assert not changed, f"something else changed: {sorted(changed)}"
@@ -435,7 +435,10 @@ class RunMachine(RuleBasedStateMachine):
         shutil.rmtree(out)
         out.mkdir()
         finished = path in self.finished
-        command = self._execute(arguments, fault, kind) if finished else self._attempt(arguments)
+        if finished:
+            command = self._execute(arguments, fault, kind)
+        else:  # it answers, or refuses in a sentence
+            command = self._execute(arguments, allowed=(0, 1, 2))
         if written is not None and command.code != 0:
             assert not (out / written).exists(), "a file that is not whole"
         if not finished or command.code != 0:
@@ -444,17 +447,6 @@ class RunMachine(RuleBasedStateMachine):
         key = (kind, arguments[0], written, self.world.data)
         known = self.world.answers.setdefault(key, answer)
         assert answer == known, f"{arguments[0]} answers otherwise than before"
-        return command
-
-    def _attempt(self, arguments: list[str]) -> Command:
-        """On a run that is not finished: it answers, or refuses in a sentence; nothing changes."""
-        around = self.world.around([])
-        command = self.world.command(arguments)
-        code = command.wait()
-        command.require_end()
-        assert code in (0, 1, 2) and "Traceback" not in command.said, command.said
-        assert "this is a bug" not in command.said, command.said
-        assert self.world.around([]) == around, "something changed"
         return command
 
     @precondition(lambda self: self.kinds)
@@ -489,12 +481,13 @@ class RunMachine(RuleBasedStateMachine):
         if format in exportable.get(self.kinds[path], (format,)):
             self._answer(path, arguments, fault, output.name)
         else:
-            assert self._attempt(arguments).code in (1, 2) and not output.exists()
+            self._execute(arguments, allowed=(1, 2))
+            assert not output.exists()
 
     @precondition(lambda self: cache_content(self.world.cache))
     @rule()
     def clear_the_cache(self) -> None:
-        self._execute(["cache", "--clear"], None, "", ())
+        self._execute(["cache", "--clear"])
         assert not cache_content(self.world.cache)
 
     # ------------------------------------------------------------ the end
@@ -566,7 +559,7 @@ def main() -> None:
     def count(what: str) -> None:
         counts[what] += 1
         if what == "sequences":
-            tally.add("sequences", counts)
+            tally.add({"sequences": counts})
             print(dict(counts), flush=True)
             counts.clear()
 
@@ -577,7 +570,7 @@ def main() -> None:
                 draw(world, EXAMPLES, options.steps, number, count)
                 number += 1
     except AssertionError:
-        tally.add("sequences", {"findings": 1})
+        tally.add({"sequences": {"findings": 1}})
         raise
     finally:
         fill(DOCUMENT, "states", summary(tally))

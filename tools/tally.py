@@ -21,6 +21,8 @@ from cnnft.machine.files import to_json, write_whole
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+DOCUMENT = ROOT / "docs" / "reliability.md"
+"""Has the tables of what was counted."""
 MOST = ("slowest",)
 """Of these the largest counts, not the sum."""
 
@@ -35,13 +37,10 @@ class Tally:
     def records(self) -> list[dict[str, Any]]:
         return json.loads(self.file.read_bytes())["records"] if self.file.exists() else []
 
-    def add(self, row: str, counts: Mapping[str, float], words: str = "") -> None:
-        """`words`: what a command said, of which the last is kept."""
-        self.add_all({row: counts}, {row: words} if words else {})
-
-    def add_all(
+    def add(
         self, rows: Mapping[str, Mapping[str, float]], words: Mapping[str, str] | None = None
     ) -> None:
+        """`words`: what a command of a row said, of which the last is kept."""
         if not rows:
             return
         self.file.parent.mkdir(exist_ok=True)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from tools.document import fill
 from tools.each_step import follow
 from tools.forked import draw_data
+from tools.tally import DOCUMENT
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "reliability.md"
 HOSTS = {"cnnft-host-0": "10.77.0.1", "cnnft-host-1": "10.77.0.2"}
 PROCESSES = 2  # on each
 SETTINGS = {
