@@ -71,8 +71,9 @@ def test_damaged_files_are_read_or_refused(
         ("head file", ("cnnft", "backbone", "weights_source"), "{}", False),
         # The first hour's: it could be built, but not run.
         ("exported model", ("model_args", "drop_rate"), "[0.5, 0.5, 0.5]", False),
-        # Seed 130054074: a name that no file can have.
+        # Seeds 130054074 and 140008378: a name that no file can have, and one to fill a screen.
         ("head file", ("cnnft", "backbone", "weights_source"), json.dumps("x" * 300), False),
+        ("head file", ("cnnft", "backbone", "weights_source"), json.dumps("x" * 100_000), False),
         # Seed 120002642 of "head file": whole numbers are numbers.
         ("head file", ("cnnft", "input_spec", "mean"), "[0, 0, 0]", True),
     ],

@@ -21,6 +21,7 @@ from cnnft.models.identity import CROP_MODE_OF_FIT, Identity
 FORMAT = 1
 """Of the description below; raised when an older cnnft could not read it."""
 _MOST_SNAPSHOTS = 1000
+_LONGEST_PATH = 4096
 
 
 def describe(classifier: Classifier) -> dict[str, Any]:
@@ -103,6 +104,8 @@ def parse_description(config: dict[str, Any], source: Path) -> Description:
         source_is_text = isinstance(found.weights_source, str | None)
         if not source_is_text or not isinstance(found.pretrained_hash, str):
             raise TypeError("weights_source and sha256 of the backbone must be strings")
+        if len(found.weights_source or "") > _LONGEST_PATH:
+            raise ValueError("weights_source is longer than a path can be")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CnnftError(
             f"{source} does not describe a cnnft classifier ({first_line(error)})"
