@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from cnnft.errors import UsageError, why_not_utf8
 
+LARGEST = 1e15
+"""Of any number in a setting: beyond it, sums and quotients of settings would lose their meaning."""
 _WIDEST_METAVAR = 13  # characters; what is beside it in 80 columns shall not be broken
 
 
@@ -22,7 +24,7 @@ class Bounds(NamedTuple):
     def hold(self, value: float) -> bool:
         above = value > self.low if "low" in self.excluded else value >= self.low
         below = value < self.high if "high" in self.excluded else value <= self.high
-        return above and below and value != float("inf")
+        return above and below and value <= LARGEST
 
     def __str__(self) -> str:
         words = f"{'above' if 'low' in self.excluded else 'at least'} {self.low:g}"
@@ -115,7 +117,8 @@ def validate_value(field: "dataclasses.Field[Any]", value: object) -> None:
     _require_type(flag, value, field.type)
     _require_utf8(flag, value)
     if bounds is not None and isinstance(value, int | float) and not bounds.hold(value):
-        raise UsageError(f"{flag} {value!s:.100} is out of range: it must be {bounds}")
+        words = f"{LARGEST:g} at most" if value > LARGEST else bounds
+        raise UsageError(f"{flag} {value!s:.100} is out of range: it must be {words}")
 
 
 def _require_type(flag: str, value: object, annotation: Any) -> None:
