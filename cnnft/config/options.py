@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 from cnnft.errors import UsageError, why_not_utf8
 
 LARGEST = 1e15
-"""Of any number in a setting: beyond it, sums and quotients of settings would lose their meaning."""
+"""Of any number in a setting: beyond it, sums and quotients of settings lose their meaning."""
 _WIDEST_METAVAR = 13  # characters; what is beside it in 80 columns shall not be broken
 
 
