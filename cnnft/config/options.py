@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from cnnft.errors import UsageError, why_not_utf8
 
-LARGEST = 1e15
-"""Of any number in a setting: beyond it, sums and quotients of settings lose their meaning."""
+LARGEST = 1e100
+"""Of any number in a setting, so that their products and quotients are still finite."""
 _WIDEST_METAVAR = 13  # characters; what is beside it in 80 columns shall not be broken
 
 
