@@ -149,7 +149,6 @@ def test_strict_stops_at_an_unreadable_image(refused: Refused, flat: Path) -> No
     [
         ("--epochs", 0),
         ("--epochs", -1),
-        ("--epochs", 10**200),
         ("--batch-size", 0),
         ("--image-size", 10**9),
         ("--lr", 0),
@@ -178,6 +177,10 @@ def test_strict_stops_at_an_unreadable_image(refused: Refused, flat: Path) -> No
 )
 def test_numbers_out_of_range(refused: Refused, flat: Path, flag: str, value: object) -> None:
     refused(2, (flag, str(value), "out of range"), flat, f"{flag}={value}")
+
+
+def test_a_number_whose_quotients_no_float_can_hold(refused: Refused, flat: Path) -> None:
+    refused(2, ("--epochs", "out of range", "1e+100 at most"), flat, f"--epochs={10**400}")
 
 
 @pytest.mark.parametrize(
