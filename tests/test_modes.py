@@ -22,7 +22,7 @@ from cnnft.models.backbones import open_backbone
 from cnnft.models.freezing import batchnorms, freeze, freezes_statistics, train_mode
 from cnnft.models.heads import add_dropout, classifier_layer, initialise, replace_by_mlp
 from cnnft.models.stages import stages
-from cnnft.probe.solve import fit, fit_probe
+from cnnft.probe.solve import fit, solve
 from cnnft.training.advice import SIMILAR, SMALL, TABLE, Advice
 from cnnft.training.finetune import run_plan
 from cnnft.training.optim import Start, learning_rates, make_optimizer
@@ -222,29 +222,29 @@ def clouds(seed: int, n: int = 90, width: int = 12, classes: int = 3):
 @given(st.integers(0, 1000), st.sampled_from([1e-2, 1e-1, 1.0]))
 def test_the_fit_is_scikit_learns(seed, strength):
     values, labels = clouds(seed)
-    weight, bias = fit(values, labels, 3, strength)
+    fitted = fit(values[None], labels, 3, strength)
     standardised = StandardScaler().fit_transform(values.double().numpy())
     oracle = LogisticRegression(C=1 / (strength * len(labels)), tol=1e-8, max_iter=10_000)
     oracle.fit(standardised, labels.numpy())
     expected = torch.from_numpy(oracle.predict_proba(standardised)).float()
-    found = (values @ weight.T + bias).softmax(dim=1)
+    found = fitted(values).softmax(dim=1).float()
     assert torch.allclose(found, expected, atol=1e-3)
 
 
 def test_a_feature_that_is_always_the_same_does_no_harm():
     values, labels = clouds(1)
     values[:, 0] = 3.0
-    weight, bias = fit(values, labels, 3, 0.1)
-    assert weight.isfinite().all() and bias.isfinite().all()
+    found = fit(values[None], labels, 3, 0.1)
+    assert found.weight.isfinite().all() and found.bias.isfinite().all()
 
 
 def test_cross_validation_is_honest():
     """Labels that have nothing to do with the features are guessed."""
     values, _ = clouds(0, n=300, width=100)
     labels = torch.randint(0, 3, (300,), generator=torch.Generator().manual_seed(1))
-    found = fit_probe(values, labels, 3, seed=0)
+    found = solve(values[None], labels, 3, torch.arange(300) % 5)
     assert abs(found.accuracy - 1 / 3) < 0.1
-    assert ((values @ found.weight.T + found.bias).argmax(dim=1) == labels).float().mean() > 0.4
+    assert (found.linear(values).argmax(dim=1) == labels).float().mean() > 0.4
 
 
 def test_the_probe_is_the_head_before_the_first_step(flat: Path, tmp_path: Path):

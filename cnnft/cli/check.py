@@ -170,12 +170,10 @@ def _advise(
         pinned=device.type == "cuda",
         read_timeout=settings.machine.read_timeout,
     )
-    fitting = Fitting(
-        seed=settings.training.seed, always=True, about=Path(settings.dataset.data).name
-    )
+    fitting = Fitting(always=True, about=Path(settings.dataset.data).name)
     probed = probe(backbone, spec, train, loading, fitting, kept)
     assert probed is not None
-    return advise_on(train, probed.probe.accuracy)
+    return advise_on(train, probed.solved.accuracy)
 
 
 def _sheet_settings(data: str, augment: Augment | None, config_file: str | None) -> Config:

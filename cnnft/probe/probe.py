@@ -19,7 +19,8 @@ from cnnft.models.heads import classifier_layer, initialise
 from cnnft.models.surgery.cut import Cut
 from cnnft.models.surgery.embed import find_head
 from cnnft.models.weights import backbone_hash
-from cnnft.probe.solve import Probe, fit_probe
+from cnnft.probe.folds import FOLDS, assign_folds
+from cnnft.probe.solve import Linear, Solved, solve
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ _log = logging.getLogger(__name__)
 class Probed:
     """What a probe of the training images found."""
 
-    probe: Probe
+    solved: Solved
     installable: bool
     """Whether the head is one linear layer on these features, which the probe could be."""
 
@@ -62,19 +63,18 @@ def probe(
     _log.info("probing the frozen features of %d training images", len(samples))
     images = ImageFiles(samples.paths, crop=spec, decoded=crops or {})
     values = _features(place.cut, backbone, samples, images, loading, fitting)
-    labels = torch.tensor(samples.labels)
-    weights = fitting.class_weights
-    fitted = distributed.broadcast_from_main(
-        lambda: fit_probe(values, labels, len(samples.classes), fitting.seed, weights)
+    labels, folds = torch.tensor(samples.labels), assign_folds(samples, FOLDS)
+    classes, weights = len(samples.classes), fitting.class_weights
+    solved = distributed.broadcast_from_main(
+        lambda: solve(values[None], labels, classes, folds, weights)
     )
-    return Probed(fitted, place.linear)
+    return Probed(solved, place.linear)
 
 
 @dataclass(frozen=True)
 class Fitting:
     """How a probe is fitted."""
 
-    seed: int
     class_weights: Tensor | None = None
     """(C,), of the loss; None: every image weighs the same."""
     always: bool = False
@@ -85,13 +85,13 @@ class Fitting:
     """Describes the images in `cnnft cache`."""
 
 
-def install(network: nn.Module, head: frozenset[str], fitted: Probe) -> None:
-    """Make the probe the network's head."""
+def install(network: nn.Module, head: frozenset[str], linear: Linear) -> None:
+    """Make it the network's head."""
     _, layer = classifier_layer(network, head)
     assert isinstance(layer, nn.Linear)
     with torch.no_grad():
-        layer.weight.copy_(fitted.weight)
-        layer.bias.copy_(fitted.bias)
+        layer.weight.copy_(linear.weight)
+        layer.bias.copy_(linear.bias)
 
 
 def _features(

@@ -1,5 +1,11 @@
-"""Multinomial logistic regression on features: the solver and its cross-validation."""
+"""Multinomial logistic regression on features, along a path of penalties, and cross-validated.
 
+It minimises mean cross-entropy + penalty / 2 · ‖weight‖² by L-BFGS (Liu and Nocedal, 1989) in
+double precision; the penalty is on the weights of standardised features.
+"""
+
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,100 +13,221 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cnnft.data.sampler import keyed_seed
+from cnnft.probe.calibrate import Calibration, calibrate
 
-STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""L2 penalties on standardised features, among which cross-validation chooses."""
-FOLDS = 5
+PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(2, -11, -1))
+"""From the strongest on, so that each fit starts near its end (a warm start)."""
+_PATIENCE = 3
+"""Penalties that bring nothing before the search ends: the weakest take longest."""
+_WITHOUT_EVIDENCE = 0.1
 _MOST = 5000  # images that cross-validation looks at
 _MOST_FITTED = 50_000
 _LEAST_SPREAD = 0.01
 """Of the root mean square of the features' standard deviations: a feature that hardly varies in
 training must not decide, because it may be large elsewhere. (The median would be 0 where most are
 dead, as ReLU features of few images are.)"""
+_JITTER = 1e-10
 
 
 @dataclass(frozen=True)
-class Probe:
-    """Multinomial logistic regression on frozen features: logits = values @ weight.T + bias."""
+class Linear:
+    """logits = values @ weight.T + bias."""
 
     weight: Tensor
+    """(C, D)"""
     bias: Tensor
+    """(C,)"""
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(N, D) -> (N, C), float64."""
+        return values.double() @ self.weight.double().T + self.bias.double()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One penalty, tried in cross-validation."""
+
+    penalty: float
+    logits: Tensor
+    """(N, C), out of fold."""
+    scored: Tensor
+    """(N,): not the images whose class the other folds lack, which tell nothing."""
     accuracy: float
-    """In cross-validation over the training images."""
-    strength: float
+    calibration: Calibration
+    """Of these logits: its log-loss chooses the penalty."""
 
 
-def fit_probe(
-    values: Tensor, labels: Tensor, classes: int, seed: int, class_weights: Tensor | None = None
-) -> Probe:
-    """Choose the penalty by cross-validated accuracy, then fit all images with it.
+@dataclass(frozen=True)
+class Solved:
+    """A linear classifier of the penalty that cross-validation chose, fitted on all images."""
 
-    `values` (N, D), `labels` (N,), `class_weights` (C,) of the loss.
+    linear: Linear
+    trials: tuple[Trial, ...]
+    """None where no class has images in two folds."""
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The lowest log-loss; of equals the strongest penalty."""
+        return min(self.trials, key=lambda trial: trial.calibration.loss, default=None)
+
+    @property
+    def accuracy(self) -> float:
+        """Out of fold; 0 where nothing was tried."""
+        return self.chosen.accuracy if self.chosen else 0.0
+
+
+def solve(
+    values: Tensor,
+    labels: Tensor,
+    classes: int,
+    folds: Tensor,
+    class_weights: Tensor | None = None,
+) -> Solved:
+    """Choose the penalty by the log-loss out of fold, after temperature, and fit all images.
+
+    `values` (V, N, D) of V views, `labels` and `folds` (N,), `class_weights` (C,) of the loss. Of
+    many images the penalty is chosen on some. It is a penalty on their mean loss, so for more
+    images it is divided by how many times more they are.
     """
-    picked = _some(len(values), seed, _MOST)
-    some = values[picked], labels[picked], classes
-    scores = {s: _cross_validate(*some, s, class_weights) for s in STRENGTHS}
-    strength = max(STRENGTHS, key=lambda s: (scores[s], s))
-    fitted = _some(len(values), seed, _MOST_FITTED)
-    weight, bias = fit(values[fitted], labels[fitted], classes, strength, class_weights)
-    return Probe(weight, bias, scores[strength], strength)
+    few = _some(len(labels), _MOST)
+    trials = tuple(cross_validate(values[:, few], labels[few], classes, folds[few], class_weights))
+    penalty = min(trials, key=lambda t: t.calibration.loss).penalty if trials else _WITHOUT_EVIDENCE
+    many = _some(len(labels), _MOST_FITTED)
+    penalty *= len(few) / len(many)
+    return Solved(fit(values[:, many], labels[many], classes, penalty, class_weights), trials)
+
+
+class Path:
+    """The solutions on some images for one penalty after the other.
+
+    With fewer images than features the weights lie in the span of the images, so the images'
+    coordinates in it are all that counts: the rows of the Cholesky factor of their inner products.
+    """
+
+    def __init__(
+        self, values: Tensor, labels: Tensor, classes: int, class_weights: Tensor | None = None
+    ) -> None:
+        """`values` (N, D), `labels` (N,), `class_weights` (C,) of the loss."""
+        x = values.double()
+        self.mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
+        self.std = std.clamp(min=max(_LEAST_SPREAD * float(std.square().mean().sqrt()), 1e-8))
+        self.x = x = (x - self.mean) / self.std
+        self.labels = labels
+        self.class_weights = None if class_weights is None else class_weights.to(x)
+        self.factor: Tensor | None = None
+        if len(x) < x.shape[1]:
+            inner = x @ x.T
+            inner.diagonal().add_(_JITTER * float(inner.diagonal().mean()) + 1e-300)
+            self.factor = torch.linalg.cholesky(inner)
+        width = x.shape[1] if self.factor is None else len(x)
+        self.weight = torch.zeros(classes, width, dtype=torch.float64, requires_grad=True)
+        self.bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+
+    def fit(self, penalty: float) -> Linear:
+        z = self.x if self.factor is None else self.factor
+        optimizer = torch.optim.LBFGS(
+            [self.weight, self.bias],
+            max_iter=200,
+            tolerance_grad=1e-6,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            losses = cross_entropy(
+                z @ self.weight.T + self.bias, self.labels, self.class_weights, reduction="sum"
+            )
+            loss: Tensor = losses / len(z) + penalty / 2 * self.weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            weight = self.weight
+            if self.factor is not None:
+                weight = (
+                    torch.linalg.solve_triangular(self.factor, weight, upper=False, left=False)
+                    @ self.x
+                )
+            weight = weight / self.std
+            return Linear(weight.float(), (self.bias - weight @ self.mean).float())
 
 
 def fit(
     values: Tensor,
     labels: Tensor,
     classes: int,
-    strength: float,
+    penalty: float,
     class_weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(weight (C, D), bias (C,)) that minimise mean cross-entropy + strength / 2 · ‖weight‖².
+) -> Linear:
+    """`values` (V, N, D) of V views, `labels` (N,), `class_weights` (C,) of the loss."""
+    return Path(*_rows(values, labels), classes, class_weights).fit(penalty)
 
-    With `class_weights` each image's cross-entropy is weighted by its class.
 
-    The penalty is on the weights of standardised features; L-BFGS (Liu and Nocedal, 1989) in
-    double precision.
+def cross_validate(
+    values: Tensor,
+    labels: Tensor,
+    classes: int,
+    folds: Tensor,
+    class_weights: Tensor | None = None,
+) -> Iterator[Trial]:
+    """Try penalties, the strongest first, until some in a row have brought nothing.
+
+    `values` (V, N, D) of V views, all of which are trained on; the first is predicted. `folds`
+    (N,). A class that the other folds lack is given the probability of one image among theirs.
+    Nothing is tried where no class has images in two folds.
     """
-    x = values.double()
-    mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
-    std = std.clamp(min=max(_LEAST_SPREAD * float(std.square().mean().sqrt()), 1e-8))
-    x = (x - mean) / std
-    by_class = None if class_weights is None else class_weights.to(x)
-    weight = torch.zeros(classes, x.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
-    )
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        penalty = strength / 2 * weight.square().sum()
-        losses = cross_entropy(x @ weight.T + bias, labels, by_class, reduction="sum")
-        loss: Tensor = losses / len(labels) + penalty
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        original = weight / std
-        return original.float(), (bias - original @ mean).float()
+    parts = [_Part(values, labels, folds == fold, class_weights) for fold in folds.unique()]
+    scored = torch.zeros(len(labels), dtype=torch.bool)
+    for part in parts:
+        scored |= part.held_out & torch.isin(labels, part.present)
+    if not scored.any():
+        return
+    best, waited = math.inf, 0
+    for penalty in PENALTIES:
+        logits = torch.empty(len(labels), classes, dtype=torch.float64)
+        for part in parts:
+            logits[part.held_out] = part.predict(penalty, classes)
+        right = (logits.argmax(dim=1) == labels)[scored]
+        calibration = calibrate(logits[scored], labels[scored])
+        yield Trial(penalty, logits, scored, float(right.double().mean()), calibration)
+        waited = 0 if calibration.loss < best else waited + 1
+        best = min(best, calibration.loss)
+        if waited == _PATIENCE:
+            return
 
 
-def _cross_validate(
-    values: Tensor, labels: Tensor, classes: int, strength: float, class_weights: Tensor | None
-) -> float:
-    """Accuracy over folds that each hold their share of every class."""
-    order = torch.argsort(labels, stable=True)
-    fold = torch.empty_like(order)
-    fold[order] = torch.arange(len(order)) % min(FOLDS, len(order))
-    correct = 0
-    for held_out in fold.unique():
-        inside = fold != held_out
-        weight, bias = fit(values[inside], labels[inside], classes, strength, class_weights)
-        predicted = (values[~inside] @ weight.T + bias).argmax(dim=1)
-        correct += int((predicted == labels[~inside]).sum())
-    return correct / len(labels)
+class _Part:
+    """The images of one fold, and the path on all others."""
+
+    def __init__(
+        self, values: Tensor, labels: Tensor, held_out: Tensor, class_weights: Tensor | None
+    ) -> None:
+        self.held_out, self.values = held_out, values[0, held_out]
+        others = labels[~held_out]
+        self.present, places = others.unique(return_inverse=True)
+        self.least = -math.log(len(others))
+        weights = None if class_weights is None else class_weights[self.present]
+        rows = _rows(values[:, ~held_out], places)
+        self.path = Path(*rows, len(self.present), weights)
+
+    def predict(self, penalty: float, classes: int) -> Tensor:
+        """(n, classes) of the images that are held out."""
+        found = self.path.fit(penalty)(self.values)
+        absent = found.logsumexp(dim=1, keepdim=True) + self.least
+        logits = absent.expand(-1, classes).clone()
+        logits[:, self.present] = found
+        return logits
 
 
-def _some(n: int, seed: int, most: int) -> Tensor:
-    generator = torch.Generator().manual_seed(keyed_seed("probe", seed))
-    return torch.randperm(n, generator=generator)[:most]
+def _rows(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Views (V, N, D) as rows (V · N, D), each with its label."""
+    return values.flatten(0, 1), labels.repeat(len(values))
+
+
+def _some(n: int, most: int) -> Tensor:
+    """(min(n, most),) of n rows, in order."""
+    if n <= most:
+        return torch.arange(n)
+    generator = torch.Generator().manual_seed(keyed_seed("some", n))
+    return torch.randperm(n, generator=generator)[:most].sort().values

@@ -87,7 +87,6 @@ def probe_network(
         return None
     weights = balanced_weights(train.once().counts()) if config.balanced else None
     fitting = Fitting(
-        seed=config.training.seed,
         class_weights=weights,
         always=auto,
         on_disk=config.machine.cache in ("auto", "disk"),
@@ -114,7 +113,7 @@ def install_probe(
 ) -> bool:
     """Whether the head is the probe from here on."""
     if probed is not None and probed.installable and wants_probe(config):
-        install(backbone.network, head, probed.probe)
+        install(backbone.network, head, probed.solved.linear)
         return True
     if config.freezing.probe_first and (probed is None or not probed.installable):
         raise UsageError("--probe-first: this backbone's classifier is no single linear layer")

@@ -153,7 +153,7 @@ def prepare(
     backbone = open_network(config, len(classes), device)
     spec = settle_input(config.input, backbone.input_spec, train, loading)
     probed = None if checkpoint else probe_network(config, backbone, spec, train, loading)
-    advice = None if probed is None else advise_on(train, probed.probe.accuracy)
+    advice = None if probed is None else advise_on(train, probed.solved.accuracy)
     if requested == "auto":
         assert advice is not None
         config = config.replace(**advice.cell.settings)
