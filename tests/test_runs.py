@@ -21,7 +21,7 @@ from cnnft.inference.predictions import Predictions
 from cnnft.metrics import Score
 from cnnft.runs.formats import FORMATS
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
-from cnnft.runs.records import Epoch, Metrics, TrainScore
+from cnnft.runs.records import Epoch, Evidence, Metrics, TrainScore
 from cnnft.runs.run import Run
 from cnnft.runs.weights import has_scores, save_weights, weights_hash
 from cnnft.training.finetune import run_plan
@@ -65,8 +65,8 @@ def test_every_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     run.save_history(history, steps_per_epoch=7)
     assert run.history() == history
     val = Score(n=8, correct=6, macro_recall=0.7, loss=1 / 3)
-    for selected in (True, False):
-        metrics = Metrics("best epoch 1", 1, TrainScore(16, 1 / 3, 0.75), val, selected)
+    for evidence in Evidence:
+        metrics = Metrics("best epoch 1", 1, TrainScore(16, 1 / 3, 0.75), val, evidence)
         run.save_metrics(metrics)
         assert run.metrics() == metrics
     run.save_environment({"torch": "2.9"})

@@ -116,12 +116,10 @@ def _metrics(found: "Comparison") -> None:
 
 
 def _selected(found: "Comparison") -> str:
-    names = [name for name, of in zip("AB", found.metrics, strict=True) if of.selected]
-    if len(names) == 2:
-        return "selected on val, so both are optimistic"
-    return (
-        f"{names[0]} was selected on val, so it is optimistic" if names else "not selected on val"
-    )
+    a, b = (metrics.evidence for metrics in found.metrics)
+    if a != b:
+        return f"A: {a}; B: {b}"
+    return f"{a}, so both are optimistic" if a == "selected on val" else a
 
 
 def _accuracy(val: "Score") -> str:

@@ -146,13 +146,13 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
 
 
 def _show_end(plan: "Plan", finished: "Finished") -> None:
-    low, high = finished.val.interval
+    metrics, val = finished.metrics, finished.metrics.val
+    low, high = val.interval
     chance = max(plan.val.counts()) / len(plan.val)
-    selected = "selected" if finished.selected else "not selected"
     console.say(
-        f"\n{finished.model}: val accuracy {finished.val.accuracy:.1%} "
-        f"(95% interval {low:.1%} to {high:.1%}, n = {finished.val.n}, {selected} on val; "
-        f"majority-class baseline {chance:.1%}), balanced accuracy {finished.val.macro_recall:.1%}",
+        f"\n{metrics.model}: val accuracy {val.accuracy:.1%} "
+        f"(95% interval {low:.1%} to {high:.1%}, n = {val.n}, {metrics.evidence}; "
+        f"majority-class baseline {chance:.1%}), balanced accuracy {val.macro_recall:.1%}",
         style="bold",
     )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")

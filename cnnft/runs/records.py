@@ -8,6 +8,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
 from typing import IO, Any, TypeVar
 
 from cnnft.data.dataset import Samples, Skipped, SplitName
@@ -75,8 +76,20 @@ class TrainScore:
     accuracy: float
 
 
-_OPTIMISTIC = "selected on val, as the best of several, so optimistic"
-_NOT_SELECTED = "not selected on val"
+class Evidence(StrEnum):
+    """What a score is worth."""
+
+    SELECTED = "selected on val"
+    NOT_SELECTED = "not selected on val"
+    OUT_OF_FOLD = "out of fold"
+    """A model of the other folds predicted each image; the penalty was selected on these folds."""
+
+
+_NOTES = {
+    Evidence.SELECTED: "selected on val, as the best of several, so optimistic",
+    Evidence.NOT_SELECTED: "not selected on val",
+    Evidence.OUT_OF_FOLD: "out of fold; the penalty was selected on these folds",
+}
 
 
 @dataclass(frozen=True)
@@ -85,12 +98,12 @@ class Metrics:
 
     model: str
     """"best epoch 7", or an average or ensemble."""
-    best_epoch: int
+    best_epoch: int | None
+    """None: there were no epochs."""
     train: TrainScore
     val: Score
-    """Of the model."""
-    selected: bool = True
-    """Whether the model was selected on val, so that its score is optimistic."""
+    """Of the model on val, or out of fold."""
+    evidence: Evidence = Evidence.SELECTED
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, with what follows from them."""
@@ -100,7 +113,7 @@ class Metrics:
             "best_epoch": self.best_epoch,
             "train": asdict(self.train),
             "val": {
-                "note": _OPTIMISTIC if self.selected else _NOT_SELECTED,
+                "note": _NOTES[self.evidence],
                 "n": val.n,
                 "correct": val.correct,
                 "accuracy": val.accuracy,
@@ -120,7 +133,7 @@ def metrics_from_json(file: IO[bytes]) -> Metrics:
     scores = {
         "train": _record(TrainScore, values["train"]),
         "val": _record(Score, values["val"]),
-        "selected": values["val"]["note"] != _NOT_SELECTED,
+        "evidence": {note: e for e, note in _NOTES.items()}[values["val"]["note"]],
     }
     return _record(Metrics, values | scores)
 

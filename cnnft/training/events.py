@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from cnnft.cache.pixels import CacheProgress
-from cnnft.metrics import Score
-from cnnft.runs.records import Epoch
+from cnnft.runs.records import Epoch, Metrics
 from cnnft.runs.run import Run
 from cnnft.training.step import StepDone
 
@@ -21,13 +20,7 @@ class Finished:
     """The last event: the run holds the model."""
 
     run: Run
-    best: Epoch
-    val: Score
-    """Of the model, which chose it too."""
-    model: str
-    """Which one it is: "best epoch 7", or an average or ensemble."""
-    selected: bool = True
-    """Whether it was chosen on val, so that its score is optimistic."""
+    metrics: Metrics
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cnnft.models.freezing import SMALL_BATCH, batchnorms, changing, learning_st
 from cnnft.models.surgery.fold import folds
 from cnnft.models.surgery.substitute import Substituted
 from cnnft.runs.checkpoints import Checkpoint, Interval
-from cnnft.runs.records import Epoch
+from cnnft.runs.records import Epoch, Evidence
 from cnnft.runs.run import Run
 from cnnft.runs.weights import weights_hash
 from cnnft.training.averaging import equal_average, recalibrate, running_average
@@ -36,13 +36,7 @@ from cnnft.training.losses import make_objective
 from cnnft.training.optim import make_optimizer
 from cnnft.training.plan import Plan
 from cnnft.training.schedules import make_schedule, warmup_steps
-from cnnft.training.selection import (
-    best_epoch,
-    is_better,
-    metrics_of,
-    score_of,
-    selected_by,
-)
+from cnnft.training.selection import best_epoch, is_better, metrics_of, score_of, selected_by
 from cnnft.training.state import TrainState
 from cnnft.training.step import EpochDone, StepDone, train
 from cnnft.training.tensorboard import Board
@@ -237,27 +231,28 @@ class Session:
         """The best epoch is the run's model, or an average or ensemble that is as good."""
         plan, run, best = self.plan, self.run, best_epoch(self.history)
         assert best is not None
-        model, val = f"best epoch {best.epoch}", score_of(plan, best)
+        metrics = metrics_of(plan, best)
         other = self._other_model()
         if other is None:
-            return Finished(run, best, val, model)
+            return Finished(run, metrics)
         what, classifier = other
         predictions, other_val = self._validate(classifier.network)
         balanced = plan.config.balanced
         selected = not classifier.snapshots  # an ensemble becomes the model whatever its score
-        if selected and is_better(val, other_val, balanced):
+        if selected and is_better(metrics.val, other_val, balanced):
             _log.warning(
                 "%s has %.1f %% of val right, %s has %.1f %%: the run keeps the latter",
                 *(what, 100 * selected_by(other_val, balanced)),
-                *(model, 100 * selected_by(val, balanced)),
+                *(metrics.model, 100 * selected_by(metrics.val, balanced)),
             )
-            return Finished(run, best, val, model)
+            return Finished(run, metrics)
         if selected:
             run.save_classifier(classifier)
         run.save_predictions(predictions)
-        metrics = replace(metrics_of(plan, best), model=what, val=other_val, selected=selected)
+        evidence = Evidence.SELECTED if selected else Evidence.NOT_SELECTED
+        metrics = replace(metrics, model=what, val=other_val, evidence=evidence)
         run.save_metrics(metrics)
-        return Finished(run, best, other_val, what, selected)
+        return Finished(run, metrics)
 
     def _other_model(self) -> tuple[str, Classifier] | None:
         """(what it is, the classifier) of an average or ensemble, where the settings have one."""
