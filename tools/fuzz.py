@@ -31,7 +31,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial, reduce
 from itertools import count, cycle
 from multiprocessing import get_context
@@ -57,14 +57,17 @@ from cnnft.data.images import find_problem, ignoring_oddities, read_image
 from cnnft.data.loading import ImageFiles
 from cnnft.data.reading import read_dataset
 from cnnft.data.split import split
+from cnnft.inference.classifier import Classifier
 from cnnft.inference.description import describe
 from cnnft.inference.predictions import Predictions
 from cnnft.inference.storage import load
 from cnnft.machine.files import to_safetensors
 from cnnft.models.backbones import Backbone, open_backbone
 from cnnft.models.build import build
+from cnnft.models.heads import initialise
 from cnnft.models.registry import described_beside
 from cnnft.models.surgery.cut import find_cut
+from cnnft.models.surgery.stagehead import head_stages, put_on_stages
 from cnnft.models.weights import load_weights
 from cnnft.runs.checkpoints import load_checkpoint
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
@@ -450,6 +453,7 @@ def make_targets(folder: Path) -> dict[str, Target]:
                         run.path, "safetensors", folder / "m"
                     ).read_bytes()
                 },
+                {"model.safetensors": _on_stages(load(run.path, device="cpu"))},
             ),
             damage_files,
             (lambda here: _use(here / "model.safetensors", image),),
@@ -503,6 +507,16 @@ def make_targets(folder: Path) -> dict[str, Target]:
             ),
         ),
     }
+
+
+def _on_stages(classifier: Classifier) -> bytes:
+    """The same with a head on stages, exported."""
+    network, head = put_on_stages(
+        classifier.network, classifier.head, ("layer1",), classifier.input_spec.size
+    )
+    initialise(network, head, "default")
+    staged = replace(classifier, network=network, head=head, stages=head_stages(network))
+    return to_safetensors(network.state_dict(), {"cnnft": json.dumps(describe(staged))})
 
 
 def _contents(folder: Path, pattern: str) -> Files:

@@ -36,6 +36,7 @@ from cnnft.models.identity import Identity
 from cnnft.models.surgery.cut import Cut
 from cnnft.models.surgery.embed import pooled
 from cnnft.models.surgery.fold import folded
+from cnnft.models.surgery.stagehead import head_stages
 from cnnft.models.surgery.trace import example
 
 MEMORY_SHARE = 0.3
@@ -95,7 +96,8 @@ def feature_key(extractor: FeatureExtractor, transform: object) -> str:
     identity = extractor.identity
     versions = [__version__, *(version(name) for name in ("torch", "torchvision", "timm"))]
     built = (identity.library, identity.architecture, sorted(identity.model_args.items()))
-    network = (extractor.weights, built, extractor.cut.first, extractor.pooled)
+    place = (extractor.cut.first, head_stages(extractor.network), extractor.pooled)
+    network = (extractor.weights, built, place)
     computed = (versions, extractor.device.type, extractor.rounding)
     return hashlib.sha256(repr((_FORMAT, network, computed, transform)).encode()).hexdigest()[:32]
 
@@ -117,14 +119,23 @@ class ViewSet:
 
 
 def evaluation_view_set(
-    samples: Samples, spec: InputSpec, images: Images, loading: Loading, about: str
+    samples: Samples,
+    spec: InputSpec,
+    images: Images,
+    loading: Loading,
+    about: str,
+    mirrored: bool = False,
 ) -> ViewSet:
-    """As evaluation sees the samples; `images` are what `evaluation_crop` makes of them."""
-    transform = ("evaluation", spec, decoder_versions())
+    """As evaluation sees the samples; `images` are what `evaluation_crop` makes of them.
+
+    `mirrored`: what it sees of their mirror images.
+    """
+    transform = ("mirrored" if mirrored else "evaluation", spec, decoder_versions())
     dataset = TrainingImages(samples, EvaluationViews(spec).normalize, 0, images)
 
     def batches(rows: Sequence[int]) -> Iterator[Tensor]:
-        return pixel_batches(dataset, [(0, index) for index in rows], loading)
+        found = pixel_batches(dataset, [(0, index) for index in rows], loading)
+        return (pixels.flip(3) for pixels in found) if mirrored else found
 
     return ViewSet(transform, samples.hashes, batches, loading.batch_size, about)
 

@@ -45,6 +45,8 @@ class Description:
     head: frozenset[str]
     """Names of the head's tensors in the network's state dict."""
     head_kind: Head
+    stages: tuple[str, ...] = ()
+    """Paths of the modules whose pooled outputs enter the head beside the last layer's."""
     weights_source: str | None
     """Where the pretrained weights came from; None: there were none."""
     missing: tuple[str, ...]

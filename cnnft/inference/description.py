@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cnnft import __version__
 from cnnft.config.choices import Head
@@ -17,8 +17,9 @@ from cnnft.models.build import build, numbers_held, try_out
 from cnnft.models.heads import head_tensors, replace_by_mlp
 from cnnft.models.hub import Pin
 from cnnft.models.identity import CROP_MODE_OF_FIT, Identity
+from cnnft.models.surgery.stagehead import put_on_stages
 
-FORMAT = 1
+FORMAT = 2
 """Of the description below; raised when an older cnnft could not read it."""
 _MOST_SNAPSHOTS = 1000
 _LONGEST_PATH = 4096
@@ -40,6 +41,7 @@ def describe(classifier: Classifier) -> dict[str, Any]:
         "input_spec": asdict(classifier.input_spec),
         "head": sorted(classifier.head),
         "head_kind": classifier.head_kind,
+        "stages": list(classifier.stages),
         "snapshots": classifier.snapshots,
         "backbone": {
             **identity,
@@ -91,6 +93,7 @@ def parse_description(config: dict[str, Any], source: Path) -> Description:
             ),
             head=frozenset(_names("head", own["head"])),
             head_kind=own.get("head_kind", "linear"),
+            stages=_names("stages", own.get("stages", [])),
             weights_source=backbone["weights_source"],
             missing=_names("missing", backbone["missing"]),
             pretrained_hash=backbone["sha256"],
@@ -99,6 +102,8 @@ def parse_description(config: dict[str, Any], source: Path) -> Description:
         )
         if found.head_kind not in get_args(Head):
             raise ValueError("head_kind is unknown")
+        if found.stages and found.head_kind != "linear":
+            raise ValueError("a head on stages is linear")
         if not isinstance(found.snapshots, int) or not 0 <= found.snapshots <= _MOST_SNAPSHOTS:
             raise ValueError("the number of snapshots makes no sense")
         source_is_text = isinstance(found.weights_source, str | None)
@@ -136,8 +141,7 @@ def from_description(
         network = build(identity, classes)
         if identity.model_args:  # some that make no sense show only when it computes
             try_out(network, found.input_spec.size)
-        if found.head_kind == "mlp":
-            replace_by_mlp(network, head_tensors(network, lambda other: build(identity, other)))
+        network = _with_head(network, found)
     except CnnftError:
         raise
     except Exception as error:  # whatever the library says of arguments that it does not know
@@ -145,6 +149,17 @@ def from_description(
             f"{source}: {identity.architecture} cannot be built ({first_line(error)})"
         ) from error
     return Classifier(network=network, **vars(found))
+
+
+def _with_head(network: nn.Module, found: Description) -> nn.Module:
+    """`network` has a single linear layer; raises what is wrong with another head."""
+    if found.head_kind == "linear" and not found.stages:
+        return network
+    head = head_tensors(network, lambda classes: build(found.identity, classes))
+    if found.stages:
+        return put_on_stages(network, head, found.stages, found.input_spec.size)[0]
+    replace_by_mlp(network, head)
+    return network
 
 
 def _names(what: str, values: object) -> tuple[str, ...]:

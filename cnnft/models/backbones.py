@@ -16,10 +16,12 @@ from cnnft.models.build import (
     with_auxiliary,
     with_drop_path,
 )
-from cnnft.models.heads import head_tensors
+from cnnft.models.heads import head_tensors, initialise
 from cnnft.models.identity import Identity, input_spec
 from cnnft.models.registry import described_beside, resolve
 from cnnft.models.stages import stages
+from cnnft.models.surgery.embed import find_head
+from cnnft.models.surgery.stagehead import find_stages, put_on_stages
 from cnnft.models.weights import LoadedWeights, load_weights
 
 
@@ -108,3 +110,24 @@ def _at_size(
     if auxiliary and spec.size >= pretrained_size:
         identity = with_auxiliary(identity)
     return identity, spec
+
+
+def with_stages(backbone: Backbone) -> Backbone | None:
+    """The same with a head on its last stages too, drawn anew; all other tensors are shared.
+
+    None where the head is no single linear layer of vectors, or no stage adds to what enters it.
+    """
+    network, size = backbone.network, backbone.input_spec.size
+    place = find_head(network, backbone.head, size)
+    if place is None or not place.linear:
+        return None
+    (path,) = place.paths
+    found = find_stages(network, backbone.stages, path, size)
+    if not found:
+        return None
+    try:
+        network, head = put_on_stages(network, backbone.head, found, size)
+    except ValueError:
+        return None
+    initialise(network, head, "default")
+    return replace(backbone, network=network, head=head)

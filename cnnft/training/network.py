@@ -22,6 +22,7 @@ from cnnft.machine.devices import place
 from cnnft.models.backbones import Backbone, open_backbone
 from cnnft.models.freezing import freeze, trained_parameters
 from cnnft.models.heads import add_dropout, initialise, replace_by_mlp
+from cnnft.models.surgery.stagehead import head_stages
 from cnnft.models.weights import backbone_hash
 from cnnft.probe.probe import Fitting, Probed, install, probe
 from cnnft.training.batchsize import largest_batch
@@ -153,6 +154,7 @@ def make_classifier(
         identity=backbone.identity,
         head=head,
         head_kind=config.network.head,
+        stages=head_stages(network),
         weights_source=weights.source if weights else None,
         missing=weights.missing if weights else (),
         pretrained_hash=backbone_hash(network, head),

@@ -90,7 +90,8 @@ def _try_cuts(
     once = len(set(called)) == len(called)  # else what comes before may be called again
     for cut in (Cut(first, frozenset()), *([Cut(first, before)] if once else [])):
         try:
-            found = cut.tail(network)(cut.activations(network, pixels))
+            # In another order: what a module has kept of its last images would not go unnoticed.
+            found = cut.tail(network)(cut.activations(network, pixels).flip(0)).flip(0)
         except Exception:  # it does something else in between, which this cannot leave out
             continue
         if same_output(found, expected):

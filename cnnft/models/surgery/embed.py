@@ -63,10 +63,13 @@ def find_embedding(network: nn.Module, head: frozenset[str], size: int) -> Embed
 
 
 def pooled(features: Tensor) -> Tensor:
-    """Maps (B, D, H, W) and tokens (B, N, D) averaged: (B, D)."""
+    """Maps (B, D, H, W), tokens (B, N, D) and square maps (B, H, W, D) averaged: (B, D)."""
     if features.ndim <= 2:
         return features
-    return features.mean(dim=(2, 3) if features.ndim == 4 else 1)
+    if features.ndim == 3:
+        return features.mean(dim=1)
+    channels_last = features.shape[1] == features.shape[2] != features.shape[3]
+    return features.mean(dim=(1, 2) if channels_last else (2, 3))
 
 
 @torch.no_grad()  # inference_mode would stay in what some networks cache of their weights

@@ -6,7 +6,6 @@ on an example, and what changes the example's logits is left as it is.
 """
 
 from collections.abc import Collection
-from contextlib import suppress
 
 import torch
 from timm.layers import BatchNormAct2d
@@ -15,13 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from cnnft.models.surgery.substitute import substituted
-from cnnft.models.surgery.trace import Call, example, trace
+from cnnft.models.surgery.trace import Call, example, small_first, trace
 
 _TOLERANCE = 1e-4
 """Of the largest logit."""
-_SIDE = 64
-"""Pixels of the example: layers follow each other alike at any size, and whoever predicts a single
-image is not to wait longer for this than for the image."""
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
@@ -44,10 +40,8 @@ def folds(network: nn.Module, size: int, changing: Collection[str] = ()) -> dict
     trained = {name.rpartition(".")[0] for name in changing}
     if not any(_is_norm(m) for path, m in network.named_modules() if path not in trained):
         return {}
-    if size > _SIDE:
-        with suppress(Exception):  # whatever a network says that is built for one size
-            return _folds(network, trained, example(network, _SIDE))
-    return _folds(network, trained, example(network, size))
+    # Layers follow each other alike at any size.
+    return small_first(size, lambda side: _folds(network, trained, example(network, side)))
 
 
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU's would hide what is compared
@@ -56,8 +50,9 @@ def _folds(network: nn.Module, trained: set[str], pixels: Tensor) -> dict[str, n
     pairs, expected = _watch(network, pixels)
     modules: dict[str, nn.Module] = {}
     for layer, norm in pairs:
-        if not trained & {layer, norm}:
-            first, second = network.get_submodule(layer), network.get_submodule(norm)
+        first, second = network.get_submodule(layer), network.get_submodule(norm)
+        hooked = first._forward_hooks or second._forward_hooks  # their own outputs are wanted too
+        if not hooked and not trained & {layer, norm}:
             modules |= {layer: _fuse(first, second), norm: _what_remains(second)}
     if not modules or not isinstance(expected, Tensor) or not expected.any():
         return {}
