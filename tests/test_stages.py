@@ -385,6 +385,15 @@ def test_a_run_that_was_stopped_goes_on(cnnft: Cli, run: Path, tmp_path: Path) -
     assert load(tmp_path / "copied", device="cpu").stages == ("layer3",)
 
 
+def test_two_runs_that_differ_in_it_say_so(
+    cnnft: Cli, run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cnnft.training.plan.open_network", open_network)
+    plain = finetune(data, backbone="builtin", runs_dir=tmp_path, **SETTINGS).path
+    outcome = cnnft("diff", run, plain)
+    assert outcome.code == 0 and "head on stages" in outcome.out and "layer3" in outcome.out
+
+
 def test_another_library_does_not_take_it_for_its_own(run: Path) -> None:
     """It has no place for such a head, and would be silent about a random one."""
     with pytest.raises(RuntimeError, match=r"fc\.weight"):

@@ -178,6 +178,7 @@ def _network(run: Run) -> dict[str, Any]:
         "model_args": identity.model_args,
         "classes": described.classes,
         "head": described.head_kind,
+        "head on stages": described.stages,
         "backbone": identity.name,
         "backbone sha256": described.pretrained_hash,
         "weights": described.weights_source,
