@@ -243,6 +243,24 @@ def test_the_features_of_a_probe_are_cached(flat, tmp_path, monkeypatch, cache):
     assert sum(seen) == 16
 
 
+def test_batchnorm_is_folded_where_features_are_computed(flat, tmp_path, monkeypatch):
+    """For a probe too, where all layers are about to train."""
+    compute, left = FeatureExtractor.__call__, []
+
+    def counting(extractor, pixels):
+        norms = [m for m in extractor.network.modules() if isinstance(m, nn.BatchNorm2d)]
+        left.append(len(norms))
+        return compute(extractor, pixels)
+
+    monkeypatch.setattr(FeatureExtractor, "__call__", counting)
+    plan = prepare(settings(flat, tmp_path, "probed", mode="finetune", feature_views=None))
+    assert left and not any(left)
+    assert any(isinstance(m, nn.BatchNorm2d) for m in plan.classifier.network.modules())
+    left.clear()
+    finish(settings(flat, tmp_path, "frozen", epochs=1))
+    assert left and not any(left)
+
+
 # ---------------------------------------------------------------- the key of a feature
 
 

@@ -8,7 +8,7 @@ another order.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
@@ -31,7 +31,6 @@ from cnnft.machine import distributed
 from cnnft.machine.devices import float32_at_least
 from cnnft.machine.files import to_safetensors, write_whole
 from cnnft.machine.memory import available
-from cnnft.models.freezing import changing
 from cnnft.models.identity import Identity
 from cnnft.models.surgery.cut import Cut
 from cnnft.models.surgery.embed import pooled
@@ -44,7 +43,7 @@ MEMORY_SHARE = 0.3
 SAVE_EVERY = 60.0
 """Seconds after which new features are written to the disk, so that an interruption loses few."""
 
-_FORMAT = 3
+_FORMAT = 4
 _NAME_BYTES = 16  # of the hash that names a view
 _SHARD_BYTES = 10**8  # about
 
@@ -66,9 +65,12 @@ class FeatureExtractor:
     """(batch size, threads), for what magnifies last digits, such as a probe: features computed
     with others are not read."""
 
-    def folded(self, size: int) -> "FeatureExtractor":
-        """The same with BatchNorm folded into convolutions, for images of size × size pixels."""
-        return replace(self, network=folded(self.network, size, changing(self.network)))
+    def folded(self, size: int, after: Collection[str]) -> "FeatureExtractor":
+        """The same with BatchNorm folded into convolutions, for images of size × size pixels.
+
+        `after`: names of tensors after the cut: a layer before it must not do for one of those.
+        """
+        return replace(self, network=folded(self.network, size, after))
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> features (B, ...), float32 or more, on the CPU.

@@ -115,7 +115,7 @@ def _features(
     )
     about = f"{len(samples)} of {fitting.about} (probe)"
     views = evaluation_view_set(samples, spec, images, loading, about)
-    features = Features(extractor.folded(spec.size), views, fitting.on_disk)
+    features = Features(extractor.folded(spec.size, backbone.head), views, fitting.on_disk)
     for _ in features.compute():
         pass
     return features.values

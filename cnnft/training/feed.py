@@ -34,6 +34,7 @@ from cnnft.data.sampler import Key
 from cnnft.data.transforms import EvaluationViews
 from cnnft.inference.predict import Ensemble
 from cnnft.machine import distributed
+from cnnft.models.freezing import changing
 from cnnft.models.surgery.cut import Cut, find_cut
 from cnnft.training.plan import Plan
 
@@ -134,7 +135,7 @@ class Feed:
             return None
         extractor = FeatureExtractor(
             classifier.network, cut, classifier.identity, classifier.pretrained_hash
-        ).folded(size)
+        ).folded(size, changing(classifier.network))
         count = views * len(plan.train) + len(plan.val)
         if distributed.any_rank(not fits(extractor, size, count))[0]:
             _log.warning(
