@@ -11,6 +11,9 @@ from cnnft.machine import distributed, interruption, limits
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells have it."""
+_OBJECTS = 10_000
+"""After which garbage is collected; importing torch makes a million, and with Python's 700 they are
+searched again and again (docs/speed.md)."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,6 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")  # file names may be any bytes
     limits.raise_open_files()
     limits.compute_in_one_thread_where_few_are_allowed()
+    gc.set_threshold(_OBJECTS)
     atexit.register(gc.freeze)  # else all that torch is made of is collected first, for a second
     with (
         console.speaking(sys.argv[1:] if arguments is None else arguments),
