@@ -460,7 +460,7 @@ RUNS: dict[str, tuple[Damage, tuple[str, ...]]] = {
         ("does not fit",),
     ),
     "a newer format": (
-        lambda r: describe_anew(r, lambda d: d["cnnft"].update(format=2, version="9.0")),
+        lambda r: describe_anew(r, lambda d: d["cnnft"].update(format=99, version="9.0")),
         ("cnnft 9.0", "update cnnft"),
     ),
     "a description without end": (

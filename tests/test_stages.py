@@ -217,7 +217,7 @@ def computed(backbone: Backbone, samples: Samples, mirrored: bool = False) -> Fe
     views = evaluation_view_set(
         samples, spec, ImageFiles(samples.paths, crop=spec), Loading(8, 0), "images", mirrored
     )
-    return Features(extractor.folded(spec.size), views, on_disk=True)
+    return Features(extractor.folded(spec.size, backbone.head), views, on_disk=True)
 
 
 def test_features_of_stages_and_of_mirror_images_are_cached(flat: Path) -> None:
