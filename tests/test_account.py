@@ -473,7 +473,7 @@ def test_hidden_classes_train_and_are_evaluated(cnnft: Cli, train: Cli, flat: Pa
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--mode=feature-extractor", "--class-weights=balanced"),
+        ("--mode=feature-extractor", "--head-solver=sgd", "--class-weights=balanced"),
         ("--mode=auto", "--sampling=balanced"),
         ("--mode=finetune", "--class-weights=balanced", "--focal=2", "--label-smoothing=0.1"),
     ],

@@ -17,7 +17,8 @@ Cli = Callable[..., Outcome]
 def train(cnnft: Cli, tmp_path: Path) -> Cli:
     def run(data: Path, *arguments: object) -> Outcome:
         return cnnft(
-            "finetune", data, "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+            "finetune", data, "--backbone=builtin", "--mode=feature-extractor",
+            "--head-solver=sgd", "--epochs=1",
             "--workers=0", "--device=cpu", "--image-size=32", "--runs-dir", tmp_path / "runs",
             "--name=run", *arguments,
         )  # fmt: skip
@@ -95,7 +96,13 @@ def test_layouts_that_are_not_there(
 @pytest.mark.parametrize(
     ("flags", "lines"),
     [
-        (("--mode=feature-extractor",), ["head new, default initialisation"]),
+        (
+            (
+                "--mode=feature-extractor",
+                "--head-solver=sgd",
+            ),
+            ["head new, default initialisation"],
+        ),
         (("--mode=finetune",), ["head linear probe, cross-validated train accuracy"]),
         (
             ("--mode=finetune", "--focal=2", "--label-smoothing=0.1"),

@@ -244,7 +244,13 @@ def test_a_runs_split_ignores_names_and_training_seed_but_not_split_seed(
         shutil.copy(path, renamed / path.parent.name / f"copy{9 - int(path.stem)}.png")
 
     def train(name: str, *arguments: object) -> dict[str, Counter[str]]:
-        common = ["--backbone=builtin", "--mode=feature-extractor", "--epochs=1", "--workers=0"]
+        common = [
+            "--backbone=builtin",
+            "--mode=feature-extractor",
+            "--head-solver=sgd",
+            "--epochs=1",
+            "--workers=0",
+        ]
         place = ["--runs-dir", tmp_path / "runs", "--name", name]
         assert cnnft("finetune", *arguments, *common, *place).code == 0
         return split_of(tmp_path / "runs" / name)

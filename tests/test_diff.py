@@ -37,7 +37,13 @@ def noisy(data: Path, runs: Path, **settings: Any) -> Path:
     """A run that is wrong about some images, from random weights if nothing else is asked for."""
     random = {"backbone": "test_resnet", "pretrained": False}
     return finetune(
-        data, mode="feature-extractor", epochs=2, workers=0, runs_dir=runs, **random | settings
+        data,
+        mode="feature-extractor",
+        head_solver="sgd",
+        epochs=2,
+        workers=0,
+        runs_dir=runs,
+        **random | settings,
     ).path
 
 
@@ -111,7 +117,8 @@ def test_a_run_does_not_differ_from_itself(cnnft: Cli, diff, trained: Path) -> N
 def test_the_same_images_elsewhere_are_no_difference(diff, trained: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(trained.parents[1] / "data", tmp_path / "moved")
     again = finetune(
-        moved, backbone="builtin", mode="feature-extractor", epochs=2, workers=0, head_lr=0.5,
+        moved, backbone="builtin", mode="feature-extractor",
+        epochs=2, workers=0, head_lr=0.5,
         runs_dir=tmp_path, name="again",
     ).path  # fmt: skip
     found = diff(trained, again)

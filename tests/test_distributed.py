@@ -30,9 +30,14 @@ COMMON = {
 CASES = {
     "odd batches, the last of two": {"batch_size": 7, "probe_first": False},
     "accumulation": {"batch_size": 8, "micro_batch": 2, "probe_first": False},
-    "shares of none": {"batch_size": 3, "mode": "feature-extractor"},
+    "shares of none": {"batch_size": 3, "mode": "feature-extractor", "head_solver": "sgd"},
     "probe": {"batch_size": 8, "normalize": "dataset"},
-    "balanced": {"batch_size": 7, "mode": "feature-extractor", "sampling": "balanced"},
+    "balanced": {
+        "batch_size": 7,
+        "mode": "feature-extractor",
+        "head_solver": "sgd",
+        "sampling": "balanced",
+    },
 }
 TRAINED_STATISTICS = {"batch_size": 8, "batchnorm": "train", "probe_first": False}
 TOLERANCE = 1e-5
@@ -99,7 +104,7 @@ main(last)
 
 SMALL = (
     "--backbone=builtin", "--epochs=1", "--device=cpu", "--image-size=64", "--force",
-    "--mode=feature-extractor",
+    "--mode=feature-extractor", "--head-solver=sgd",
 )  # fmt: skip
 
 

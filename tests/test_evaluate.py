@@ -49,7 +49,8 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("six")
     data = draw_folder(folder / "data", SIX, 3)
     return finetune(
-        data, backbone="test_resnet", pretrained=False, mode="feature-extractor", epochs=1, seed=1,
+        data, backbone="test_resnet", pretrained=False, mode="feature-extractor",
+        head_solver="sgd", epochs=1, seed=1,
         workers=0, runs_dir=folder, name="run",
     ).path  # fmt: skip
 

@@ -39,7 +39,8 @@ def train(cnnft: Cli, tmp_path: Path) -> Finetune:
 
     def run(*arguments: object) -> Outcome:
         return cnnft(
-            "finetune", "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+            "finetune", "--backbone=builtin", "--mode=feature-extractor",
+            "--head-solver=sgd", "--epochs=1",
             "--workers=0", "--runs-dir", tmp_path / "runs", *arguments,
         )  # fmt: skip
 
@@ -237,7 +238,8 @@ def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
     data = draw_folder(folder / "data", ("ants", "bees", "wasps"), 12)
     return finetune(
-        data, backbone="builtin", mode="feature-extractor", epochs=6, workers=0, val_fraction=0.4,
+        data, backbone="builtin", mode="feature-extractor",
+        head_solver="sgd", epochs=6, workers=0, val_fraction=0.4,
         head_lr=40.0, batch_size=4, momentum=0.0, schedule="step", runs_dir=folder, seed=3,
     ).path  # fmt: skip
 
@@ -356,7 +358,7 @@ def pretrained(flat: Path, **settings: Any) -> dict[str, torch.Tensor]:
 
 
 def test_feature_extractor_changes_the_head_and_nothing_else(trained: Path) -> None:
-    before = pretrained(trained.parents[1] / "data", mode="feature-extractor")
+    before = pretrained(trained.parents[1] / "data", mode="feature-extractor", head_solver="sgd")
     after, head = weights(trained), head_of(trained)
     assert head == {"fc.weight", "fc.bias"}
     assert any("running_var" in name for name in after)
@@ -464,7 +466,8 @@ def test_a_run_is_named_after_the_folder_that_a_dot_means(
 ) -> None:
     monkeypatch.chdir(flat / "ants")
     outcome = cnnft(
-        "finetune", "..", "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+        "finetune", "..", "--backbone=builtin", "--mode=feature-extractor",
+        "--head-solver=sgd", "--epochs=1",
         "--workers=0", "--runs-dir", tmp_path / "runs",
     )  # fmt: skip
     assert succeed(outcome).name == "flat-builtin"

@@ -22,7 +22,8 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d  (.*)")
 def train(cnnft: Cli, flat: Path, tmp_path: Path) -> Callable[..., Outcome]:
     def run(*arguments: object) -> Outcome:
         return cnnft(
-            "finetune", flat, "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+            "finetune", flat, "--backbone=builtin", "--mode=feature-extractor",
+            "--head-solver=sgd", "--epochs=1",
             "--workers=0", "--device=cpu", "--runs-dir", tmp_path, "--name=x", *arguments,
         )  # fmt: skip
 

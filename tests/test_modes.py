@@ -244,7 +244,8 @@ def test_cross_validation_is_honest():
     labels = torch.randint(0, 3, (300,), generator=torch.Generator().manual_seed(1))
     found = solve(values[None], labels, 3, torch.arange(300) % 5)
     assert abs(found.accuracy - 1 / 3) < 0.1
-    assert (found.linear(values).argmax(dim=1) == labels).float().mean() > 0.4
+    weak = fit(values[None], labels, 3, 1e-3)
+    assert (weak(values).argmax(dim=1) == labels).float().mean() > 0.6
 
 
 def test_the_probe_is_the_head_before_the_first_step(flat: Path, tmp_path: Path):
@@ -263,12 +264,12 @@ def test_the_probe_is_the_head_before_the_first_step(flat: Path, tmp_path: Path)
 
 def test_no_probe_where_it_makes_no_sense(flat: Path):
     for settings_ in (
-        {"mode": "feature-extractor"},
+        {"mode": "feature-extractor", "head_solver": "sgd"},
         {"pretrained": False},
         {"head": "mlp"},
         {"probe_first": False},
         {"head_init": "zeros"},
-        {"train_stages": 0},
+        {"train_stages": 0, "head_lr": 0.1},
     ):
         plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu", **settings_))
         assert plan.head_from == "new" and plan.advice is None, settings_
@@ -298,17 +299,20 @@ def test_learned_is_measured_from_chance():
     assert Advice(10, 0.625, 0.25).learned == pytest.approx(0.5)
 
 
-def test_auto_is_the_mode_that_it_chose_to_the_bit(flat: Path, tmp_path: Path):
+def test_auto_is_the_mode_that_it_chose_to_the_bit(separated: Path, tmp_path: Path):
     common = {
         "backbone": "builtin", "epochs": 1, "workers": 0, "device": "cpu", "runs_dir": tmp_path,
     }  # fmt: skip
     runs = []
     for settings_ in ({"mode": "auto", "name": "auto"}, {"mode": "feature-extractor"}):
-        plan = prepare(Config.of(flat, **common, **settings_))
+        plan = prepare(Config.of(separated, **common, **settings_))
         assert plan.config.freezing.mode == "feature-extractor"
         for event in run_plan(plan):
             runs.append(event)
-    states = [load_file(tmp_path / name / "model.safetensors") for name in ("auto", "flat-builtin")]
+    states = [
+        load_file(tmp_path / name / "model.safetensors")
+        for name in ("auto", f"{separated.name}-builtin")
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -420,6 +424,7 @@ def test_backbones_train_on_images(name, mode, tmp_path: Path):
         Config.of(
             data, backbone=name, pretrained=False, mode=mode, epochs=1, batch_size=3, workers=0,
             image_size=224 if fixed else size, runs_dir=tmp_path / "runs", device="cpu",
+            head_solver="sgd" if mode == "feature-extractor" else "auto",
         )
     )  # fmt: skip
     network, head = plan.classifier.network, plan.classifier.head

@@ -45,7 +45,8 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
             for n in range(2):
                 draw(folder / "data" / name / f"{n}.png", label, n, (16, 16))
     run = finetune(
-        folder / "data", backbone="builtin", mode="feature-extractor", epochs=1, workers=0,
+        folder / "data", backbone="builtin", mode="feature-extractor",
+        head_solver="sgd", epochs=1, workers=0,
         image_size=32, probe_first=False, runs_dir=folder / "runs", name="named",
     )  # fmt: skip
     return folder / "data", run

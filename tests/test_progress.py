@@ -25,7 +25,13 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_finetune_draws_steps_and_validation(
     cnnft: Cli, terminal: io.StringIO, flat: Path, tmp_path: Path
 ) -> None:
-    arguments = ("--backbone=builtin", "--mode=feature-extractor", "--epochs=2", "--workers=0")
+    arguments = (
+        "--backbone=builtin",
+        "--mode=feature-extractor",
+        "--head-solver=sgd",
+        "--epochs=2",
+        "--workers=0",
+    )
     assert cnnft("finetune", flat, "--runs-dir", tmp_path, *arguments).code == 0
     shown = terminal.getvalue()
     for task in ("checking the images", "training", "validating"):

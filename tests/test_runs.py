@@ -65,7 +65,7 @@ def test_every_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     run.save_history(history, steps_per_epoch=7)
     assert run.history() == history
     val = Score(n=8, correct=6, macro_recall=0.7, loss=1 / 3)
-    for evidence in Evidence:
+    for evidence in reversed(Evidence):
         metrics = Metrics("best epoch 1", 1, TrainScore(16, 1 / 3, 0.75), val, evidence)
         run.save_metrics(metrics)
         assert run.metrics() == metrics

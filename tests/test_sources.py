@@ -84,7 +84,8 @@ def test_a_class_may_be_called_like_a_split(tmp_path: Path, name: str) -> None:
 def test_a_class_called_train_trains_and_predicts(cnnft: Cli, tmp_path: Path) -> None:
     folder = draw_folder(tmp_path / "vehicles", ("car", "train", "val"), 4)
     outcome = cnnft(
-        "finetune", folder, "--backbone=builtin", "--mode=feature-extractor", "--epochs=1",
+        "finetune", folder, "--backbone=builtin", "--mode=feature-extractor",
+        "--head-solver=sgd", "--epochs=1",
         "--workers=0", "--runs-dir", tmp_path / "runs",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err

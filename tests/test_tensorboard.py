@@ -44,7 +44,8 @@ def history(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_reads_the_history(cnnft: Cli, flat: Path, tmp_path: Path) -> None:
     outcome = cnnft(
-        "finetune", flat, "--backbone=builtin", "--mode=feature-extractor", "--epochs=3",
+        "finetune", flat, "--backbone=builtin", "--mode=feature-extractor",
+        "--head-solver=sgd", "--epochs=3",
         "--workers=0", "--tensorboard", "--runs-dir", tmp_path / "runs",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
@@ -58,7 +59,8 @@ def test_an_epoch_that_is_done_again_is_told_once(
 ) -> None:
     """Killed between the second epoch's events and its checkpoint; the last event may be torn."""
     config = Config.of(
-        flat, backbone="builtin", mode="feature-extractor", epochs=3, batch_size=4, workers=0,
+        flat, backbone="builtin", mode="feature-extractor",
+        head_solver="sgd", epochs=3, batch_size=4, workers=0,
         device="cpu", tensorboard=True, runs_dir=tmp_path / "runs", name="run",
     )  # fmt: skip
     save, calls = Run.save_checkpoint, []
@@ -94,7 +96,8 @@ def test_without_the_package_the_extra_is_named_before_any_data_is_read(
 
 def test_a_folder_that_cannot_be_written_is_named(cnnft: Cli, flat: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    config = Config.of(flat, backbone="builtin", mode="feature-extractor", epochs=1, workers=0,
+    config = Config.of(flat, backbone="builtin", mode="feature-extractor",
+    head_solver="sgd", epochs=1, workers=0,
                     tensorboard=True, runs_dir=tmp_path, name="run")  # fmt: skip
     training = run_plan(prepare(config))
     next(training)

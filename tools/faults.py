@@ -190,10 +190,8 @@ FAULTS = {
 # ---------------------------------------------------------------- several at once
 
 
-KINDS = (
-    ("--mode=feature-extractor",), ("--no-probe-first",), ("--mode=feature-extractor",),
-    ("--no-probe-first",),
-)  # fmt: skip
+_FROZEN = ("--mode=feature-extractor", "--head-solver=sgd")
+KINDS = (_FROZEN, ("--no-probe-first",)) * 2
 """Of four commands at once: two that read features, two that read pixels."""
 
 

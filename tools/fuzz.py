@@ -406,7 +406,8 @@ def make_targets(folder: Path) -> dict[str, Target]:
             _picture(seed=10 * label + n).save(data / "ab"[label] / f"{n}.png")
     name = f"local-dir:{backbone}"
     run = finetune(
-        data, backbone=name, mode="feature-extractor", epochs=1, workers=0, device="cpu",
+        data, backbone=name, mode="feature-extractor",
+        head_solver="sgd", epochs=1, workers=0, device="cpu",
         runs_dir=folder / "runs", name="run",
     )  # fmt: skip
     image = data / "a" / "0.png"

@@ -180,8 +180,9 @@ def training(bench: Bench) -> str:
     """The first steps have the losses that they have on the CPU, frozen and fine-tuned."""
     texts = []
     for mode in ("finetune", "feature-extractor"):
+        solver = "auto" if mode == "finetune" else "sgd"
         on = [
-            bench.losses(5, mode=mode, name=f"{mode}-{i}", device=device)
+            bench.losses(5, mode=mode, head_solver=solver, name=f"{mode}-{i}", device=device)
             for i, device in enumerate(("cpu", bench.device))
         ]
         worst = max(abs(a - b) for a, b in zip(*on, strict=True))

@@ -71,10 +71,11 @@ MATRIX: dict[str, Row] = {
     "two workers": Row(("--workers=2",)),
     "two processes": Row(("--workers=0",), processes=2),
     "two processes, a worker each": Row(
-        ("--workers=1", "--mode=feature-extractor"), processes=2
+        ("--workers=1", "--mode=feature-extractor", "--head-solver=sgd"), processes=2
     ),
-    "feature-extractor": alone("--mode=feature-extractor"),
-    "feature-extractor, pixels": alone("--mode=feature-extractor", "--mixup=0.2", "--cutmix=1"),
+    "feature-extractor": alone("--mode=feature-extractor", "--head-solver=sgd"),
+    "feature-extractor, pixels": alone("--mode=feature-extractor",
+    "--head-solver=sgd", "--mixup=0.2", "--cutmix=1"),
     "bn-only": alone("--mode=bn-only"),
     "mode auto": alone("--mode=auto"),
     "stages, from scratch": alone("--no-pretrained", "--head=mlp"),
@@ -96,7 +97,8 @@ MATRIX: dict[str, Row] = {
     "distillation": alone("--teacher={model}"),
     "replacing a run (--force)": alone("--force"),
     "feature cache being written": Row(
-        ("--workers=0", "--mode=feature-extractor", "--cache=disk"), aim="caching", large=True
+        ("--workers=0", "--mode=feature-extractor",
+        "--head-solver=sgd", "--cache=disk"), aim="caching", large=True
     ),
     "pixel cache being written": Row(
         ("--workers=0", "--cache=disk", "--no-probe-first", "--epochs=2"),
@@ -119,7 +121,9 @@ class Subjects:
         self.data = draw_data(folder / "data")
         self.large = draw_data(folder / "large", size=(500, 400))
         self.model = self._train(folder / "models", "model")
-        self.frozen = self._train(folder / "models", "frozen", "--mode=feature-extractor")
+        self.frozen = self._train(
+            folder / "models", "frozen", "--mode=feature-extractor", "--head-solver=sgd"
+        )
 
     def _train(self, runs: Path, name: str, *more: str) -> Path:
         arguments = [*COMMON, "--workers=0", *more, f"--name={name}", f"--runs-dir={runs}"]

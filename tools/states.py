@@ -57,7 +57,7 @@ from tools.tally import DOCUMENT, Tally, table
 
 KINDS = {
     "finetune": ("--cache=off",),
-    "feature-extractor": ("--mode=feature-extractor", "--cache=disk"),
+    "feature-extractor": ("--mode=feature-extractor", "--head-solver=sgd", "--cache=disk"),
     "snapshots, pixels on disk": (
         "--no-probe-first", "--cache=disk", "--schedule=cosine-restarts", "--snapshots=2",
     ),

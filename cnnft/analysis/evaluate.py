@@ -43,6 +43,8 @@ class Evaluation:
     """Of the evaluated images: see `Samples`."""
     selected_on: int = 0
     """Of the evaluated images, those on which training chose its best epoch."""
+    out_of_fold: bool = False
+    """Whether the images were trained on, and each was predicted by a model of the other folds."""
     skipped: tuple[Skipped, ...] = ()
     unrecognised: int = 0
     """Images of the model's training or validation that are not among those read, while most are:
@@ -82,11 +84,17 @@ class Seen:
     """They are left out: to score them would be a data leak."""
     selected_on: frozenset[str] = frozenset()
     """Training selected its best epoch on them; they are counted."""
+    out_of_fold: Predictions | None = None
+    """Of images that it was trained on."""
 
     @classmethod
     def by(cls, run: Run) -> "Seen":
-        splits = run.dataset().splits
-        return cls(frozenset(splits["train"].hashes), frozenset(splits["val"].hashes))
+        splits, predictions = run.dataset().splits, run.predictions()
+        return cls(
+            frozenset(splits["train"].hashes),
+            frozenset(splits["val"].hashes),
+            predictions if predictions and predictions.role == "out-of-fold" else None,
+        )
 
     def missing(self, samples: Samples) -> int:
         """How many contents that it has seen are not there, though most of their split are."""
@@ -104,6 +112,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on a dataset, read with the classifier's classes.
 
+    Where it was trained on all of them, and they were predicted out of fold, that is evaluated.
     `on_image` is called with the number of images to evaluate, once for each that was.
 
     Raises:
@@ -111,17 +120,31 @@ def evaluate(
     """
     samples = join(list(dataset.splits.values()))
     kept = samples.without(seen.trained_on)
-    _require_some(kept, samples, dataset)
-    predictions = predict(classifier, kept, inference, "test", lambda: on_image(len(kept)))
+    own = _out_of_fold(seen, samples) if not len(kept) else None
+    if own is not None:
+        kept, predictions = own.samples, own
+    else:
+        _require_some(kept, samples, dataset)
+        predictions = predict(classifier, kept, inference, "test", lambda: on_image(len(kept)))
     return replace(
         evaluation_of(predictions),
         left_out=len(samples) - len(kept),
         copies=len(kept) - len(kept.once()),
         contradictions=tuple(kept.contradictions()),
         selected_on=sum(digest in seen.selected_on for digest in kept.hashes),
+        out_of_fold=own is not None,
         skipped=dataset.skipped,
         unrecognised=seen.missing(samples),
     )
+
+
+def _out_of_fold(seen: Seen, samples: Samples) -> Predictions | None:
+    """Those that there are of these images; None: there are none."""
+    hashes, predictions = set(samples.hashes), seen.out_of_fold
+    rows = (
+        [i for i, h in enumerate(predictions.samples.hashes) if h in hashes] if predictions else []
+    )
+    return predictions.take(rows) if predictions and rows else None
 
 
 def evaluation_of(predictions: Predictions) -> Evaluation:

@@ -123,6 +123,11 @@ def _show(evaluation: "Evaluation") -> None:
             f"selected on val {evaluation.selected_on} of these images chose the model's best "
             "epoch, so the accuracy is optimistic"
         )
+    if evaluation.out_of_fold:
+        lines.append(
+            "out of fold     these images were trained on: each was predicted by a head that was "
+            "fitted on the other folds; the penalty was selected on these folds"
+        )
     console.result("\n".join(lines) + "\n")
     console.result(_class_table(evaluation))
     if len(evaluation.classes) <= _MOST_COLUMNS:
@@ -159,6 +164,7 @@ def _json(evaluation: "Evaluation") -> dict[str, Any]:
         "left_out": evaluation.left_out,
         "copies": evaluation.copies,
         "selected_on_val": evaluation.selected_on,
+        "out_of_fold": evaluation.out_of_fold,
         "classes": [dataclasses.asdict(row) for row in evaluation.classes],
         "confusion": evaluation.confusion,
         "skipped": skipped_json(evaluation.skipped),

@@ -148,9 +148,11 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
 def _show_end(plan: "Plan", finished: "Finished") -> None:
     metrics, val = finished.metrics, finished.metrics.val
     low, high = val.interval
-    chance = max(plan.val.counts()) / len(plan.val)
+    scored = plan.val if len(plan.val) else plan.train
+    chance = max(scored.counts()) / len(scored)
+    what = "val accuracy" if len(plan.val) else "accuracy"
     console.say(
-        f"\n{metrics.model}: val accuracy {val.accuracy:.1%} "
+        f"\n{metrics.model}: {what} {val.accuracy:.1%} "
         f"(95% interval {low:.1%} to {high:.1%}, n = {val.n}, {metrics.evidence}; "
         f"majority-class baseline {chance:.1%}), balanced accuracy {val.macro_recall:.1%}",
         style="bold",

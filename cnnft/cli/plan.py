@@ -8,6 +8,8 @@ from rich.table import Table
 from cnnft.cli import console
 from cnnft.cli.leftout import show_left_out, skipped_json
 from cnnft.cli.tables import table
+from cnnft.config.schema import FIELDS
+from cnnft.config.solving import about_steps, frozen
 from cnnft.errors import listed
 
 if TYPE_CHECKING:
@@ -21,32 +23,54 @@ _MOST_UNSCORED = 10
 
 def show_plan(plan: "Plan") -> None:
     splits = {"train": plan.train.counts_by_class(), "val": plan.val.counts_by_class()}
-    console.say(class_table(splits))
+    console.say(class_table({name: of for name, of in splits.items() if sum(of.values())}))
     console.say()
     _show_account(plan)
     if plan.advice is not None and plan.requested_mode == "auto":
         show_advice(plan.advice, console.say)
         console.say()
-    trained, frozen = plan.parameters
     spec = plan.classifier.input_spec
-    length = plan.length
     rows = {
         "backbone": [_backbone_line(plan)],
         "input": [f"{spec.size} × {spec.size} px, {spec.fit}, {spec.interpolation}"],
+    }
+    if plan.head_from == "solver":
+        rows["mode"] = [f"feature-extractor: {plan.parameters[1]:,} parameters frozen"]
+        rows["head"] = _solver_lines(plan.config)
+    else:
+        rows |= _training_rows(plan)
+    for name, lines in rows.items():
+        for i, line in enumerate(lines):
+            console.say(f"{'' if i else name:<16}{line}")
+    console.say()
+
+
+def _training_rows(plan: "Plan") -> dict[str, list[str]]:
+    trained, kept = plan.parameters
+    length = plan.length
+    return {
         "images": [_pixels_line(plan)],
         "augmentation": [_augmentation_line(plan)],
-        "mode": [f"{_mode_line(plan)}: {trained:,} parameters train, {frozen:,} frozen"],
+        "mode": [f"{_mode_line(plan)}: {trained:,} parameters train, {kept:,} frozen"],
         "head": _head_lines(plan),
         "learning rates": plan.rates.derivation.split("; "),
         "also": _extras(plan),
         "training": [
             f"{length.epochs} epochs of {length.steps_per_epoch} steps, "
-            f"{optimizer_words(plan.config)}, on {plan.device}, {plan.config.machine.precision}\n"
+            f"{optimizer_words(plan.config)}, on {plan.device}, {plan.config.machine.precision}"
         ],
     }
-    for name, lines in rows.items():
-        for i, line in enumerate(lines):
-            console.say(f"{'' if i else name:<16}{line}")
+
+
+def _solver_lines(config: "Config") -> list[str]:
+    weighted = ", classes weigh the same" if config.balanced else ""
+    lines = [
+        f"logistic regression on frozen features, penalty by {config.freezing.folds}-fold "
+        f"cross-validation{weighted}"
+    ]
+    if config.training.epochs != FIELDS["epochs"].default:
+        lines.append("it takes no epochs: --epochs changes nothing")
+    return lines
 
 
 def optimizer_words(config: "Config") -> str:
@@ -64,7 +88,10 @@ def _head_lines(plan: "Plan") -> list[str]:
     if plan.head_from == "checkpoint":
         return ["from the checkpoint"]
     if plan.head_from == "new":
-        return [f"new, {plan.config.network.head_init} initialisation"]
+        lines = [f"new, {plan.config.network.head_init} initialisation"]
+        if frozen(plan.config) and (flags := about_steps(plan.config)):
+            lines.append(f"trained by steps, which {listed(flags, 3)} is about")
+        return lines
     lines = ["linear probe"]
     if plan.advice is not None:
         lines[0] += f", cross-validated train accuracy {plan.advice.probe_accuracy:.1%}"
@@ -154,9 +181,10 @@ def _show_account(plan: "Plan") -> None:
     show_left_out(plan.dataset.skipped, data, "the run's skipped.csv lists all")
     for note in plan.dataset.notes:
         console.say(console.printable(note))
-    if unscored := plan.val.empty_classes():
+    if unscored := _unscored(plan):
+        where = "have no image in val" if len(plan.val) else "have a single image"
         console.warn(
-            f"{len(unscored)} class(es) have no image in val, so they are trained and have no "
+            f"{len(unscored)} class(es) {where}, so they are trained and have no "
             f"score: {console.printable(listed(unscored, _MOST_UNSCORED))}"
         )
     if pairs := plan.dataset.contradictions:
@@ -164,6 +192,14 @@ def _show_account(plan: "Plan") -> None:
             f"{len(pairs)} image(s) lie under two classes, such as {' = '.join(pairs[0])}: one of "
             "the labels is wrong (cnnft check lists them)"
         )
+
+
+def _unscored(plan: "Plan") -> list[str]:
+    """Classes that no score speaks of."""
+    if len(plan.val):
+        return plan.val.empty_classes()
+    counts = plan.train.once().counts_by_class()
+    return [name for name, count in counts.items() if count < 2]
 
 
 def _pixels_line(plan: "Plan") -> str:
@@ -212,7 +248,7 @@ def _backbone_line(plan: "Plan") -> str:
 
 
 def plan_json(plan: "Plan") -> dict[str, Any]:
-    trained, frozen = plan.parameters
+    trained, kept = plan.parameters
     return {
         "classes": {
             name: {"train": train, "val": val}
@@ -225,7 +261,7 @@ def plan_json(plan: "Plan") -> dict[str, Any]:
         "head": plan.head_from,
         "advice": None if plan.advice is None else advice_json(plan.advice),
         "backbone": plan.classifier.identity.name,
-        "parameters": {"trained": trained, "frozen": frozen},
+        "parameters": {"trained": trained, "frozen": kept},
         "learning_rates": {"backbone": plan.rates.backbone, "head": plan.rates.head},
         "steps_per_epoch": plan.batches.steps_per_epoch,
         "skipped": skipped_json(plan.dataset.skipped),

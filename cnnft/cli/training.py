@@ -40,8 +40,11 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     from cnnft.training.finetune import run_plan
     from cnnft.training.step import StepDone
 
-    macro = "   macro" if plan.config.balanced else ""
-    console.say(f" epoch   train loss     acc    val loss     acc{macro}      gap", style="bold")
+    if plan.head_from != "solver":
+        macro = "   macro" if plan.config.balanced else ""
+        console.say(
+            f" epoch   train loss     acc    val loss     acc{macro}      gap", style="bold"
+        )
     columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
     with interruption.deferred() as interrupted, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")

@@ -5,6 +5,8 @@ from typing import Literal
 Mode = Literal["finetune", "feature-extractor", "bn-only", "auto"]
 BatchNorm = Literal["auto", "train", "frozen"]
 Head = Literal["linear", "mlp"]
+HeadSolver = Literal["auto", "lbfgs", "sgd"]
+FeatureDepth = Literal["auto", "last", "stages"]
 HeadInit = Literal["default", "xavier", "kaiming", "zeros"]
 Fit = Literal["crop", "squash", "pad"]
 Augment = Literal["none", "basic", "standard", "strong", "trivial", "randaugment", "lecture"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cnnft.config.choices import BatchNorm, Head, HeadInit, Mode
+from cnnft.config.choices import BatchNorm, FeatureDepth, Head, HeadInit, HeadSolver, Mode
 from cnnft.config.options import Bounds, below, option
 from cnnft.config.panels import FREEZING, MAIN, MODEL, REGULARIZATION
 
@@ -82,6 +82,22 @@ class FreezingConfig:
         "Initialise the head by a linear probe of the frozen features (LP-FT).",
         panel=FREEZING,
         shown="if pretrained layers train",
+    )
+    head_solver: HeadSolver = option(
+        "auto",
+        "How a head on a frozen backbone is found. lbfgs: logistic regression, its penalty by "
+        "cross-validation on all images; sgd: trained by steps; auto: lbfgs unless another option "
+        "is about steps.",
+        panel=FREEZING,
+    )
+    folds: int = option(
+        5, "Folds of the cross-validation.", bounds=Bounds(2, 100), panel=FREEZING, metavar="K"
+    )
+    features: FeatureDepth = option(
+        "auto",
+        "What a solved head reads. last: what enters the network's own head; stages: the pooled "
+        "outputs of the last stages beside it; auto: the lower log-loss out of fold.",
+        panel=FREEZING,
     )
     batchnorm: BatchNorm = option(
         "auto",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cnnft.config.solving import about_steps, frozen
 from cnnft.config.texts import parse_interval, parse_statistics
 
 if TYPE_CHECKING:
@@ -22,7 +23,17 @@ def contradictions(config: "Config") -> Iterator[str]:
     parse_interval(config.run.checkpoint_every)
     if config.input.normalize not in ("pretrained", "dataset"):
         parse_statistics(config.input.normalize)
-    for rule in (_lengths, _freezing, _network, _images, _loss, _schedule, _averaging, _name):
+    for rule in (
+        _lengths,
+        _freezing,
+        _solving,
+        _network,
+        _images,
+        _loss,
+        _schedule,
+        _averaging,
+        _name,
+    ):
         yield from rule(config)
 
 
@@ -71,6 +82,20 @@ def _freezing(config: "Config") -> Iterator[str]:
             yield f"{flag} with --mode auto, which may have no use for it: name a mode"
     if freezing.feature_views is not None and config.augmentation.mixes:
         yield "--feature-views are cached, --mixup and --cutmix mix anew in every step: choose"
+
+
+def _solving(config: "Config") -> Iterator[str]:
+    freezing = config.freezing
+    if freezing.head_solver == "lbfgs":
+        if not frozen(config) and freezing.mode != "auto":
+            yield "--head-solver lbfgs is for a frozen backbone: add --mode feature-extractor"
+        if flags := about_steps(config):
+            yield (
+                f"--head-solver lbfgs takes no steps, which {' and '.join(flags)} is about: leave "
+                "one or the other out"
+            )
+    if freezing.head_solver == "sgd" and freezing.features == "stages":
+        yield "--features stages is for a solved head: leave out --head-solver sgd"
 
 
 def _network(config: "Config") -> Iterator[str]:

@@ -14,13 +14,16 @@ def train_and_val(
     """The same with two splits, which a model is trained and selected on; no content is in both.
 
     Where the source has a val split, its images that are in train too are left out of val (data
-    leaks); otherwise part of train is split off: the contents `val_hashes`, where they are known.
+    leaks); otherwise part of train is split off: the contents `val_hashes`, where they are known;
+    nothing with a `val_fraction` of 0.
 
     Raises:
         CnnftError: a class has no image in train that can be read, or nothing remains for val.
     """
     skipped = dataset.skipped
-    if dataset.val is None and val_hashes is not None:
+    if dataset.val is None and not val_fraction:
+        train, val = dataset.train, dataset.train.take(())
+    elif dataset.val is None and val_hashes is not None:
         train, val = split_by(dataset.train, val_hashes)
     elif dataset.val is None:
         train, val = split(dataset.train, val_fraction, seed)
@@ -35,7 +38,7 @@ def train_and_val(
                 f"{dataset.source}: class {name} has no image to train on that can be read; cnnft "
                 "check lists those that cannot"
             )
-    if not len(val):
+    if not len(val) and (val_fraction or dataset.val is not None):
         if dataset.val is None:
             raise CnnftError(
                 f"{dataset.source}: no class has two different images, so that none can be held "

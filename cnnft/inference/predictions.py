@@ -1,5 +1,6 @@
 """`Predictions`: the logits of labelled images, each named by its content."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,15 @@ class Predictions:
     def predicted(self) -> Tensor:
         """(N,): the class of the largest logit."""
         return self.logits.argmax(dim=1)
+
+    def take(self, rows: Sequence[int]) -> "Predictions":
+        """Of some of the images."""
+        return Predictions(
+            self.samples.take(rows),
+            self.logits[list(rows)],
+            self.role,
+            tuple(self.folds[row] for row in rows) if self.folds else (),
+        )
 
     def score(self) -> Score:
         return score(self.log_probs, self.labels)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from cnnft.data.sampler import keyed_seed
 from cnnft.probe.calibrate import Calibration, calibrate
 
-PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(2, -11, -1))
+PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(4, -11, -1))
 """From the strongest on, so that each fit starts near its end (a warm start)."""
 _PATIENCE = 3
 """Penalties that bring nothing before the search ends: the weakest take longest."""
@@ -49,9 +49,7 @@ class Trial:
 
     penalty: float
     logits: Tensor
-    """(N, C), out of fold."""
-    scored: Tensor
-    """(N,): not the images whose class the other folds lack, which tell nothing."""
+    """(n, C) of the images that are scored, out of fold."""
     accuracy: float
     calibration: Calibration
     """Of these logits: its log-loss chooses the penalty."""
@@ -62,8 +60,10 @@ class Solved:
     """A linear classifier of the penalty that cross-validation chose, fitted on all images."""
 
     linear: Linear
+    scored: Tensor
+    """(n,): rows of the images that are scored out of fold."""
     trials: tuple[Trial, ...]
-    """None where no class has images in two folds."""
+    """Empty where no image is scored."""
 
     @property
     def chosen(self) -> Trial | None:
@@ -90,11 +90,13 @@ def solve(
     images it is divided by how many times more they are.
     """
     few = _some(len(labels), _MOST)
+    scored = can_be_scored(labels[few], folds[few])
     trials = tuple(cross_validate(values[:, few], labels[few], classes, folds[few], class_weights))
     penalty = min(trials, key=lambda t: t.calibration.loss).penalty if trials else _WITHOUT_EVIDENCE
     many = _some(len(labels), _MOST_FITTED)
     penalty *= len(few) / len(many)
-    return Solved(fit(values[:, many], labels[many], classes, penalty, class_weights), trials)
+    linear = fit(values[:, many], labels[many], classes, penalty, class_weights)
+    return Solved(linear, few[scored], trials)
 
 
 class Path:
@@ -177,24 +179,32 @@ def cross_validate(
     (N,). A class that the other folds lack is given the probability of one image among theirs.
     Nothing is tried where no class has images in two folds.
     """
-    parts = [_Part(values, labels, folds == fold, class_weights) for fold in folds.unique()]
-    scored = torch.zeros(len(labels), dtype=torch.bool)
-    for part in parts:
-        scored |= part.held_out & torch.isin(labels, part.present)
+    scored = can_be_scored(labels, folds)
     if not scored.any():
         return
+    parts = [_Part(values, labels, folds == fold, class_weights) for fold in folds.unique()]
     best, waited = math.inf, 0
     for penalty in PENALTIES:
         logits = torch.empty(len(labels), classes, dtype=torch.float64)
         for part in parts:
             logits[part.held_out] = part.predict(penalty, classes)
-        right = (logits.argmax(dim=1) == labels)[scored]
-        calibration = calibrate(logits[scored], labels[scored])
-        yield Trial(penalty, logits, scored, float(right.double().mean()), calibration)
+        logits, true = logits[scored], labels[scored]
+        accuracy = float((logits.argmax(dim=1) == true).double().mean())
+        calibration = calibrate(logits, true)
+        yield Trial(penalty, logits, accuracy, calibration)
         waited = 0 if calibration.loss < best else waited + 1
         best = min(best, calibration.loss)
         if waited == _PATIENCE:
             return
+
+
+def can_be_scored(labels: Tensor, folds: Tensor) -> Tensor:
+    """(N,) bool: the images whose class the other folds have; of others nothing could be learnt."""
+    classes, places = labels.unique(return_inverse=True)
+    numbers, fold = folds.unique(return_inverse=True)
+    counts = torch.zeros(len(classes), len(numbers), dtype=torch.long)
+    counts.index_put_((places, fold), torch.ones_like(places), accumulate=True)
+    return (counts > 0).sum(dim=1)[places] > 1
 
 
 class _Part:

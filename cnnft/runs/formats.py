@@ -16,6 +16,7 @@ FORMATS = {
     "history.csv": 2,  # 1: its train_loss was the objective, smoothing and weights included
     "metrics.jsonl": 2,
     "metrics.json": 1,
+    "penalties.csv": 1,
     "predictions.csv": 1,
     "environment.json": 1,
     "data.csv": 2,  # 1: no group and weight

@@ -68,8 +68,44 @@ def history_from_jsonl(file: IO[bytes]) -> list[Epoch]:
 
 
 @dataclass(frozen=True)
+class Penalty:
+    """One row of penalties.csv: a penalty tried in the cross-validation of a solved head."""
+
+    features: str
+    """What the head reads: last or stages."""
+    penalty: float
+    """On the squared weights, beside the mean loss; of standardised features."""
+    n: int
+    """Images that were predicted out of fold."""
+    accuracy: float
+    loss: float
+    temperature: float
+    """With which the loss is lowest."""
+    calibrated_loss: float
+    """With it; this chooses the penalty."""
+    chosen: bool
+
+
+def penalties_to_csv(penalties: Sequence[Penalty]) -> bytes:
+    names = [field.name for field in fields(Penalty)]
+    return to_csv(names, [asdict(penalty).values() for penalty in penalties])
+
+
+def penalties_from_csv(file: IO[bytes]) -> list[Penalty]:
+    names = [field.name for field in fields(Penalty)]
+    found = []
+    for depth, penalty, n, *scores, chosen in select_columns(read_csv(file), names):
+        accuracy, loss, temperature, calibrated = map(float, scores)
+        numbers = int(n), accuracy, loss, temperature, calibrated
+        found.append(Penalty(depth, float(penalty), *numbers, chosen=chosen == "True"))
+    return found
+
+
+@dataclass(frozen=True)
 class TrainScore:
-    """Of the best epoch, on training images as they were drawn and augmented."""
+    """Of the best epoch, on training images as they were drawn and augmented; of a solved head, on
+    those as evaluation sees them.
+    """
 
     n: int
     loss: float

@@ -7,8 +7,9 @@
     snapshots/          with --snapshots the weights of each network of the snapshot ensemble
     history.csv         one row per epoch
     metrics.jsonl       the same for machines: one JSON object per epoch, with its step
+    penalties.csv       instead of a history: the cross-validation of a head that was solved
     metrics.json        the best epoch and its scores
-    predictions.csv     the logits of each validation image
+    predictions.csv     the logits of each validation image, or out of fold of each training image
     environment.json    versions and machine
     data.csv            every image used: split, class, file, SHA-256, group, weight
     skipped.csv         every file left out, and why
@@ -21,11 +22,10 @@ lines, and TensorBoard's files by events.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TypeVar
 
 import tomli_w
 from torch import nn
@@ -33,22 +33,21 @@ from torch import nn
 from cnnft.config.file import read_config_file
 from cnnft.config.schema import FIELDS, Config
 from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName
-from cnnft.errors import CnnftError, UsageError, first_line
+from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier, Description
 from cnnft.inference.description import describe, parse_description
 from cnnft.inference.predictions import Predictions
 from cnnft.inference.storage import SNAPSHOT, fill, read_tensors, snapshot_ensemble
 from cnnft.machine import distributed
-from cnnft.machine.files import parse_json, to_json, to_safetensors, write_whole
+from cnnft.machine.files import parse_json, to_json, to_safetensors
 from cnnft.runs import records
 from cnnft.runs.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from cnnft.runs.directory import CONFIG, STATE, WEIGHTS, forget_replaced, locked, new_directory
-from cnnft.runs.formats import FORMATS, formats_from_json, formats_to_json
+from cnnft.runs.files import RunFiles
+from cnnft.runs.formats import FORMATS, formats_to_json
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
-from cnnft.runs.records import Epoch, Metrics
+from cnnft.runs.records import Epoch, Evidence, Metrics, Penalty
 from cnnft.runs.weights import forget_scores, has_scores, save_weights, weights_hash
-
-T = TypeVar("T")
 
 FILES = ("formats.json", "config.json", WEIGHTS, *FORMATS)
 
@@ -57,10 +56,8 @@ _LAUNCH = f"{STATE}/launch"
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(RunFiles):
     """A directory that training writes and everything after it reads."""
-
-    path: Path
 
     @property
     def log(self) -> Path:
@@ -210,7 +207,8 @@ class Run:
         path = self.path / "data.csv"
         splits, metrics = self._read("data.csv", records.data_from_csv), self.metrics()
         # What is missing here would be evaluated on although it was trained on.
-        if [len(s) for s in splits.values()] != [metrics.train.n, metrics.val.n]:
+        val = 0 if metrics.evidence == Evidence.OUT_OF_FOLD else metrics.val.n
+        if [len(s) for s in splits.values()] != [metrics.train.n, val]:
             raise CnnftError(f"{path} is damaged: it does not list the images of the run")
         return Dataset(str(path), splits, self.skipped())
 
@@ -261,19 +259,30 @@ class Run:
         )
 
     def save_predictions(self, predictions: Predictions) -> None:
-        """What the saved classifier says of the images that it was selected on."""
+        """What the saved classifier says of the validation images; or, out of fold, what others
+        like it say of the training images.
+        """
         self._write("predictions.csv", predictions_to_csv(predictions))
 
     def predictions(self) -> Predictions | None:
         """None: the run was made before runs kept logits.
 
         Raises:
-            CnnftError: they are not those of all validation images of the run.
+            CnnftError: they are not those of all images that the run was scored on.
         """
         found = self._read_if_there("predictions.csv", predictions_from_csv)
-        if found and sorted(found.samples.hashes) != sorted(self.dataset().splits["val"].hashes):
+        if found is None:
+            return None
+        splits, hashes = self.dataset().splits, found.samples.hashes
+        if found.role == "out-of-fold":
+            whole = len(hashes) == self.metrics().val.n and set(hashes) <= set(
+                splits["train"].hashes
+            )
+        else:
+            whole = sorted(hashes) == sorted(splits["val"].hashes)
+        if not whole:
             path = self.path / "predictions.csv"
-            raise CnnftError(f"{path} is damaged: it does not list the validation images")
+            raise CnnftError(f"{path} is damaged: it does not list the images it was scored on")
         return found
 
     def save_environment(self, environment: dict[str, str]) -> None:
@@ -290,41 +299,15 @@ class Run:
     def history(self) -> list[Epoch]:
         return self._read("metrics.jsonl", records.history_from_jsonl)
 
+    def save_penalties(self, penalties: Sequence[Penalty]) -> None:
+        self._write("penalties.csv", records.penalties_to_csv(penalties))
+
+    def penalties(self) -> list[Penalty] | None:
+        """None: its head was trained by steps."""
+        return self._read_if_there("penalties.csv", records.penalties_from_csv)
+
     def save_metrics(self, metrics: Metrics) -> None:
         self._write("metrics.json", records.metrics_to_json(metrics))
 
     def metrics(self) -> Metrics:
         return self._read("metrics.json", records.metrics_from_json)
-
-    def _read_if_there(self, name: str, parse: Callable[[IO[bytes]], T]) -> T | None:
-        return self._read(name, parse) if (self.path / name).exists() else None
-
-    def _read(self, name: str, parse: Callable[[IO[bytes]], T]) -> T:
-        """Raises `CnnftError`: the file is not there, damaged, or of a newer format."""
-        self._require_known(name)
-        path = self.path / name
-        try:
-            with path.open("rb") as file:
-                return parse(file)
-        except OSError as error:
-            raise CnnftError(f"{path} cannot be read ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CnnftError(f"{path} is damaged ({first_line(error)})") from error
-
-    def _require_known(self, name: str) -> int:
-        """The version of a file's format, 1 where formats.json is absent.
-
-        Raises:
-            CnnftError: it is a newer one.
-        """
-        if name not in FORMATS or not (self.path / "formats.json").exists():
-            return 1
-        version, formats = self._read("formats.json", formats_from_json)
-        found = formats.get(name, 1)
-        if found > FORMATS[name]:
-            raise CnnftError(f"{self.path / name} was written by cnnft {version}: update cnnft")
-        return found
-
-    def _write(self, name: str, content: bytes) -> None:
-        if distributed.is_main:
-            write_whole(self.path / name, content)

@@ -28,7 +28,8 @@ class Stopped:
     """The last event where the caller stopped training: a resumed run goes on after this step."""
 
     run: Run
-    step: int
+    step: int | None
+    """None: a head that is solved is solved again."""
 
 
 Event = Started | CacheProgress | StepDone | Epoch | Finished | Stopped

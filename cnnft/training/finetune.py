@@ -1,4 +1,4 @@
-"""finetune: a plan -> train -> save. Reads top to bottom."""
+"""finetune: a plan -> train, or solve -> save. Reads top to bottom."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -17,6 +17,7 @@ from cnnft.training.feed import Feed
 from cnnft.training.plan import Plan, prepare
 from cnnft.training.session import DivergedError, Session
 from cnnft.training.settings import run_name
+from cnnft.training.solved import Solving
 from cnnft.training.state import NonFiniteLossError
 from cnnft.training.tensorboard import Board
 
@@ -29,7 +30,8 @@ _FILES_SHOWN = 3
 def run_plan(
     plan: Plan, run: Run | None = None, *, stop: Callable[[], bool] = lambda: False
 ) -> Iterator[Event]:
-    """Train as planned; yields at the start, after every step and validated epoch, at the end.
+    """Train as planned, or solve the head; yields at the start, after every step and validated
+    epoch, at the end.
 
     Before the first step it may yield `CacheProgress` images: decoded, for all epochs to read.
 
@@ -42,13 +44,17 @@ def run_plan(
         CnnftError: the loss is not finite; a file cannot be read any more, or none be written.
     """
     name = run_name(plan.config)
-    if run is None:  # before there is one
+    solves = plan.head_from == "solver"
+    if run is None and not solves:  # before there is one
         Feed(plan).require_room()
     with run.locked() if run else Run.create(plan.config, name) as run:
         run.save_config(plan.config)
         run.save_data(plan.train, plan.val, plan.dataset.skipped)
         run.save_environment(environment(plan.device))
         yield Started(run)
+        if solves:
+            yield from Solving(plan, run).events(stop)
+            return
         folder = run.tensorboard if plan.config.run.tensorboard and distributed.is_main else None
         with closing(Board(folder)) as board, _explained(plan):
             yield from Session(plan, run, board).events(stop)

@@ -1,5 +1,6 @@
 """The network of a plan: backbone, probe, head, and what of it trains."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import nn
 from cnnft.config.choices import Mode
 from cnnft.config.pixels import InputConfig
 from cnnft.config.schema import Config
+from cnnft.config.solving import solves_head
 from cnnft.config.texts import parse_statistics
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import Loading
@@ -18,15 +20,22 @@ from cnnft.data.statistics import channel_statistics
 from cnnft.data.transforms import InputSpec
 from cnnft.errors import UsageError
 from cnnft.inference.classifier import Classifier
+from cnnft.machine import distributed
 from cnnft.machine.devices import place
-from cnnft.models.backbones import Backbone, open_backbone
+from cnnft.models.backbones import Backbone, open_backbone, with_stages
 from cnnft.models.freezing import freeze, trained_parameters
 from cnnft.models.heads import add_dropout, initialise, replace_by_mlp
+from cnnft.models.surgery.embed import find_head
 from cnnft.models.surgery.stagehead import head_stages
 from cnnft.models.weights import backbone_hash
 from cnnft.probe.probe import Fitting, Probed, install, probe
 from cnnft.training.batchsize import largest_batch
 from cnnft.training.losses import balanced_weights
+
+MOST_SOLVED = 200_000
+"""Images: beyond, their features in float64 are too much for memory."""
+
+_log = logging.getLogger(__name__)
 
 
 def open_network(config: Config, classes: int, device: torch.device) -> Backbone:
@@ -54,6 +63,52 @@ def _freezing(config: Config) -> tuple[Mode, int | None]:
 def trains_auxiliary(config: Config) -> bool:
     """Auxiliary classifiers train with the layers below them, or not at all."""
     return config.freezing.mode == "finetune" and config.freezing.train_stages is None
+
+
+def settle_solver(config: Config, backbone: Backbone, images: int, *, begun: bool) -> Config:
+    """`head_solver` sgd where the head of a frozen backbone cannot be solved.
+
+    Raises:
+        UsageError: --head-solver lbfgs was given.
+    """
+    if not solves_head(config):
+        return config
+    if begun:  # by a cnnft that did not solve heads
+        return config.replace(head_solver="sgd")
+    size = backbone.input_spec.size
+    found = distributed.broadcast_from_main(
+        lambda: find_head(backbone.network, backbone.head, size)
+    )
+    if images > MOST_SOLVED:
+        reason = f"{images} images are more than the {MOST_SOLVED} that one is solved on"
+    elif found is None or not found.linear:
+        reason = "this backbone's classifier is no single linear layer"
+    else:
+        return config
+    if config.freezing.head_solver == "lbfgs":
+        raise UsageError(f"--head-solver lbfgs: {reason}")
+    _log.info("the head is trained by steps: %s", reason)
+    return config.replace(head_solver="sgd")
+
+
+def settle_features(config: Config, backbone: Backbone) -> tuple[Backbone, Backbone | None]:
+    """The backbone with the head that is asked for, and with the other that the solver may choose.
+
+    Raises:
+        UsageError: --features stages, and the backbone has none that can be read.
+    """
+    features = config.freezing.features
+    if not solves_head(config) or features == "last":
+        return backbone, None
+    staged = with_stages(backbone)
+    if features == "auto":
+        return backbone, staged
+    if staged is None:
+        raise UsageError(
+            f"--features stages: {config.network.backbone} has no stage whose output adds to what "
+            "enters its head: take --features last"
+        )
+    return staged, None
 
 
 def settle_input(
@@ -139,14 +194,9 @@ def settle_network(
 
 
 def make_classifier(
-    config: Config,
-    backbone: Backbone,
-    network: nn.Module,
-    head: frozenset[str],
-    classes: tuple[str, ...],
-    spec: InputSpec,
+    config: Config, backbone: Backbone, classes: tuple[str, ...], spec: InputSpec
 ) -> Classifier:
-    weights = backbone.weights
+    weights, network, head = backbone.weights, backbone.network, backbone.head
     return Classifier(
         network=network,
         classes=classes,

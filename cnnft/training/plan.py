@@ -1,9 +1,7 @@
 """`Plan`: what is settled before the first step: data, network, what trains, how fast."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -11,15 +9,13 @@ import torch
 
 from cnnft.config.choices import Mode
 from cnnft.config.schema import Config
+from cnnft.config.solving import solves_head
 from cnnft.data.augmentation import augmentation
-from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName
+from cnnft.data.dataset import Dataset, Samples
 from cnnft.data.folders import OnFiles
 from cnnft.data.loading import Loading, forward_batch, worker_count
-from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
-from cnnft.data.sources import open_source
-from cnnft.data.split import train_and_val
-from cnnft.errors import CnnftError, UsageError
+from cnnft.errors import UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.machine.devices import choose_device
 from cnnft.models.freezing import batchnorms, freezes_statistics, learning_statistics
@@ -34,13 +30,16 @@ from cnnft.training.network import (
     new_head,
     open_network,
     probe_network,
+    settle_features,
     settle_input,
     settle_network,
+    settle_solver,
     trains_auxiliary,
 )
 from cnnft.training.optim import LearningRates, Start, learning_rates
 from cnnft.training.schedules import Length
 from cnnft.training.settings import check_settings
+from cnnft.training.splits import read, split, warn_of_known
 
 _log = logging.getLogger(__name__)
 
@@ -53,13 +52,15 @@ class Plan:
     """Settled: no mode auto any more."""
     requested_mode: Mode
     dataset: Dataset
-    """With train and val."""
+    """With train and val, which is empty where a head is solved on all images."""
     classifier: Classifier
+    staged: Classifier | None
+    """The same with a head on the last stages too, where the solver may choose that one."""
     stages: tuple[tuple[str, ...], ...]
     weights: LoadedWeights | None
     advice: Advice | None
     """What a probe of the frozen features says of the data, where there was one."""
-    head_from: Literal["new", "probe", "checkpoint"]
+    head_from: Literal["new", "probe", "checkpoint", "solver"]
     checkpoint: Checkpoint | None
     """Where training goes on from; None: it begins."""
     teachers: tuple[Classifier, ...]
@@ -145,12 +146,17 @@ def prepare(
     device = choose_device(config.machine.device)
     requested, config = config.freezing.mode, check_settings(config, device)
     checkpoint = None if run is None else run.load_checkpoint()
-    dataset = _read(config, run, on_files)
-    train, val, classes = dataset.splits["train"], dataset.splits["val"], dataset.classes
+    before = None if run is None else run.images()
+    dataset = read(config, run, before, on_files)
+    classes = dataset.classes
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
-    _warn_of_known(config.loss.teacher, val)
     loading = _loading(config, device)
     backbone = open_network(config, len(classes), device)
+    config = settle_solver(config, backbone, len(dataset.samples), begun=checkpoint is not None)
+    backbone, other = settle_features(config, backbone)
+    dataset = split(config, dataset, run, before)
+    train, val = dataset.splits["train"], dataset.splits["val"]
+    warn_of_known(config.loss.teacher, val)
     spec = settle_input(config.input, backbone.input_spec, train, loading)
     probed = None if checkpoint else probe_network(config, backbone, spec, train, loading)
     advice = None if probed is None else advise_on(train, probed.solved.accuracy)
@@ -166,11 +172,14 @@ def prepare(
         config=config,
         requested_mode=requested,
         dataset=dataset,
-        classifier=make_classifier(config, backbone, network, head, classes, spec),
+        classifier=make_classifier(
+            config, replace(backbone, network=network, head=head), classes, spec
+        ),
+        staged=None if other is None else make_classifier(config, other, classes, spec),
         stages=backbone.stages,
         weights=backbone.weights,
         advice=advice,
-        head_from="checkpoint" if checkpoint else "probe" if fitted else "new",
+        head_from=_head_from(config, checkpoint, fitted),
         checkpoint=checkpoint,
         teachers=teachers,
         batches=_batches(config, train),
@@ -190,91 +199,14 @@ def _loading(config: Config, device: torch.device) -> Loading:
     )
 
 
-# ---------------------------------------------------------------- data
-
-
-def _read(config: Config, run: Run | None, on_files: OnFiles) -> Dataset:
-    """Training and validation images; no file of val is in train too."""
-    before = None if run is None else run.images()
-    if run is None or before is None:
-        return _read_splits(config, None, on_files)
-    with _going_on(run):
-        dataset = _read_splits(config, before, on_files)
-    run.require_same_data(dataset.splits["train"], dataset.splits["val"])
-    return dataset
-
-
-@contextmanager
-def _going_on(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except CnnftError as error:
-        if type(error) is not CnnftError:  # such as a flag, or a read that takes too long
-            raise
-        raise CnnftError(
-            f"{run.path} cannot go on: {error}; if its images are elsewhere now: cnnft finetune "
-            f"--resume {run.path} DATA"
-        ) from error
-
-
-def _read_splits(
-    config: Config, before: Mapping[SplitName, Samples] | None, on_files: OnFiles
-) -> Dataset:
-    """The images that a run has had `before` say what a folder is: they hold its classes, and its
-    split.
-    """
-    asked = config.dataset
-    splits: tuple[SplitName, ...] = ("train", "val")
-    classes = None if before is None else before["train"].classes
-    source = open_source(
-        asked.data,
-        asked.layout,
-        include_hidden=asked.include_hidden,
-        classes=classes or (),
-        on_files=on_files,
-    )
-    dataset = read_dataset(
-        source,
-        splits,
-        classes=classes,
-        on_files=on_files,
-        read_timeout=config.machine.read_timeout,
-    )
-    hashes = None if before is None else before["val"].hashes
-    settled = train_and_val(dataset, asked.val_fraction, asked.split_seed, hashes)
-    if asked.strict:
-        _require_all(settled.skipped)
-    return settled
-
-
-def _require_all(skipped: Sequence[Skipped]) -> None:
-    """Raises `CnnftError` where something is left out that is no usual company of images."""
-    missed = [entry for entry in skipped if not entry.is_expected]
-    if missed:
-        more = f" (and {len(missed) - 1} more)" if len(missed) > 1 else ""
-        raise CnnftError(
-            f"{missed[0].path}: {missed[0].reason}{more}; without --strict it is left out"
-        )
-
-
-def _warn_of_known(teachers: tuple[str, ...], val: Samples) -> None:
-    """A teacher that has learnt validation images may tell the student what is right there."""
-    for teacher in teachers:
-        if not Run.is_run(teacher):
-            continue
-        try:
-            known = len(val) - len(val.without(Run.open(teacher).dataset().train.hashes))
-        except CnnftError as error:
-            _log.warning(
-                "%s: whether --teacher was trained on validation images is not known", error
-            )
-            continue
-        if known:
-            _log.warning(
-                "--teacher %s was trained on %d of the validation images: the score on val "
-                "may be optimistic",
-                *(teacher, known),
-            )
+def _head_from(
+    config: Config, checkpoint: Checkpoint | None, fitted: bool
+) -> Literal["new", "probe", "checkpoint", "solver"]:
+    if checkpoint:
+        return "checkpoint"
+    if solves_head(config):
+        return "solver"
+    return "probe" if fitted else "new"
 
 
 def _batches(config: Config, train: Samples) -> KeyedBatches:
