@@ -26,7 +26,7 @@ from cnnft.data.augmentation import (
     training_transform,
 )
 from cnnft.data.images import read_image
-from cnnft.data.loading import Loading, TrainingImages, training_batches
+from cnnft.data.loading import Loading, TrainingBatches, TrainingImages
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import IGNORED, KeyedBatches
 from cnnft.data.transforms import EvaluationViews, InputSpec
@@ -115,7 +115,7 @@ def test_presets_are_the_same_whatever_the_workers(name: str, flat: Path) -> Non
         read_dataset(flat).train, training_transform(SPEC, PRESETS[name]), seed=5
     )
     keys = KeyedBatches(len(images), 6, 5, 2)
-    alone, together = (list(training_batches(images, keys, Loading(6, n))) for n in (0, 2))
+    alone, together = (list(TrainingBatches(images, keys, Loading(6, n))) for n in (0, 2))
     assert len(alone) == len(together) == len(keys)
     for one, two in zip(alone, together, strict=True):
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])

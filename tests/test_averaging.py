@@ -10,7 +10,6 @@ from torch.optim.swa_utils import update_bn
 from cnnft import finetune, load
 from cnnft.config.optimization import OptimizerConfig, ScheduleConfig
 from cnnft.config.schema import Config
-from cnnft.data.loading import Views
 from cnnft.inference.predict import Ensemble
 from cnnft.models.weights import backbone_hash
 from cnnft.runs.records import Epoch
@@ -50,16 +49,11 @@ def test_the_equal_average_is_the_mean():
     assert take(network, equal_average(network), [3.0, -1.0, 4.0]) == pytest.approx(2.0)
 
 
-def views(pixels, size):
-    parts = pixels[:, None].split(size)
-    return [Views(list(range(len(part))), part, {}) for part in parts]
-
-
 def test_recalibration_is_a_full_pass():
     torch.manual_seed(0)
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     pixels = torch.randn(12, 3, 8, 8) * 3 + 1
-    recalibrate(network, [network[0], network[2]], views(pixels, 12))
+    recalibrate(network, [network[0], network[2]], [pixels])
     mean, var = network[0].running_mean, network[0].running_var
     torch.testing.assert_close(mean, pixels.mean(dim=(0, 2, 3)))
     torch.testing.assert_close(var, pixels.var(dim=(0, 2, 3)))
@@ -70,13 +64,13 @@ def test_recalibration_with_equal_batches_is_torchs_and_spares_other_layers():
     torch.manual_seed(0)
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     pixels = torch.randn(12, 3, 8, 8) * 3 + 1
-    recalibrate(network, [network[0], network[2]], views(pixels, 4))
+    recalibrate(network, [network[0], network[2]], pixels.split(4))
     found = {k: v.clone() for k, v in network.state_dict().items()}
     update_bn(pixels.split(4), network)
     for name, value in network.state_dict().items():
         torch.testing.assert_close(found[name], value)
     network[2].running_mean.fill_(7.0)
-    recalibrate(network, [network[0]], views(pixels, 5))
+    recalibrate(network, [network[0]], pixels.split(5))
     assert (network[2].running_mean == 7).all()
     # 5 + 5 + 2 images: each counts by its images
     torch.testing.assert_close(network[0].running_mean, pixels.mean(dim=(0, 2, 3)))
@@ -191,7 +185,7 @@ def test_snapshots_are_taken_where_the_cosines_end_also_after_a_warm_up(
     refused.fails_with(2, "--epochs", "start a new run")
 
 
-@pytest.mark.parametrize("settings", [{"swa": 2}, {"recalibrate_bn": True}, {"ema": 0.9}])
+@pytest.mark.parametrize("settings", [{"swa": 2}, {"ema": 0.9}])
 def test_an_average_is_kept_only_if_val_is_not_worse(separated, tmp_path, settings):
     run = finetune(separated, epochs=3, runs_dir=tmp_path, batchnorm="train", **settings, **SMALL)
     metrics = run.metrics()
@@ -227,12 +221,9 @@ def test_patience_ends_training_and_a_resumed_run_stays_ended(cnnft, separated, 
         (("--ema", 1), ("--ema 1", "below 1")),
         (("--temperature", 2), ("--teacher",)),
         (("--class-weights", "balanced", "--sampling", "balanced"), ("leave one out",)),
-        (("--recalibrate-bn", "--batchnorm", "frozen"), ("--recalibrate-bn", "--batchnorm train")),
-        (("--recalibrate-bn", "--mode", "feature-extractor"), ("--recalibrate-bn",)),
         (("--drop-path", 0.1, "--mode", "feature-extractor"), ("--drop-path",)),
         (("--feature-views", 2, "--mode", "auto"), ("--feature-views", "name a mode")),
         (("--layer-decay", 0.5, "--mode", "auto"), ("--layer-decay", "name a mode")),
-        (("--recalibrate-bn", "--swa", 2), ("--recalibrate-bn", "--swa")),
     ],
 )
 def test_what_makes_no_sense_is_refused(cnnft, flat, tmp_path, flags, words):

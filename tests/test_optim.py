@@ -93,6 +93,14 @@ def test_every_parameter_is_frozen_or_in_exactly_one_group(network, mode, groups
     assert optimizer.param_groups[-1]["lr"] == 0.0125
 
 
+def test_with_frozen_statistics_sgd_trains_pretrained_layers_at_a_tenth():
+    start = Start("pretrained", head_is_fitted=True, statistics_are_frozen=True)
+    backbone, head, derivation = rates(start=start)
+    assert (backbone, head) == pytest.approx((0.000125, 0.00125))
+    assert "0.0125 / 10 (pretrained) / 10 (BatchNorm statistics frozen) = 0.000125" in derivation
+    assert rates(optimizer="adamw", start=start)[0] == pytest.approx(0.0001)
+
+
 def test_frozen_batchnorm_stays_in_eval_mode(network):
     freeze(network, HEAD, STAGES, "feature-extractor")
     train_mode(network)

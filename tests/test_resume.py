@@ -108,7 +108,7 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, wo
      {"optimizer": "adan", "schedule": "plateau", "warmup_epochs": 0.5},
      {"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"},
      {"ema": 0.9, "mixup": 0.2}, {"swa": 2}, {"schedule": "cosine-restarts", "snapshots": 3},
-     {"recalibrate_bn": True, "patience": 2}],
+     {"recalibrate_bn": False, "patience": 2}],
     ids=lambda more: "-".join(map(str, more.values())),
 )  # fmt: skip
 def test_other_ways_to_train_resume_too(whole, tmp_path: Path, more: dict, monkeypatch):
@@ -291,7 +291,9 @@ def test_a_signal_saves_and_names_the_command(
 
 
 @pytest.mark.parametrize(
-    ("place", "number", "step"), [("step", STEPS + 2, STEPS + 1), ("validation", 2, 2 * STEPS)]
+    ("place", "number", "step"),
+    # After an epoch pairs of its batches are read again, for BatchNorm statistics.
+    [("step", STEPS + STEPS // 2 + 2, STEPS + 1), ("validation", 2, 2 * STEPS)],
 )
 def test_a_signal_while_images_are_waited_for_saves_at_once(
     cnnft: Cli, whole, tmp_path: Path, place: str, number: int, step: int,

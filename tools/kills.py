@@ -91,8 +91,8 @@ MATRIX: dict[str, Row] = {
     "average of weights": alone("--ema=0.9", "--clip-grad=1"),
     "last epochs averaged": alone("--swa=2", "--batchnorm=train"),
     "snapshot ensemble": alone("--schedule=cosine-restarts", "--snapshots=3"),
-    "new statistics, balanced": alone(
-        "--recalibrate-bn", "--batchnorm=train", "--sampling=balanced"
+    "running statistics, balanced": alone(
+        "--no-recalibrate-bn", "--batchnorm=train", "--sampling=balanced"
     ),
     "distillation": alone("--teacher={model}"),
     "replacing a run (--force)": alone("--force"),

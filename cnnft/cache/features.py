@@ -22,8 +22,8 @@ from cnnft import __version__
 from cnnft.cache import store
 from cnnft.data.dataset import Samples
 from cnnft.data.images import decoder_versions
-from cnnft.data.loading import Images, Loading, TrainingImages, Views, training_batches
-from cnnft.data.sampler import IGNORED, Key, KeyedBatches
+from cnnft.data.loading import Images, Loading, TrainingBatches, TrainingImages, Views
+from cnnft.data.sampler import IGNORED, Key
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import CnnftError
 from cnnft.inference.predict import require_numbers
@@ -149,7 +149,7 @@ def pixel_batches(
     size = loading.batch_size
     batches = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
     loading = loading if len(batches) > 1 else replace(loading, workers=0)
-    for pixels, _ in training_batches(dataset, batches, loading):
+    for pixels, _ in TrainingBatches(dataset, batches, loading):
         yield pixels
 
 
@@ -298,18 +298,22 @@ def _shards(key: str, wanted: Set[bytes]) -> Iterator[tuple[list[bytes], Tensor]
         yield names, values
 
 
-def feature_batches(
-    values: Tensor, labels: Tensor, keys: KeyedBatches
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches of cached features.
+@dataclass(frozen=True)
+class FeatureBatches:
+    """Training batches of cached features: (features (B, ...), labels (B,)) of each key."""
 
-    `values` (V, N, ...) of V views, `labels` (N,) -> (features (B, ...), labels (B,)), all epochs.
-    """
-    for batch in keys:
-        indices = torch.tensor([max(index, ~index) for _, index, *_ in batch])
-        views = torch.tensor([view for view, *_ in batch])
-        counted = torch.tensor([index >= 0 for _, index, *_ in batch])
-        yield values[views, indices], labels[indices].where(counted, IGNORED)
+    values: Tensor
+    """(V, N, ...) of V views."""
+    labels: Tensor
+    """(N,)"""
+    keys: Iterable[list[Key]]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.keys:
+            indices = torch.tensor([max(index, ~index) for _, index, *_ in batch])
+            views = torch.tensor([view for view, *_ in batch])
+            counted = torch.tensor([index >= 0 for _, index, *_ in batch])
+            yield self.values[views, indices], self.labels[indices].where(counted, IGNORED)
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,6 @@ def _extras(plan: "Plan") -> list[str]:
         lines.append("loss weighted by inverse class frequency")
     if config.training.sampling == "balanced":
         lines.append("classes sampled with equal probability")
-    if config.averaging.recalibrate_bn:
-        lines.append("BatchNorm statistics recomputed after training")
     return lines + [f"distillation from {teacher}" for teacher in config.loss.teacher]
 
 

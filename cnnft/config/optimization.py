@@ -289,10 +289,10 @@ class AveragingConfig:
         metavar="N",
     )
     recalibrate_bn: bool = option(
-        False,
-        "Recompute BatchNorm statistics over the training images after training.",
+        True,
+        "Recompute the statistics that BatchNorm layers learn from 512 training images before each "
+        "evaluation, so that they fit the weights.",
         panel=AVERAGING,
-        switch=True,
     )
 
     @property

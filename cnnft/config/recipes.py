@@ -44,6 +44,7 @@ RECIPES = {
             "schedule": "step",
             "probe_first": False,
             "batchnorm": "train",
+            "recalibrate_bn": False,
             "train_resolution": "full",
         },
     ),

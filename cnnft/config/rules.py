@@ -159,10 +159,6 @@ def _averaging(config: "Config") -> Iterator[str]:
     flags = [f"--{name}" for name in averaging.requested]
     if len(flags) > 1:
         yield f"{' and '.join(flags)} each make a model of their own: choose one"
-    if averaging.recalibrate_bn and (swa or snapshots):
-        yield f"--recalibrate-bn is of the best epoch, not of {' '.join(flags)}: leave one out"
-    if config.machine.sync_bn and (swa or averaging.recalibrate_bn):
-        yield "--sync-bn cannot recompute statistics at the end: leave out one or the other"
     if config.training.patience is not None and (swa or snapshots):
         yield f"--patience may end training before {' '.join(flags)}: leave one out"
     if snapshots is not None:

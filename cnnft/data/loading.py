@@ -22,7 +22,7 @@ from cnnft.errors import CnnftError, first_line
 from cnnft.machine import distributed
 from cnnft.machine.limits import open_files_left
 
-_LOADERS = 2  # that have workers at the same time: of training and of validation
+_LOADERS = 3  # that have workers at the same time: training, BatchNorm statistics, validation
 _OWN_FILES = 16  # open files that reading and writing take
 
 _log = logging.getLogger(__name__)
@@ -158,18 +158,23 @@ class Batches(Generic[K, B]):
         return _pinned(batch) if self.loading.pinned else batch
 
 
-def training_batches(
-    dataset: TrainingImages, keys: Iterable[list[Key]], loading: Loading
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (pixels (B, 3, H, W), labels (B,)) for all keys: workers start once.
+class TrainingBatches:
+    """(pixels (B, 3, H, W), labels (B,)) of each key; may be iterated again, as `Batches` may.
 
-    Raises:
+    Raises, when iterated:
         CnnftError: a file that could be read before training cannot be read now, or not in time.
     """
-    for batch in Batches(dataset.batch, keys, dataset.files, loading):
-        if isinstance(batch, str):
-            raise CnnftError(f"{batch}: the data changed while training")
-        yield batch
+
+    def __init__(
+        self, dataset: TrainingImages, keys: Iterable[list[Key]], loading: Loading
+    ) -> None:
+        self._batches = Batches(dataset.batch, keys, dataset.files, loading)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._batches:
+            if isinstance(batch, str):
+                raise CnnftError(f"{batch}: the data changed while training")
+            yield batch
 
 
 def _stack_training(items: list[tuple[Tensor, int] | str]) -> tuple[Tensor, Tensor] | str:

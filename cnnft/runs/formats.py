@@ -22,7 +22,7 @@ FORMATS = {
     "data.csv": 2,  # 1: no group and weight
     "skipped.csv": 1,
     "run.log": 1,
-    STATE: 2,  # 1: of samples in the order of their names
+    STATE: 3,  # 1: samples in the order of their names; 2: no epoch 0, running BatchNorm statistics
 }
 
 

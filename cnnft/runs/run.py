@@ -37,7 +37,7 @@ from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier, Description
 from cnnft.inference.description import describe, parse_description
 from cnnft.inference.predictions import Predictions
-from cnnft.inference.storage import SNAPSHOT, fill, read_tensors, snapshot_ensemble
+from cnnft.inference.storage import SNAPSHOT, snapshot_ensemble
 from cnnft.machine import distributed
 from cnnft.machine.files import parse_json, to_json, to_safetensors
 from cnnft.runs import records
@@ -239,11 +239,6 @@ class Run(RunFiles):
         """Whether its model is that of a checkpoint's best epoch, with its scores."""
         found = weights_hash(self.path)
         return found == best_weights and (found is None or has_scores(self.path))
-
-    def load_weights(self, network: nn.Module) -> None:
-        """Those of the best epoch."""
-        path = self.path / WEIGHTS
-        fill(network, read_tensors(path)[1], path)
 
     def require_classifier(self, of_an_epoch: bool) -> None:
         """Raises `CnnftError` where an epoch's weights were saved and are not there any more."""

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cnnft.data.loading import Views
 from cnnft.machine import distributed
 
 
@@ -34,31 +33,33 @@ def equal_average(network: nn.Module) -> AveragedModel:
     return AveragedModel(network)
 
 
-def recalibrate(network: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Views]) -> None:
-    """Make the running statistics of the BatchNorm `layers` those of all images of `batches`.
+def recalibrate(network: nn.Module, layers: Iterable[nn.Module], batches: Iterable[Tensor]) -> None:
+    """Make the running statistics of the BatchNorm `layers` those of `batches` (B, 3, H, W), of
+    mixed images.
 
-    Each batch counts by its images; of several processes each has its share. Everything else is in
-    eval mode meanwhile.
+    Running averages are of weights that are gone, or, where steps are few beside the layers'
+    momentum, of another task. Each batch counts by its images; of several processes each has its
+    share. Everything else is in eval mode meanwhile.
     """
     device = next(network.parameters()).device
     network.eval()
     norms = [layer for layer in layers if isinstance(layer, _BatchNorm)]
     if not norms:
         return
+    synchronised = any(isinstance(layer, nn.SyncBatchNorm) for layer in norms)
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
         layer.reset_running_stats()
         layer.train()
     seen = 0
     with torch.no_grad():
-        for batch in batches:
-            pixels = batch.pixels
-            if pixels is None or (len(pixels) == 1 and seen):  # one has no variance
+        for pixels in batches:
+            if len(pixels) == 1 and seen and not synchronised:  # one has no variance
                 continue
             seen += len(pixels)
             for layer in norms:
                 layer.momentum = len(pixels) / seen
-            network(pixels[:, 0].to(device))
+            network(pixels.to(device))
     network.eval()
     images = distributed.all_reduce_sum(torch.tensor(float(seen), device=device))
     for layer, momentum in zip(norms, momenta, strict=True):

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 
 from cnnft.cache import store
 from cnnft.cache.features import (
+    FeatureBatches,
     FeatureExtractor,
     Features,
     ViewBatches,
     ViewSet,
     evaluation_view_set,
-    feature_batches,
     fits,
     pixel_batches,
 )
@@ -29,14 +30,18 @@ from cnnft.cache.pixels import (
 )
 from cnnft.data.augmentation import augmentation, training_transform
 from cnnft.data.images import decoder_versions
-from cnnft.data.loading import ImageFiles, TrainingImages, Views, training_batches, view_batches
+from cnnft.data.loading import ImageFiles, TrainingBatches, TrainingImages, Views, view_batches
 from cnnft.data.sampler import Key
 from cnnft.data.transforms import EvaluationViews
 from cnnft.inference.predict import Ensemble
 from cnnft.machine import distributed
-from cnnft.models.freezing import changing
+from cnnft.models.freezing import SMALL_BATCH, changing
 from cnnft.models.surgery.cut import Cut, find_cut
 from cnnft.training.plan import Plan
+
+STATISTICS_IMAGES = 512
+"""That BatchNorm statistics are recomputed from: about as many as a momentum of 0.1 averages over
+in batches of 32."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,11 +83,24 @@ class Feed:
 
     def training(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches from `first_step` on."""
-        keys = replace(self.plan.batches, first_step=first_step)
+        return iter(self._batches(replace(self.plan.batches, first_step=first_step)))
+
+    @cached_property
+    def first(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """The first batches, which BatchNorm statistics are recomputed from: images are mixed, and
+        look as they do in training. May be iterated again.
+        """
+        batches = self.plan.batches
+        steps = min(-(-STATISTICS_IMAGES // batches.batch_size), batches.steps_per_epoch)
+        together = -(-SMALL_BATCH // batches.batch_size)
+        groups = [range(steps)[first : first + together] for first in range(0, steps, together)]
+        return self._batches([[key for s in group for key in batches.part(s)] for group in groups])
+
+    def _batches(self, keys: Iterable[list[Key]]) -> Iterable[tuple[Tensor, Tensor]]:
         if self._features is not None:
             labels = torch.tensor(self.plan.train.labels)
-            return feature_batches(self._features, labels, keys)
-        return training_batches(self.dataset, keys, self.plan.loading)
+            return FeatureBatches(self._features, labels, keys)
+        return TrainingBatches(self.dataset, keys, self.plan.loading)
 
     def prepare(self, stop: Callable[[], bool]) -> Generator[CacheProgress, None, bool]:
         """Decode, or compute, what every epoch reads; returns whether the caller asks to stop."""

@@ -19,6 +19,11 @@ _ORIGINAL_LR = 0.1
 _ORIGINAL_LR_PLAIN = 0.01
 _PLAIN = ("alexnet", "vgg", "squeezenet")  # networks that train from scratch at a lower rate
 
+_UNNORMALISED = 10
+"""What pretrained layers' rate is divided by where BatchNorm statistics are frozen: nothing is
+normalised then, and networks without normalisation train at a tenth (as the two rates above say).
+"""
+
 _NORMALISED_LR = 0.001
 """Of optimizers that divide by the size of the gradients, so that a step is about as long as the
 rate (Kingma and Ba, 2015; Hinton's RMSprop). The batch changes the gradients' noise, not the length
@@ -59,6 +64,8 @@ class Start:
     backbone: Literal["frozen", "pretrained", "random"]
     head_is_fitted: bool = False
     """By a linear probe: it has something to protect, as pretrained layers have."""
+    statistics_are_frozen: bool = False
+    """Of BatchNorm layers that train."""
 
 
 def learning_rates(
@@ -68,12 +75,12 @@ def learning_rates(
 
     scratch = original × batch / 256 (linear scaling, Goyal et al., 2017) for SGD and its
     relatives, where `batch` is the images that a step really holds; the optimizer's usual rate for
-    others. Pretrained layers train at scratch / 10, a new head at scratch, a fitted one at
+    others. Pretrained layers train at scratch / 10 (with SGD and frozen BatchNorm statistics at a
+    tenth of that), a new head at scratch, a fitted one at
     scratch / 10 too; without pretraining everything at scratch. `config.lr` and `config.head_lr`
     override the outcome.
     """
-    kind = _info(config.optimizer).opt_class.__name__
-    if kind.startswith("SGD"):
+    if _is_sgd(config):
         original = _ORIGINAL_LR_PLAIN if architecture.startswith(_PLAIN) else _ORIGINAL_LR
         scratch = original * batch / REFERENCE_BATCH
         steps = [
@@ -81,7 +88,7 @@ def learning_rates(
             f"× {batch} / {REFERENCE_BATCH} = {scratch:g}"
         ]
     else:
-        scratch = _OWN_LR.get(kind, _NORMALISED_LR)
+        scratch = _OWN_LR.get(_info(config.optimizer).opt_class.__name__, _NORMALISED_LR)
         steps = [f"from scratch: {scratch:g} (usual for {config.optimizer}, whatever the batch)"]
     head, words = _head_rate(config, scratch, start)
     steps.append(f"head: {words}")
@@ -105,6 +112,10 @@ def _backbone_rate(config: OptimizerConfig, scratch: float, start: Start) -> tup
         return 0.0, "frozen"
     if config.lr is not None:
         return config.lr, f"{config.lr:g} (--lr)"
+    if start.backbone == "pretrained" and start.statistics_are_frozen and _is_sgd(config):
+        rate = scratch / 10 / _UNNORMALISED
+        words = f"(pretrained) / {_UNNORMALISED} (BatchNorm statistics frozen)"
+        return rate, f"{scratch:g} / 10 {words} = {rate:g}"
     if start.backbone == "pretrained":
         return scratch / 10, f"{scratch:g} / 10 = {scratch / 10:g} (pretrained)"
     return scratch, f"{scratch:g} (not pretrained)"
@@ -196,6 +207,11 @@ def _unfit(name: str) -> str | None:
     if info.opt_class.__name__ == "Kron":
         return "draws random numbers of its own, so that an interrupted run would end differently"
     return None
+
+
+def _is_sgd(config: OptimizerConfig) -> bool:
+    """Whether the length of a step is that of the gradients."""
+    return str(_info(config.optimizer).opt_class.__name__).startswith("SGD")
 
 
 def _info(name: str) -> Any:

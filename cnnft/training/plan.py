@@ -15,10 +15,9 @@ from cnnft.data.dataset import Dataset, Samples
 from cnnft.data.folders import OnFiles
 from cnnft.data.loading import Loading, forward_batch, worker_count
 from cnnft.data.sampler import BalancedDraw, KeyedBatches
-from cnnft.errors import UsageError
 from cnnft.inference.classifier import Classifier
 from cnnft.machine.devices import choose_device
-from cnnft.models.freezing import batchnorms, freezes_statistics, learning_statistics
+from cnnft.models.freezing import freezes_statistics, learning_statistics
 from cnnft.models.weights import LoadedWeights, backbone_hash
 from cnnft.runs.checkpoints import Checkpoint
 from cnnft.runs.run import Run
@@ -103,6 +102,7 @@ class Plan:
             Start(
                 "frozen" if not trains else "pretrained" if pretrained else "random",
                 self.head_is_fitted,
+                self.freezes_statistics and bool(learning_statistics(self.classifier.network)),
             ),
         )
 
@@ -168,7 +168,7 @@ def prepare(
     head = new_head(config, backbone)
     fitted = install_probe(config, backbone, head, probed)
     config, network = settle_network(config, backbone, head, spec, len(train))
-    plan = Plan(
+    return Plan(
         config=config,
         requested_mode=requested,
         dataset=dataset,
@@ -186,8 +186,6 @@ def prepare(
         device=device,
         loading=loading,
     )
-    _require_statistics_to_recompute(plan)
-    return plan
 
 
 def _loading(config: Config, device: torch.device) -> Loading:
@@ -229,14 +227,3 @@ def _freezes_statistics(config: Config, images: int) -> bool:
     if config.machine.sync_bn:
         seen = min(config.training.images_per_step, images)
     return freezes_statistics(config.freezing.batchnorm, config.network.pretrained, seen)
-
-
-def _require_statistics_to_recompute(plan: Plan) -> None:
-    network, head = plan.classifier.network, plan.classifier.head
-    keep = batchnorms(network, head) if plan.freezes_statistics else ()
-    recompute = plan.config.averaging.recalibrate_bn and plan.checkpoint is None
-    if recompute and not learning_statistics(network, keep):
-        raise UsageError(
-            "--recalibrate-bn: no BatchNorm layer learns its statistics here; leave it out, or "
-            "take --batchnorm train"
-        )

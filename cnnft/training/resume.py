@@ -51,10 +51,10 @@ def resumed_config(run: Run, given: dict[str, Any]) -> Config:
     )
     epochs, planned = config.training.epochs, before.training.epochs
     averaging = config.averaging
-    if epochs > planned and (averaging.swa or averaging.snapshots or averaging.recalibrate_bn):
+    if epochs > planned and (averaging.swa or averaging.snapshots):
         raise UsageError(
-            f"--epochs cannot be more than the {planned} of {run.path}: its --swa, --snapshots "
-            "or --recalibrate-bn is about their end; start a new run"
+            f"--epochs cannot be more than the {planned} of {run.path}: its --swa or --snapshots "
+            "is about their end; start a new run"
         )
     if epochs < planned:
         raise UsageError(f"--epochs {epochs} is less than the {planned} of {run.path}")

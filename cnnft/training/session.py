@@ -10,8 +10,6 @@ from torch import nn
 
 from cnnft.cache.pixels import CacheProgress
 from cnnft.data.augmentation import augmentation, mixing
-from cnnft.data.loading import view_batches
-from cnnft.data.transforms import EvaluationViews
 from cnnft.errors import CnnftError, first_line
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.predict import Inference, NotANumberError, collect, predict_batches
@@ -20,7 +18,7 @@ from cnnft.machine import distributed
 from cnnft.machine.devices import Compiled
 from cnnft.machine.interruption import Interrupted
 from cnnft.metrics import Score
-from cnnft.models.freezing import SMALL_BATCH, batchnorms, changing, learning_statistics
+from cnnft.models.freezing import batchnorms, changing, learning_statistics
 from cnnft.models.surgery.fold import folds
 from cnnft.models.surgery.substitute import Substituted
 from cnnft.runs.checkpoints import Checkpoint, Interval
@@ -166,6 +164,8 @@ class Session:
         run, plan, average = self.run, self.plan, self.state.average
         ema = plan.config.averaging.ema is not None
         model = average.module if average is not None and ema else self.state.network
+        if plan.config.averaging.recalibrate_bn:
+            self._recalibrate(model)
         predictions, val = self._validate(model)
         best = best_epoch(self.history)
         better = (
@@ -260,23 +260,18 @@ class Session:
         if config.averaging.snapshots is not None:
             what = f"the snapshot ensemble of {config.averaging.snapshots}"
             return what, self.run.save_ensemble(classifier, config.averaging.snapshots)
-        layers = learning_statistics(classifier.network, self.state.keep_statistics)
-        if config.averaging.swa is not None:
-            assert average is not None
-            what = f"the stochastic weight average of {config.averaging.swa} epoch(s)"
-            network = average.module
-        elif config.averaging.recalibrate_bn:
-            what = "the best epoch with recomputed BatchNorm statistics"
-            network = classifier.network
-            self.run.load_weights(network)
-        else:
+        if config.averaging.swa is None:
             return None
-        loading = self.plan.loading
-        loading = replace(loading, batch_size=max(loading.batch_size, SMALL_BATCH))
-        views = EvaluationViews(classifier.input_spec)
-        batches = view_batches(self.plan.train.paths, views, loading)
-        recalibrate(network, [network.get_submodule(name) for name in layers], batches)
-        return what, replace(classifier, network=network)
+        assert average is not None
+        what = f"the stochastic weight average of {config.averaging.swa} epoch(s)"
+        self._recalibrate(average.module)
+        return what, replace(classifier, network=average.module)
+
+    def _recalibrate(self, network: nn.Module) -> None:
+        """Make the BatchNorm statistics that are learned those of its present weights."""
+        names = learning_statistics(self.state.network, self.state.keep_statistics)
+        layers = [network.get_submodule(name) for name in names]
+        recalibrate(self.feed.tail(network), layers, (pixels for pixels, _ in self.feed.first))
 
 
 def _make_state(plan: Plan, history: list[Epoch]) -> TrainState:
