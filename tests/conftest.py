@@ -122,5 +122,5 @@ def finetuned(trained: Path) -> Path:
 
     return finetune(
         trained.parents[1] / "data", backbone="builtin", epochs=1, workers=0,
-        runs_dir=trained.parent, name="finetuned",
+        probe_first=False, runs_dir=trained.parent, name="finetuned",
     ).path  # fmt: skip

@@ -199,7 +199,7 @@ def test_an_average_is_kept_only_if_val_is_not_worse(separated, tmp_path, settin
 
 def test_patience_ends_training_and_a_resumed_run_stays_ended(cnnft, separated, tmp_path):
     flags = ("--backbone", "builtin", "--image-size", 32, "--workers", 0, "--lr", 1e-9)
-    flags += ("--head-lr", 1e-9, "--runs-dir", tmp_path, "--name", "p")
+    flags += ("--head-lr", 1e-9, "--runs-dir", tmp_path, "--name", "p", "--no-probe-first")
     assert cnnft("finetune", separated, *flags, "--epochs", 9, "--patience", 2).code == 0
     history = (tmp_path / "p" / "history.csv").read_text()
     best = max(i for i, row in enumerate(history.splitlines()) if row.endswith("True"))

@@ -134,6 +134,7 @@ def test_settings_that_differ(diff, cnnft: Cli, trained: Path, finetuned: Path) 
         "epochs": {"a": 2, "b": 1},
         "head_lr": {"a": 0.5, "b": None},
         "mode": {"a": "feature-extractor", "b": "finetune"},
+        "probe_first": {"a": None, "b": False},
     }
     assert diff(trained, finetuned)["settings"] == expected
     lines = [line.split() for line in cnnft("diff", trained, finetuned).out.splitlines()]

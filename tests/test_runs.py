@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,7 +61,8 @@ def edit_json(path: Path, change: Callable[[Any], object]) -> None:
 def test_every_record_reads_back_as_it_was_written(tmp_path: Path) -> None:
     run = Run(tmp_path)
     history = [
-        Epoch(n, 0.1 / 3, 0.1, 1 / 3, 0.5, 0.75, 2 / 3, 0.5, 0.25, 12.5, n == 1) for n in (1, 2)
+        Epoch(n, 0.1 / 3, 0.1, 1 / 3, 0.5, 0.75, 2 / 3, 0.5, 0.25, 0.2, 12.5, n == 1)
+        for n in (1, 2)
     ]
     run.save_history(history, steps_per_epoch=7)
     assert run.history() == history
@@ -92,7 +94,7 @@ def test_groups_and_weights_are_kept(tmp_path: Path) -> None:
     train = samples(16, groups=("p, 1", "", *"abcdefghijklmn"), weights=(1 / 3, *range(15)))
     run, val = Run(tmp_path), samples(8)
     run.save_data(train, val, ())
-    run.save_metrics(Metrics("", 1, TrainScore(16, 0, 0), Score(8, 0, 0, 0)))
+    run.save_metrics(Metrics("", 1, TrainScore(16, 0.0, 0.0), Score(8, 0, 0, 0)))
     found = run.dataset()
     assert found.train == train
     assert found.val == val and found.val.groups == found.val.weights == ()
@@ -389,12 +391,12 @@ def test_weights_and_scores_are_of_one_epoch_after_a_kill(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, place, dying)
-        patch.setattr("cnnft.training.session.is_better", lambda *scores: True)
+        patch.setattr("cnnft.training.session.lowest_loss", lambda *before: math.inf)
         with pytest.raises(Killed):
             list(run_plan(prepare(config)))
     run = Run.open(tmp_path / "run")
     assert len(run.load_checkpoint().values["history"]) == 1
-    monkeypatch.setattr("cnnft.training.session.is_better", lambda *scores: False)
+    monkeypatch.setattr("cnnft.training.session.lowest_loss", lambda *before: 0.0)
     list(run_plan(prepare(config, run), run))
 
     assert [epoch.best for epoch in run.history()] == [True, True, False]

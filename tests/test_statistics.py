@@ -33,7 +33,7 @@ def train(data: Path, folder: Path, momentum: float, **more: object) -> tuple[Pl
     """Ten steps."""
     config = Config.of(
         data, backbone="builtin", epochs=2, batch_size=16, workers=0, device="cpu", lr=0.003,
-        runs_dir=folder, name="run", force=True, **more,
+        runs_dir=folder, name="run", force=True, **{"probe_first": False} | more,
     )  # fmt: skip
     plan = prepare(config)
     for module in plan.classifier.network.modules():
@@ -70,7 +70,7 @@ def test_statistics_fit_after_ten_steps(shifted, tmp_path, momentum, more):
 
 def test_the_tutorials_statistics_are_torchs(shifted, tmp_path):
     assert expand({"data": "-", "recipe": "tutorial"})["recalibrate_bn"] is False
-    plan, run = train(shifted, tmp_path, 0.001, recalibrate_bn=False, probe_first=False)
+    plan, run = train(shifted, tmp_path, 0.001, recalibrate_bn=False)
     networks = load(run.path, device="cpu").network, prepare(plan.config).classifier.network
     for name in learning_statistics(plan.classifier.network):
         after, before = (int(n.get_submodule(name).num_batches_tracked) for n in networks)

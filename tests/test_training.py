@@ -241,15 +241,15 @@ def test_a_run_has_one_trainer(cnnft, flat: Path, tmp_path: Path):
 
 
 def test_force_keeps_the_old_run_until_the_new_one_has_weights(flat: Path, tmp_path: Path):
-    list(run_plan(prepare(settings(flat, tmp_path))))
+    list(run_plan(prepare(settings(flat, tmp_path, probe_first=False))))
     runs = tmp_path / "runs"
     old = (runs / "run" / "model.safetensors").read_bytes()
     for _ in range(2):  # dies twice before its first epoch is over
-        events = run_plan(prepare(settings(flat, tmp_path, force=True, seed=1)))
+        events = run_plan(prepare(settings(flat, tmp_path, probe_first=False, force=True, seed=1)))
         list(itertools.islice(events, 2))
         events.close()
         assert (runs / ".run.replaced" / "model.safetensors").read_bytes() == old
-    list(run_plan(prepare(settings(flat, tmp_path, force=True, seed=1))))
+    list(run_plan(prepare(settings(flat, tmp_path, probe_first=False, force=True, seed=1))))
     assert [path.name for path in runs.iterdir()] == ["run"]
     assert (runs / "run" / "model.safetensors").read_bytes() != old
 

@@ -208,7 +208,7 @@ def test_where_fewer_can_be_started(
 def test_few_open_files_are_few_workers(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for left, workers in ((1000, 8), (34, 3), (10, 0), (float("inf"), 8)):
+    for left, workers in ((1000, 8), (43, 3), (10, 0), (float("inf"), 8)):
         monkeypatch.setattr(loading, "open_files_left", lambda left=left: left)
         assert worker_count(8) == workers
     assert "3 of 8 workers" in caplog.text and "0 of 8 workers" in caplog.text

@@ -36,14 +36,15 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     """
     from cnnft.cache.pixels import CacheProgress
     from cnnft.runs.records import Epoch
-    from cnnft.training.events import Started, Stopped
+    from cnnft.training.events import Started, StartScored, Stopped
     from cnnft.training.finetune import run_plan
     from cnnft.training.step import StepDone
 
     if plan.head_from != "solver":
         macro = "   macro" if plan.config.balanced else ""
         console.say(
-            f" epoch   train loss     acc    val loss     acc{macro}      gap", style="bold"
+            f" epoch   train loss     acc    val loss  calibrated     acc{macro}      gap",
+            style="bold",
         )
     columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
     with interruption.deferred() as interrupted, console.progress(*columns) as bar:
@@ -65,6 +66,10 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
                 console.say(_epoch_line(event, plan.config))
+            elif isinstance(event, StartScored):
+                val = event.val
+                found = val.loss, event.calibrated_loss, val.accuracy, val.macro_recall
+                console.say(f"  start{'':20}{_val_columns(plan.config, *found)}")
             elif isinstance(event, CacheProgress):
                 bar.update(task, description=f"{event.doing} image {event.images} of {event.total}")
             elif isinstance(event, Started):
@@ -104,10 +109,19 @@ def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
 
 
 def _epoch_line(epoch: "Epoch", config: "Config") -> str:
-    macro = f" {epoch.val_macro_recall:7.1%}" if config.balanced else ""
+    found = epoch.val_loss, epoch.val_calibrated_loss, epoch.val_accuracy, epoch.val_macro_recall
     return (
         f"{epoch.epoch:>3}/{config.training.epochs:<3} "
         f"{epoch.train_loss:10.4f} {epoch.train_accuracy:7.1%} "
-        f"{epoch.val_loss:11.4f} {epoch.val_accuracy:7.1%}{macro} {100 * epoch.gap:+8.1f}"
+        f"{_val_columns(config, *found)} {100 * epoch.gap:+8.1f}"
         f"{'  best so far' if epoch.best else ''}"
+    )
+
+
+def _val_columns(
+    config: "Config", loss: float, calibrated: float, accuracy: float, macro: float
+) -> str:
+    """`calibrated`: the log-loss after temperature, which epochs are chosen by."""
+    return f"{loss:11.4f} {calibrated:11.4f} {accuracy:7.1%}" + (
+        f" {macro:7.1%}" if config.balanced else ""
     )

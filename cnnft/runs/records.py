@@ -38,11 +38,13 @@ class Epoch:
     val_accuracy: float
     val_macro_recall: float
     """Balanced accuracy: the mean of the classes' recalls."""
+    val_calibrated_loss: float
+    """After temperature, whatever the classes' weights: what epochs are chosen by. Where training
+    weighs all classes equally (`Config.balanced`) they weigh the same in it too."""
     seconds: float
     """Training only."""
     best: bool
-    """The best up to here, so the run holds its weights: by val accuracy, then by val loss. Where
-    training weighs all classes equally (`Config.balanced`) by val macro recall instead."""
+    """The best up to here, the starting point included, so the run holds its weights."""
 
     @property
     def gap(self) -> float:
@@ -63,8 +65,9 @@ def history_to_jsonl(history: Sequence[Epoch], steps_per_epoch: int) -> bytes:
 
 def history_from_jsonl(file: IO[bytes]) -> list[Epoch]:
     rows = [parse_json(line, file.name) for line in file]
-    # The first format had one figure, which was the objective.
-    return [_record(Epoch, {"train_objective": row["train_loss"], **row}) for row in rows]
+    # The first format had one figure, which was the objective; later ones knew no temperature.
+    old = {"train_objective": "train_loss", "val_calibrated_loss": "val_loss"}
+    return [_record(Epoch, {n: row[o] for n, o in old.items()} | row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ class TrainScore:
     """
 
     n: int
-    loss: float
-    accuracy: float
+    loss: float | None
+    """None: of a starting point, which no image was trained on."""
+    accuracy: float | None
 
 
 class Evidence(StrEnum):
@@ -135,7 +139,7 @@ class Metrics:
     model: str
     """"best epoch 7", or an average or ensemble."""
     best_epoch: int | None
-    """None: there were no epochs."""
+    """0: the starting point; None: there were no epochs."""
     train: TrainScore
     val: Score
     """Of the model on val, or out of fold."""

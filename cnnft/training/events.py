@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cnnft.cache.pixels import CacheProgress
+from cnnft.metrics import Score
 from cnnft.runs.records import Epoch, Metrics
 from cnnft.runs.run import Run
 from cnnft.training.step import StepDone
@@ -13,6 +14,14 @@ class Started:
     """The first event: the run's directory is there."""
 
     run: Run
+
+
+@dataclass(frozen=True)
+class StartScored:
+    """Before the first step: the run holds the network whose head was fitted."""
+
+    val: Score
+    calibrated_loss: float
 
 
 @dataclass(frozen=True)
@@ -32,4 +41,4 @@ class Stopped:
     """None: a head that is solved is solved again."""
 
 
-Event = Started | CacheProgress | StepDone | Epoch | Finished | Stopped
+Event = Started | CacheProgress | StartScored | StepDone | Epoch | Finished | Stopped

@@ -28,13 +28,13 @@ from cnnft.runs.weights import weights_hash
 from cnnft.training.averaging import equal_average, recalibrate, running_average
 from cnnft.training.constraints import gradient_rules, weight_rules
 from cnnft.training.distillation import make_soft_targets
-from cnnft.training.events import Finished, Stopped
+from cnnft.training.events import Finished, StartScored, Stopped
 from cnnft.training.feed import Feed
 from cnnft.training.losses import make_objective
 from cnnft.training.optim import make_optimizer
 from cnnft.training.plan import Plan
 from cnnft.training.schedules import make_schedule, warmup_steps
-from cnnft.training.selection import best_epoch, is_better, metrics_of, score_of, selected_by
+from cnnft.training.selection import Validated, best_epoch, lowest_loss, metrics_of, validated
 from cnnft.training.state import TrainState
 from cnnft.training.step import EpochDone, StepDone, train
 from cnnft.training.tensorboard import Board
@@ -51,6 +51,8 @@ class Session:
 
     def __init__(self, plan: Plan, run: Run, board: Board) -> None:
         self.plan, self.run, self.board = plan, run, board
+        self.start: Validated | None = None
+        """Of a head that was fitted before: the first candidate."""
         self.history: list[Epoch] = []
         self.state = _make_state(plan, self.history)
         self.best_is_lost = False
@@ -77,13 +79,15 @@ class Session:
             self.state.restore(saved.tensors, saved.values["state"])
             self._require_same_weights(saved)
             self.history.extend(Epoch(**row) for row in saved.values["history"])
+            if start := saved.values["start"]:
+                self.start = Validated(Score(**start["val"]), start["calibrated_loss"])
             best = saved.values["best_weights"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CnnftError(
                 f"{self.run.path}: its checkpoint is of another cnnft or another network "
                 f"({first_line(error)}): start a new run"
             ) from error
-        self.run.require_classifier(of_an_epoch=bool(self.history))
+        self.run.require_classifier(of_an_epoch=bool(self.history or self.start))
         # Killed between the two, the run has weights of an epoch that the checkpoint does not know,
         # or no scores of those that it does.
         # That epoch comes again; on another machine it may be no better than the one before.
@@ -104,7 +108,7 @@ class Session:
 
     def events(
         self, stop: Callable[[], bool]
-    ) -> Iterator[CacheProgress | StepDone | Epoch | Finished | Stopped]:
+    ) -> Iterator[CacheProgress | StartScored | StepDone | Epoch | Finished | Stopped]:
         plan, state = self.plan, self.state
         if not self.over and (yield from self.feed.prepare(stop)):
             yield Stopped(self.run, state.step)
@@ -114,6 +118,8 @@ class Session:
         objective = make_objective(plan.config.loss, plan.train.counts())
         training = train(state, batches, objective, self.epochs_trained > len(self.history))
         try:
+            if plan.head_is_fitted and not state.step and self.start is None:
+                yield self._score_start()
             for event in () if self.over else training:
                 if isinstance(event, StepDone):
                     yield event
@@ -166,27 +172,30 @@ class Session:
         model = average.module if average is not None and ema else self.state.network
         if plan.config.averaging.recalibrate_bn:
             self._recalibrate(model)
-        predictions, val = self._validate(model)
-        best = best_epoch(self.history)
-        better = (
-            best is None
-            or self.best_is_lost
-            or is_better(val, score_of(plan, best), plan.config.balanced)
-        )
+        predictions, found = self._validate(model)
+        best = self.best_is_lost or found.calibrated_loss < lowest_loss(self.start, self.history)
         self.best_is_lost = False
-        self.history.append(_row(event, val, self.state.optimizer, better))
-        if better:
-            run.save_classifier(replace(plan.classifier, network=model))
-            run.save_predictions(predictions)
+        self.history.append(_row(event, found, self.state.optimizer, best))
+        if best:
+            self._save_model(model, predictions)
         if cycle := self._finished_cycle():
             run.save_snapshot(cycle, model)
         run.save_history(self.history, plan.batches.steps_per_epoch)
-        best = best_epoch(self.history)
-        assert best is not None
-        run.save_metrics(metrics_of(plan, best))
+        run.save_metrics(metrics_of(plan, self.start, self.history))
         self.board.add(self.history[-1])
         self._save()
         return self.history[-1]
+
+    def _score_start(self) -> StartScored:
+        """The pretrained layers as they are with the probe as head: no epoch may be worse."""
+        predictions, self.start = self._validate(self.state.network)
+        self._save_model(self.state.network, predictions)
+        self.run.save_metrics(metrics_of(self.plan, self.start, self.history))
+        return StartScored(self.start.val, self.start.calibrated_loss)
+
+    def _save_model(self, network: nn.Module, predictions: Predictions) -> None:
+        self.run.save_classifier(replace(self.plan.classifier, network=network))
+        self.run.save_predictions(predictions)
 
     def _finished_cycle(self) -> int | None:
         """The number of the cosine that ends here, from 1, where each gives a snapshot."""
@@ -202,6 +211,7 @@ class Session:
         tensors, state_values = self.state.state_dict()
         values = {
             "state": state_values,
+            "start": self.start and asdict(self.start),
             "history": [asdict(epoch) for epoch in self.history],
             "frozen_statistics": self.plan.freezes_statistics,
             "head_is_fitted": self.plan.head_is_fitted,
@@ -212,45 +222,42 @@ class Session:
         self.run.save_checkpoint(Checkpoint(self.state.step, tensors, values))
         self.checkpoints.saved(self.state.step)
 
-    def _validate(self, network: nn.Module) -> tuple[Predictions, Score]:
+    def _validate(self, network: nn.Module) -> tuple[Predictions, Validated]:
         val = self.plan.val
         try:
             batches = predict_batches(self.feed.tail(network), self.feed.validation)
             predictions = Predictions(val, collect(batches, val.paths), "val")
-            score = predictions.score()
-            if not math.isfinite(score.loss):
+            if not math.isfinite(predictions.score().loss):
                 raise NotANumberError("the loss on val is not finite")
         except NotANumberError as error:
             raise DivergedError(
                 f"training diverged ({error}): lower --lr or --head-lr; the run keeps the best "
                 "epoch before, if there was one"
             ) from error
-        return predictions, score
+        return predictions, validated(predictions, self.plan.config.balanced)
 
     def _finish(self) -> Finished:
         """The best epoch is the run's model, or an average or ensemble that is as good."""
-        plan, run, best = self.plan, self.run, best_epoch(self.history)
-        assert best is not None
-        metrics = metrics_of(plan, best)
+        run, metrics = self.run, metrics_of(self.plan, self.start, self.history)
         other = self._other_model()
         if other is None:
             return Finished(run, metrics)
         what, classifier = other
-        predictions, other_val = self._validate(classifier.network)
-        balanced = plan.config.balanced
+        predictions, found = self._validate(classifier.network)
         selected = not classifier.snapshots  # an ensemble becomes the model whatever its score
-        if selected and is_better(metrics.val, other_val, balanced):
+        lowest = lowest_loss(self.start, self.history)
+        if selected and found.calibrated_loss > lowest:
             _log.warning(
-                "%s has %.1f %% of val right, %s has %.1f %%: the run keeps the latter",
-                *(what, 100 * selected_by(other_val, balanced)),
-                *(metrics.model, 100 * selected_by(metrics.val, balanced)),
+                "%s has a log-loss of %.3f on val after temperature, %s of %.3f: the run keeps the "
+                "latter",
+                *(what, found.calibrated_loss, metrics.model, lowest),
             )
             return Finished(run, metrics)
         if selected:
             run.save_classifier(classifier)
         run.save_predictions(predictions)
         evidence = Evidence.SELECTED if selected else Evidence.NOT_SELECTED
-        metrics = replace(metrics, model=what, val=other_val, evidence=evidence)
+        metrics = replace(metrics, model=what, val=found.val, evidence=evidence)
         run.save_metrics(metrics)
         return Finished(run, metrics)
 
@@ -301,8 +308,9 @@ def _make_state(plan: Plan, history: list[Epoch]) -> TrainState:
     return state
 
 
-def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:
+def _row(event: EpochDone, found: Validated, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:
     # Of the backbone's groups the last stage's comes first.
+    val = found.val
     rates = {group["name"]: group["lr"] for group in reversed(optimizer.param_groups)}
     return Epoch(
         epoch=event.epoch + 1,
@@ -314,6 +322,7 @@ def _row(event: EpochDone, val: Score, optimizer: torch.optim.Optimizer, best: b
         val_loss=val.loss,
         val_accuracy=val.accuracy,
         val_macro_recall=val.macro_recall,
+        val_calibrated_loss=found.calibrated_loss,
         seconds=event.seconds,
         best=best,
     )
