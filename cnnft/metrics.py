@@ -14,6 +14,9 @@ Z95 = 1.959963984540054
 CALIBRATION_BINS = 15
 """Of confidence, equally wide (Guo et al., 2017)."""
 
+TEMPERATURES = (1 / 20, 20.0)
+"""Least and greatest: where all is right, no confidence would be enough."""
+
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     """95 % confidence interval of a proportion (Wilson, 1927)."""

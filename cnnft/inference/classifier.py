@@ -57,6 +57,10 @@ class Description:
     """How many networks a snapshot ensemble has; 0: it is a single one."""
     pin: Pin | None = None
     """The file of the pretrained weights; None: there was none, or an older cnnft kept no pin."""
+    temperature: float = 1.0
+    """Probabilities are softmax(what the network says / temperature), within `TEMPERATURES`: see
+    `cnnft.probe.calibrate`. Of several views or networks the log of their mean probability is
+    divided. Training, of a student too, reads the network as it is."""
 
 
 @dataclass(kw_only=True)
@@ -75,10 +79,13 @@ class Classifier(Description):
         return EvaluationViews(self.input_spec)(image)[0]
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, C), in evaluation; gradients flow to the pixels."""
+        """(B, 3, H, W) -> logits (B, C), of which the probabilities are the softmax; in evaluation.
+
+        Gradients flow to the pixels.
+        """
         with evaluating(self.network):
             logits: Tensor = self.network(pixels.to(self.device))
-        return logits
+        return logits / self.temperature
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> features (B, D), what enters the head; gradients flow to the pixels.
@@ -120,7 +127,8 @@ class Classifier(Description):
             raise UsageError(f"--top {top} is out of range: it must be at least 1")
         top = min(top or len(self.classes), len(self.classes))
         for batch, logits in predict_files(self, paths, Inference(**options)):
-            rows = dict(zip(batch.indices, logits.softmax(dim=1), strict=True))
+            probabilities = (logits / self.temperature).softmax(dim=1)
+            rows = dict(zip(batch.indices, probabilities, strict=True))
             for index in sorted([*batch.indices, *batch.unreadable]):
                 if index in rows:
                     yield Prediction(Path(paths[index]), self._top(rows[index], top))

@@ -13,6 +13,7 @@ from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError, first_line
 from cnnft.inference.classifier import Classifier, Description
 from cnnft.machine.files import known
+from cnnft.metrics import TEMPERATURES
 from cnnft.models.build import build, numbers_held, try_out
 from cnnft.models.heads import head_tensors, replace_by_mlp
 from cnnft.models.hub import Pin
@@ -43,6 +44,7 @@ def describe(classifier: Classifier) -> dict[str, Any]:
         "head_kind": classifier.head_kind,
         "stages": list(classifier.stages),
         "snapshots": classifier.snapshots,
+        "temperature": classifier.temperature,
         "backbone": {
             **identity,
             "weights_source": classifier.weights_source,
@@ -99,6 +101,7 @@ def parse_description(config: dict[str, Any], source: Path) -> Description:
             pretrained_hash=backbone["sha256"],
             snapshots=own.get("snapshots", 0),
             pin=Pin(**known(Pin, pin)) if pin else None,
+            temperature=_temperature(own.get("temperature", 1.0)),
         )
         if found.head_kind not in get_args(Head):
             raise ValueError("head_kind is unknown")
@@ -160,6 +163,15 @@ def _with_head(network: nn.Module, found: Description) -> nn.Module:
         return put_on_stages(network, head, found.stages, found.input_spec.size)[0]
     replace_by_mlp(network, head)
     return network
+
+
+def _temperature(value: Any) -> float:
+    """Raises `ValueError`: no number, or none that a temperature can be."""
+    low, high = TEMPERATURES
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high:
+        raise ValueError(f"temperature must be a number from {low:g} to {high:g}")
+    return float(value)
 
 
 def _names(what: str, values: object) -> tuple[str, ...]:

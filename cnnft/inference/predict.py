@@ -1,6 +1,7 @@
 """Images -> logits, in one place.
 
-predict, evaluate, validation, teachers and export checks call it, so they cannot differ.
+predict, evaluate, validation, teachers and export checks call it, so they cannot differ. These are
+the network's; whoever makes probabilities of them divides them by the classifier's temperature.
 """
 
 import math
@@ -103,7 +104,8 @@ def predict(
         CnnftError: a file cannot be read.
     """
     batches = predict_files(classifier, samples.paths, inference)
-    return Predictions(samples, collect(batches, samples.paths, on_image), role)
+    logits = collect(batches, samples.paths, on_image)
+    return Predictions(samples, logits, role, temperature=classifier.temperature)
 
 
 def collect(

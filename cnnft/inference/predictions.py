@@ -1,7 +1,7 @@
 """`Predictions`: the logits of labelled images, each named by its content."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,10 +21,13 @@ class Predictions:
 
     samples: Samples
     logits: Tensor
-    """(N, C), float32 or more; of several views or networks the log of their mean probability."""
+    """(N, C), float32 or more, as the network says them, before the temperature; of several views
+    or networks the log of their mean probability."""
     role: Role
     folds: tuple[int, ...] = ()
     """Of out-of-fold predictions, which fold each image was in."""
+    temperature: float = 1.0
+    """The classifier's."""
 
     def __post_init__(self) -> None:
         assert self.logits.shape == (len(self.samples), len(self.samples.classes))
@@ -37,7 +40,7 @@ class Predictions:
     @property
     def log_probs(self) -> Tensor:
         """(N, C)"""
-        return self.logits.log_softmax(dim=1)
+        return (self.logits / self.temperature).log_softmax(dim=1)
 
     @property
     def predicted(self) -> Tensor:
@@ -46,11 +49,11 @@ class Predictions:
 
     def take(self, rows: Sequence[int]) -> "Predictions":
         """Of some of the images."""
-        return Predictions(
-            self.samples.take(rows),
-            self.logits[list(rows)],
-            self.role,
-            tuple(self.folds[row] for row in rows) if self.folds else (),
+        return replace(
+            self,
+            samples=self.samples.take(rows),
+            logits=self.logits[list(rows)],
+            folds=tuple(self.folds[row] for row in rows) if self.folds else (),
         )
 
     def score(self) -> Score:

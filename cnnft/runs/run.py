@@ -268,6 +268,7 @@ class Run(RunFiles):
         found = self._read_if_there("predictions.csv", predictions_from_csv)
         if found is None:
             return None
+        found = replace(found, temperature=self.description().temperature)
         splits, hashes = self.dataset().splits, found.samples.hashes
         if found.role == "out-of-fold":
             whole = len(hashes) == self.metrics().val.n and set(hashes) <= set(

@@ -1,6 +1,7 @@
 """Distillation: teachers, and the soft targets that a student learns from."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -41,11 +42,14 @@ def make_soft_targets(
     *,
     same_views: bool,
 ) -> SoftTargets:
-    """With `same_views`, training images look the same in every epoch: teachers predict each once.
+    """What teachers say before their temperatures, which are for who reads their probabilities.
+
+    With `same_views`, training images look the same in every epoch: teachers predict each once.
 
     Otherwise they see what the student sees, at their own size and normalisation (Beyer et al.,
     2022: a teacher is consistent if it judges the same view).
     """
+    teachers = [replace(teacher, temperature=1.0) for teacher in teachers]
     if not same_views:
         return lambda pixels, indices: _mean(
             [_logits(teacher, pixels, spec, samples.classes) for teacher in teachers]
