@@ -140,9 +140,10 @@ def timm_logits(run: Path, image: Path) -> Tensor:
 
 
 def own_logits(run: Path, image: Path) -> Tensor:
+    """Before the temperature, of which timm knows nothing."""
     classifier = load(run)
     with torch.inference_mode():
-        return classifier.forward(classifier.preprocess(read_image(image))[None])[0]
+        return classifier.network(classifier.preprocess(read_image(image))[None])[0]
 
 
 def test_timm_opens_a_run_and_gives_the_same_logits(trained, finetuned, tmp_path):

@@ -281,7 +281,7 @@ def test_tta_is_the_mean_probability_over_the_views(
         views = EvaluationViews(classifier.input_spec, tta)(read_image(row["file"]))
         assert len(views) == {"none": 1, "hflip": 2, "five-crop": 5, "ten-crop": 10}[tta]
         with torch.inference_mode():
-            each = [classifier.network(view[None])[0].softmax(dim=0) for view in views]
+            each = [classifier.forward(view[None])[0].softmax(dim=0) for view in views]
         mean = torch.stack(each).double().mean(dim=0).tolist()
         found = [probabilities(row)[name] for name in classifier.classes]
         assert found == pytest.approx(mean, abs=1e-5)

@@ -75,7 +75,8 @@ def test_a_run_never_ends_below_its_start(flat: Path, tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run")
     assert not any(epoch.best for epoch in run.history()) and len(run.history()) == 3
     metrics = run.metrics()
-    assert metrics.best_epoch == 0 and metrics.val == start.val
+    assert metrics.best_epoch == 0 and metrics.val.correct == start.val.correct
+    assert metrics.calibration and metrics.calibration.uncalibrated.loss == start.val.loss
     assert metrics.train.loss is metrics.train.accuracy is None
     state = load_file(run.path / "model.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())

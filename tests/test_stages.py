@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import Outcome, draw_folder
+from conftest import Outcome, assert_alike, draw_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -300,6 +300,7 @@ def test_a_run_trains_its_head_alone_and_opens_again(run: Path, data: Path) -> N
     pixels = torch.stack([classifier.preprocess(read_image(p)) for p in kept.samples.paths])
     with torch.no_grad():
         logits = classifier.forward(pixels)
+        logits *= classifier.temperature
         torch.testing.assert_close(logits, kept.logits, rtol=1e-3, atol=1e-4)
         embedded = classifier.embed(pixels)
         layer = classifier.network.get_submodule("fc.linear")
@@ -314,7 +315,7 @@ def test_a_fitted_classifier_can_be_its_head(run: Path) -> None:
     install(classifier.network, classifier.head, linear)
     pixels = torch.randn(3, 3, 64, 64)
     with torch.no_grad():
-        found, embedded = classifier.forward(pixels), classifier.embed(pixels)
+        found, embedded = classifier.network(pixels), classifier.embed(pixels)
     torch.testing.assert_close(found, linear(embedded).float(), rtol=1e-4, atol=1e-4)
 
 
@@ -323,8 +324,9 @@ def test_files_predict_as_the_run(
     run: Path, predict: Callable[[Path], Any], tmp_path: Path, form: Any
 ) -> None:
     path = export_model(run, form, tmp_path / "model.safetensors")
-    assert predict(path) == predict(run)
+    assert_alike(predict(path), predict(run))
     if form == "head":
+        assert predict(path) == predict(run)
         assert load_file(path).keys() == load(path, device="cpu").head
         assert path.stat().st_size < 20_000
 

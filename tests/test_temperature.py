@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -13,13 +14,20 @@ import torchvision
 from conftest import Outcome, draw_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from cnnft import finetune, load
 from cnnft.analysis.export import export_model
+from cnnft.config.schema import Config
 from cnnft.data.images import read_image
+from cnnft.metrics import calibration_error
 from cnnft.models.backbones import open_backbone, with_stages
 from cnnft.models.heads import head_tensors, replace_by_mlp
 from cnnft.models.surgery.divide import divided
+from cnnft.probe.calibrate import PRIOR, calibrate
+from cnnft.training.events import Finished
+from cnnft.training.finetune import run_plan
+from cnnft.training.plan import prepare
 
 Cli = Callable[..., Outcome]
 T = 2.5
@@ -126,7 +134,9 @@ WAYS: dict[str, Callable[[Cli, Path, list[Path], Path], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way == "onnx")) for way in WAYS]
+)
 def test_every_way_divides_by_the_temperature_once(
     cnnft: Cli, trained: Path, files: list[Path], tmp_path: Path, way: str
 ) -> None:
@@ -148,15 +158,15 @@ def test_of_an_ensemble_the_mean_is_divided(
         assert (found - predicted(single, files)).abs().max() > 1e-3
 
 
-def test_of_several_views_the_mean_is_divided(
+def test_of_several_views_the_probabilities_are_averaged(
     trained: Path, files: list[Path], tmp_path: Path
 ) -> None:
     run = with_temperature(trained, T, tmp_path / "run")
     found = load(run, device="cpu").predict(files, tta="hflip", workers=0)
     network, pixels = load(run, device="cpu").network.eval(), pixels_of(run, files)
     with torch.no_grad():
-        views = [network(view).softmax(dim=1) for view in (pixels, pixels.flip(3))]
-    expected = (torch.stack(views).mean(dim=0).log() / T).softmax(dim=1)
+        views = [(network(view) / T).softmax(dim=1) for view in (pixels, pixels.flip(3))]
+    expected = torch.stack(views).mean(dim=0)
     for one, row in zip(found, expected, strict=True):
         assert dict(one.top)["ants"] == pytest.approx(float(row[0]), abs=1e-5)
 
@@ -195,6 +205,136 @@ def test_a_student_learns_what_its_teacher_says_before_the_temperature(
         )  # fmt: skip
         students.append(load_file(run.path / "model.safetensors"))
     assert all(torch.equal(students[0][name], students[1][name]) for name in students[0])
+
+
+# ---------------------------------------------------------------- where it comes from
+
+
+SMALL = {"backbone": "builtin", "image_size": 64, "batch_size": 6, "workers": 0}
+FITTED: dict[str, dict[str, Any]] = {
+    "best epoch": {"epochs": 2},
+    "start": {"epochs": 1, "lr": 5.0, "head_lr": 50.0, "clip_grad": 1.0},
+    "class weights": {"epochs": 1, "class_weights": "balanced", "label_smoothing": 0.3},
+    "balanced draw": {"epochs": 1, "sampling": "balanced", "ema": 0.9},
+    "swa": {"epochs": 2, "swa": 1},
+    "snapshots": {"epochs": 2, "schedule": "cosine-restarts", "snapshots": 2},
+    "solved": {"mode": "feature-extractor"},
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("uneven")
+    draw_folder(data, ("ants", "bees"), 8)
+    draw_folder(data, ("ants",), 12, first_seed=50)
+    return data
+
+
+@pytest.mark.parametrize("how", FITTED)
+def test_it_is_fitted_to_what_the_kept_model_says_of_images_it_was_not_fitted_on(
+    uneven: Path, tmp_path: Path, how: str
+) -> None:
+    """Each image weighs the same, whatever the classes weighed in training."""
+    run = finetune(uneven, runs_dir=tmp_path, val_fraction=0.4, **SMALL, **FITTED[how])
+    kept, metrics = run.predictions(), run.metrics()
+    assert kept is not None and metrics.calibration is not None
+    expected = calibrate(kept.logits, kept.labels, prior=PRIOR)
+    assert expected.temperature != 1
+    assert run.description().temperature == kept.temperature == expected.temperature
+    found = metrics.calibration
+    assert found.temperature == expected.temperature
+    assert found.uncalibrated.loss == pytest.approx(expected.loss_before, abs=1e-6)
+    assert found.calibrated.loss == metrics.val.loss == pytest.approx(expected.loss, abs=1e-6)
+    assert metrics.val.loss <= found.uncalibrated.loss
+    said = load(run.path, device="cpu").predict(kept.samples.paths, workers=0)
+    if kept.role == "val":
+        of_first = [dict(one.top)["ants"] for one in said]
+        assert of_first == pytest.approx(kept.log_probs[:, 0].exp().tolist(), abs=1e-4)
+
+
+def test_the_end_of_training_and_evaluate_tell_it(cnnft: Cli, uneven: Path, tmp_path: Path) -> None:
+    outcome = cnnft("finetune", uneven, "--backbone=builtin", "--image-size=64", "--epochs=1",
+                    "--workers=0", "--runs-dir", tmp_path, "--json")  # fmt: skip
+    told = json.loads(outcome.out)
+    val, run = told["val"], told["run"]
+    before = val["uncalibrated"]
+    line = next(text for text in outcome.err.splitlines() if text.startswith("calibrated on"))
+    assert line == (
+        f"calibrated on 4 val images: temperature {val['temperature']:.3g}, log-loss "
+        f"{before['loss']:.3f} -> {val['loss']:.3f}, "
+        f"ECE {before['calibration_error']:.1%} -> {val['calibration_error']:.1%}"
+    )
+    assert val["temperature"] != 1
+    found = json.loads(cnnft("evaluate", uneven, "-m", run, "--json", "--workers=0").out)
+    for name in ("temperature", "loss", "calibration_error"):
+        assert found[name] == pytest.approx(val[name], abs=1e-4)
+    assert found["uncalibrated"] == pytest.approx(before, abs=1e-4)
+    text = cnnft("evaluate", uneven, "-m", run, "--workers=0").out
+    assert (
+        f"temperature     {val['temperature']:.3g} (without it: mean loss {before['loss']:.2f}"
+        in text
+    )
+
+
+def test_training_goes_on_as_if_there_were_no_temperature(uneven: Path, tmp_path: Path) -> None:
+    """Of a run that has ended with one, which more epochs are added to."""
+    config = Config.of(uneven, runs_dir=tmp_path, epochs=3, name="whole", **SMALL)
+    *_, whole = run_plan(prepare(config))
+    first = config.replace(epochs=1, name="extended")
+    *_, event = run_plan(prepare(first))
+    assert isinstance(event, Finished) and isinstance(whole, Finished)
+    run = event.run
+    described = json.loads((run.path / "config.json").read_text())
+    assert described["cnnft"]["temperature"] != 1
+    described["cnnft"]["temperature"] = T
+    (run.path / "config.json").write_text(json.dumps(described))
+    for _ in run_plan(prepare(first.replace(epochs=3), run), run):
+        pass
+    for name in ("model.safetensors", "config.json", "metrics.json", "predictions.csv"):
+        assert (run.path / name).read_bytes() == (whole.run.path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(("n", "prior"), [(10, PRIOR), (200, PRIOR), (200, 0.0), (30, 100.0)])
+def test_it_is_the_best_of_a_grid(n: int, prior: float) -> None:
+    generator = torch.Generator().manual_seed(n)
+    logits = 6 * torch.randn(n, 4, generator=generator, dtype=torch.float64)
+    labels = torch.multinomial((logits / 3).softmax(dim=1), 1, generator=generator)[:, 0]
+    grid = torch.logspace(-1.3, 1.3, 2000, base=10, dtype=torch.float64)
+    costs = [
+        cross_entropy(logits / t, labels, reduction="sum") + prior * (1 / t - 1 + t.log())
+        for t in grid
+    ]
+    best = float(grid[torch.stack(costs).argmin()])
+    assert calibrate(logits, labels, prior=prior).temperature == pytest.approx(best, rel=2e-3)
+
+
+def test_few_images_that_are_all_right_make_nothing_certain() -> None:
+    logits = 4.0 * torch.eye(3).repeat(4, 1)
+    labels = torch.arange(3).repeat(4)
+    assert calibrate(logits, labels).temperature < 0.2
+    assert 0.75 < calibrate(logits, labels, prior=PRIOR).temperature < 1
+    wrong = calibrate(logits, (labels + 1) % 3, prior=PRIOR).temperature
+    assert 4 < wrong <= 20
+
+
+@pytest.mark.parametrize("fitted_on", [100, 400])
+def test_it_makes_probabilities_as_sure_as_they_are_right(fitted_on: int) -> None:
+    """Of logits that are twice too large. Even a perfectly calibrated classifier shows an error on
+    as few images as there are.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        logits = 6 * torch.randn(n, 5, generator=generator)
+        return logits, torch.multinomial((logits / 2).softmax(dim=1), 1, generator=generator)[:, 0]
+
+    found, perfect, before = [], [], []
+    for _ in range(20):
+        temperature = calibrate(*draw(fitted_on), prior=PRIOR).temperature
+        logits, labels = draw(300)
+        for errors, divisor in ((found, temperature), (perfect, 2.0), (before, 1.0)):
+            errors.append(calibration_error((logits / divisor).log_softmax(dim=1), labels))
+    assert fmean(found) < fmean(perfect) + 0.02 < fmean(before)
 
 
 # ---------------------------------------------------------------- in the weights

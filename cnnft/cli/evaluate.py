@@ -109,13 +109,20 @@ def _show(evaluation: "Evaluation") -> None:
     ]
     if evaluation.top5 is not None:
         lines.append(f"top-5 accuracy  {evaluation.top5:.1%}")
-    macro = evaluation.macro
+    macro, calibration = evaluation.macro, evaluation.calibration
     lines += [
         f"macro average   precision {macro.precision:.1%}, recall {macro.recall:.1%}, "
         f"F1 {macro.f1:.1%} (unweighted mean over classes)",
         f"mean loss       {overall.loss:.4f}",
-        f"calibration     {evaluation.calibration_error:.1%} expected calibration error (ECE)",
+        f"calibration     {calibration.calibrated.calibration_error:.1%} expected calibration "
+        "error (ECE)",
     ]
+    if calibration.temperature != 1:
+        plain = calibration.uncalibrated
+        lines.append(
+            f"temperature     {calibration.temperature:.3g} (without it: mean loss "
+            f"{plain.loss:.4f}, ECE {plain.calibration_error:.1%})"
+        )
     if evaluation.left_out:
         lines.append(f"left out        {evaluation.left_out} images that the model was trained on")
     if evaluation.selected_on:
@@ -160,7 +167,7 @@ def _json(evaluation: "Evaluation") -> dict[str, Any]:
         "top5": evaluation.top5,
         "macro": dataclasses.asdict(evaluation.macro),
         "loss": overall.loss,
-        "calibration_error": evaluation.calibration_error,
+        **evaluation.calibration.to_dict(),
         "left_out": evaluation.left_out,
         "copies": evaluation.copies,
         "selected_on_val": evaluation.selected_on,

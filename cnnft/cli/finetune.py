@@ -157,4 +157,11 @@ def _show_end(plan: "Plan", finished: "Finished") -> None:
         f"majority-class baseline {chance:.1%}), balanced accuracy {val.macro_recall:.1%}",
         style="bold",
     )
+    if found := metrics.calibration:
+        before, after = found.uncalibrated, found.calibrated
+        console.say(
+            f"calibrated on {val.n} {'val images' if len(plan.val) else 'images out of fold'}: "
+            f"temperature {found.temperature:.3g}, log-loss {before.loss:.3f} -> {after.loss:.3f}, "
+            f"ECE {before.calibration_error:.1%} -> {after.calibration_error:.1%}"
+        )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")

@@ -59,8 +59,8 @@ class Description:
     """The file of the pretrained weights; None: there was none, or an older cnnft kept no pin."""
     temperature: float = 1.0
     """Probabilities are softmax(what the network says / temperature), within `TEMPERATURES`: see
-    `cnnft.probe.calibrate`. Of several views or networks the log of their mean probability is
-    divided. Training, of a student too, reads the network as it is."""
+    `cnnft.probe.calibrate`. Of an ensemble the log of the mean probability is divided, as the
+    temperature was fitted to it. Training, of a student too, reads the network as it is."""
 
 
 @dataclass(kw_only=True)

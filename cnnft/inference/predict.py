@@ -88,7 +88,8 @@ def predict_files(
         network = Compiled(network)
     views = EvaluationViews(classifier.input_spec, inference.tta).as_bytes
     batches = view_batches(paths, views, inference.loading(device, len(paths)))
-    return predict_batches(Normalizing(network, classifier.input_spec), batches, precision)
+    normalizing = Normalizing(network, classifier.input_spec)
+    return predict_batches(normalizing, batches, precision, classifier.temperature)
 
 
 def predict(
@@ -129,15 +130,19 @@ def collect(
 
 
 def predict_batches(
-    network: nn.Module, batches: Iterable[Views], precision: Precision = "float32"
+    network: nn.Module,
+    batches: Iterable[Views],
+    precision: Precision = "float32",
+    temperature: float = 1.0,
 ) -> Iterator[tuple[Views, Tensor]]:
     """Yields each batch with its logits (B, C) on the CPU; B counts the readable images, in the
-    order of `batch.indices`. Of several views they are the log of the mean softmax probability.
+    order of `batch.indices`. Divided by `temperature` they are, of several views, the log of the
+    mean probability.
 
     A batch is read when the next one has been begun, so that a GPU need not wait for its reader.
     """
     network.eval()
-    compute = _Compute(network, precision)
+    compute = _Compute(network, precision, temperature)
     before: tuple[Views, Tensor] | None = None
     for batch in batches:
         present = batch, compute(batch.pixels)
@@ -151,8 +156,8 @@ def predict_batches(
 class _Compute:
     """(B, V, 3, H, W) -> (B, C); in smaller parts from the first out-of-memory error on."""
 
-    def __init__(self, network: nn.Module, precision: Precision) -> None:
-        self.network, self.precision = network, precision
+    def __init__(self, network: nn.Module, precision: Precision, temperature: float) -> None:
+        self.network, self.precision, self.temperature = network, precision, temperature
         self.device = next(network.parameters()).device
         self.at_once: int | None = None
 
@@ -164,8 +169,8 @@ class _Compute:
         logits = self._all(pixels.flatten(0, 1))
         if views == 1:
             return logits
-        log_probs = logits.log_softmax(dim=1).unflatten(0, (images, views))
-        return log_probs.logsumexp(dim=1) - math.log(views)
+        log_probs = (logits / self.temperature).log_softmax(dim=1).unflatten(0, (images, views))
+        return self.temperature * (log_probs.logsumexp(dim=1) - math.log(views))
 
     def _all(self, pixels: Tensor) -> Tensor:
         while True:

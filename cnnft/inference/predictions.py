@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cnnft.data.dataset import Samples
-from cnnft.metrics import Score, score
+from cnnft.metrics import CalibrationScores, Score, probability_score, score
 
 Role = Literal["val", "test", "out-of-fold"]
 """What the images were to the model: it was selected on val; a model of the other folds, which has
@@ -21,8 +21,8 @@ class Predictions:
 
     samples: Samples
     logits: Tensor
-    """(N, C), float32 or more, as the network says them, before the temperature; of several views
-    or networks the log of their mean probability."""
+    """(N, C), float32 or more, before the temperature: what the network says (an ensemble: the log
+    of the mean probability), or of several views what gives the mean of their probabilities."""
     role: Role
     folds: tuple[int, ...] = ()
     """Of out-of-fold predictions, which fold each image was in."""
@@ -58,3 +58,8 @@ class Predictions:
 
     def score(self) -> Score:
         return score(self.log_probs, self.labels)
+
+    def calibration(self) -> CalibrationScores:
+        plain = replace(self, temperature=1.0)
+        found = (probability_score(one.log_probs, one.labels) for one in (self, plain))
+        return CalibrationScores(self.temperature, *found)

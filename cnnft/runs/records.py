@@ -13,7 +13,7 @@ from typing import IO, Any, TypeVar
 
 from cnnft.data.dataset import Samples, Skipped, SplitName
 from cnnft.machine.files import known, parse_json, read_csv, to_csv, to_json
-from cnnft.metrics import Score
+from cnnft.metrics import CalibrationScores, ProbabilityScore, Score
 
 T = TypeVar("T")
 
@@ -144,6 +144,8 @@ class Metrics:
     val: Score
     """Of the model on val, or out of fold."""
     evidence: Evidence = Evidence.SELECTED
+    calibration: CalibrationScores | None = None
+    """Of the same images; None: training is not over, and the temperature is 1."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, with what follows from them."""
@@ -160,6 +162,7 @@ class Metrics:
                 "interval95": val.interval,
                 "macro_recall": val.macro_recall,
                 "loss": val.loss,
+                **(self.calibration.to_dict() if self.calibration else {}),
             },
         }
 
@@ -174,8 +177,16 @@ def metrics_from_json(file: IO[bytes]) -> Metrics:
         "train": _record(TrainScore, values["train"]),
         "val": _record(Score, values["val"]),
         "evidence": {note: e for e, note in _NOTES.items()}[values["val"]["note"]],
+        "calibration": _calibration(values["val"]),
     }
     return _record(Metrics, values | scores)
+
+
+def _calibration(val: Mapping[str, Any]) -> CalibrationScores | None:
+    if "uncalibrated" not in val:
+        return None
+    found = [_record(ProbabilityScore, values) for values in (val, val["uncalibrated"])]
+    return CalibrationScores(float(val["temperature"]), *found)
 
 
 def environment_from_json(file: IO[bytes]) -> dict[str, str]:

@@ -218,11 +218,15 @@ class Run(RunFiles):
 
     def save_classifier(self, classifier: Classifier) -> None:
         """Weights and description. The weights come last: with them the run can be used."""
-        self._write("config.json", to_json(describe(classifier)))
+        self.save_description(classifier)
         content = to_safetensors(classifier.network.state_dict())
         if distributed.is_main:
             save_weights(self.path, content)
             forget_replaced(self.path)
+
+    def save_description(self, classifier: Classifier) -> None:
+        """All but its weights, which it has already."""
+        self._write("config.json", to_json(describe(classifier)))
 
     def save_snapshot(self, number: int, network: nn.Module) -> None:
         """The weights of one network of a snapshot ensemble."""
@@ -232,7 +236,7 @@ class Run(RunFiles):
         """From now on the run's classifier is that of its snapshots, which is returned."""
         ensemble = replace(classifier, snapshots=snapshots)
         forget_scores(self.path)
-        self._write("config.json", to_json(describe(ensemble)))
+        self.save_description(ensemble)
         return replace(ensemble, network=snapshot_ensemble(ensemble, self.path))
 
     def is_of(self, best_weights: str | None) -> bool:

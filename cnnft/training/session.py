@@ -22,10 +22,11 @@ from cnnft.models.freezing import batchnorms, changing, learning_statistics
 from cnnft.models.surgery.fold import folds
 from cnnft.models.surgery.substitute import Substituted
 from cnnft.runs.checkpoints import Checkpoint, Interval
-from cnnft.runs.records import Epoch, Evidence
+from cnnft.runs.records import Epoch, Evidence, Metrics
 from cnnft.runs.run import Run
 from cnnft.runs.weights import weights_hash
 from cnnft.training.averaging import equal_average, recalibrate, running_average
+from cnnft.training.calibration import calibrated
 from cnnft.training.constraints import gradient_rules, weight_rules
 from cnnft.training.distillation import make_soft_targets
 from cnnft.training.events import Finished, StartScored, Stopped
@@ -141,7 +142,7 @@ class Session:
             self._save()
             yield Stopped(self.run, state.step)
             return
-        yield self._finish()
+        yield Finished(self.run, calibrated(self.run, *self._choose_model()))
 
     def _forward_module(self) -> nn.Module:
         """What computes the network's logits in training."""
@@ -236,12 +237,12 @@ class Session:
             ) from error
         return predictions, validated(predictions, self.plan.config.balanced)
 
-    def _finish(self) -> Finished:
+    def _choose_model(self) -> tuple[Classifier, Metrics]:
         """The best epoch is the run's model, or an average or ensemble that is as good."""
         run, metrics = self.run, metrics_of(self.plan, self.start, self.history)
         other = self._other_model()
         if other is None:
-            return Finished(run, metrics)
+            return self.plan.classifier, metrics
         what, classifier = other
         predictions, found = self._validate(classifier.network)
         selected = not classifier.snapshots  # an ensemble becomes the model whatever its score
@@ -252,14 +253,14 @@ class Session:
                 "latter",
                 *(what, found.calibrated_loss, metrics.model, lowest),
             )
-            return Finished(run, metrics)
+            return self.plan.classifier, metrics
         if selected:
             run.save_classifier(classifier)
         run.save_predictions(predictions)
         evidence = Evidence.SELECTED if selected else Evidence.NOT_SELECTED
         metrics = replace(metrics, model=what, val=found.val, evidence=evidence)
         run.save_metrics(metrics)
-        return Finished(run, metrics)
+        return classifier, metrics
 
     def _other_model(self) -> tuple[str, Classifier] | None:
         """(what it is, the classifier) of an average or ensemble, where the settings have one."""

@@ -24,6 +24,7 @@ from cnnft.probe.probe import install
 from cnnft.probe.solve import Solved, Trial, can_be_scored, solve
 from cnnft.runs.records import Evidence, Metrics, Penalty, TrainScore
 from cnnft.runs.run import Run
+from cnnft.training.calibration import calibrated
 from cnnft.training.events import Finished, Stopped
 from cnnft.training.losses import balanced_weights
 from cnnft.training.plan import Plan
@@ -134,7 +135,7 @@ class Solving:
             evidence=evidence,
         )
         run.save_metrics(metrics)
-        return Finished(run, metrics)
+        return Finished(run, calibrated(run, classifier, metrics))
 
     def _out_of_fold(self, solved: Solved, trial: Trial) -> Predictions:
         rows = solved.scored.tolist()
