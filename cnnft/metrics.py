@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ Z95 = 1.959963984540054
 
 CALIBRATION_BINS = 15
 """Of confidence, equally wide (Guo et al., 2017)."""
-
-TEMPERATURES = (1 / 20, 20.0)
-"""Least and greatest: where all is right, no confidence would be enough."""
 
 
 def wilson_interval(correct: int, n: int) -> tuple[float, float]:
@@ -164,41 +160,11 @@ def calibration_error(log_probs: Tensor, labels: Tensor) -> float:
     """Expected calibration error (Guo et al., 2017): |accuracy - mean confidence| over images of
     like confidence, averaged over all images.
     """
-    confidence, predicted = log_probs.double().exp().max(dim=1)
-    ends = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
-    excess = confidence - (predicted == labels).double()
-    of_bins = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
-    of_bins.index_add_(0, torch.bucketize(confidence, ends[1:-1]), excess)
-    return float(of_bins.abs().sum() / len(labels))
+    from torchmetrics.functional.classification import multiclass_calibration_error
 
-
-@dataclass(frozen=True)
-class ProbabilityScore:
-    """How good probabilities are, rather than the classes that they are highest for."""
-
-    loss: float
-    """Mean negative log-probability of the true class."""
-    calibration_error: float
-
-
-@dataclass(frozen=True)
-class CalibrationScores:
-    """Of the same images, at a temperature and without one."""
-
-    temperature: float
-    calibrated: ProbabilityScore
-    uncalibrated: ProbabilityScore
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values, beside the loss, which is the calibrated one."""
-        return {
-            "calibration_error": self.calibrated.calibration_error,
-            "temperature": self.temperature,
-            "uncalibrated": asdict(self.uncalibrated),
-        }
-
-
-def probability_score(log_probs: Tensor, labels: Tensor) -> ProbabilityScore:
-    """`log_probs` (N, C), `labels` (N,)."""
-    loss = float(torch.nn.functional.nll_loss(log_probs.double(), labels))
-    return ProbabilityScore(loss, calibration_error(log_probs, labels))
+    # What exceeds 1 by rounding would be taken for logits.
+    probabilities = log_probs.exp().clamp(max=1)
+    error = multiclass_calibration_error(
+        probabilities, labels, log_probs.shape[1], n_bins=CALIBRATION_BINS
+    )
+    return float(error)

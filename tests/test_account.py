@@ -474,7 +474,7 @@ def test_hidden_classes_train_and_are_evaluated(cnnft: Cli, train: Cli, flat: Pa
     "flags",
     [
         ("--mode=feature-extractor", "--head-solver=sgd", "--class-weights=balanced"),
-        ("--mode=auto", "--sampling=balanced"),
+        ("--mode=finetune", "--sampling=balanced"),
         ("--mode=finetune", "--class-weights=balanced", "--focal=2", "--label-smoothing=0.1"),
     ],
     ids=lambda flags: flags[0],
@@ -494,7 +494,7 @@ def test_a_rare_class_is_trained_and_has_no_score(
     rows = cnnft("evaluate", flat, "-m", run, "--workers=0").out.splitlines()
     row = next(line.split() for line in rows if line.startswith("wasps"))
     assert row[:2] == ["wasps", "0"] and row[3] == "-"
-    if flags[0] == "--mode=auto":
+    if "--sampling=balanced" in flags:
         found = json.loads(cnnft("check", flat, "--workers=0", "--json").out)
         assert "wasps" in found["unscored"] and "ants" not in found["unscored"]
 

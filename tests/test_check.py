@@ -137,17 +137,6 @@ def test_text_says_what_json_says(cnnft: Cli, photos: Path) -> None:
     assert "→ " in outcome.out and "4 training images per class" in outcome.out
 
 
-def test_advice_is_that_of_mode_auto(cnnft: Cli, check, flat: Path, tmp_path: Path) -> None:
-    advice = check(flat, "--backbone", "builtin")["advice"]
-    told = json.loads(
-        cnnft(
-            "finetune", flat, "--backbone=builtin", "--mode=auto", "--dry-run", "--json",
-            "--workers", 0, "--runs-dir", tmp_path,
-        ).out
-    )  # fmt: skip
-    assert advice == told["advice"]
-
-
 @pytest.mark.parametrize("fit", ["crop", "pad"])
 def test_every_file_is_read_and_decoded_once(
     check, photos: Path, monkeypatch: pytest.MonkeyPatch, fit: str

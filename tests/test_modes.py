@@ -1,6 +1,5 @@
 """How much trains: stages, bn-only, probe first, auto, heads, layer decay."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,6 @@ import torch
 from conftest import Outcome, draw_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -282,7 +280,7 @@ def test_a_probe_that_cannot_be_the_head(cnnft: Cli, flat: Path, tmp_path: Path)
     ).fails_with(2, "--probe-first", "no single linear layer")  # fmt: skip
 
 
-# ---------------------------------------------------------------- auto
+# ---------------------------------------------------------------- the table
 
 
 @pytest.mark.parametrize("images", [SMALL - 1, SMALL])
@@ -297,37 +295,6 @@ def test_every_dataset_is_in_one_cell(images, accuracy):
 def test_learned_is_measured_from_chance():
     assert Advice(10, 0.25, 0.25).learned == 0 and Advice(10, 1.0, 0.25).learned == 1
     assert Advice(10, 0.625, 0.25).learned == pytest.approx(0.5)
-
-
-def test_auto_is_the_mode_that_it_chose_to_the_bit(separated: Path, tmp_path: Path):
-    common = {
-        "backbone": "builtin", "epochs": 1, "workers": 0, "device": "cpu", "runs_dir": tmp_path,
-    }  # fmt: skip
-    runs = []
-    for settings_ in ({"mode": "auto", "name": "auto"}, {"mode": "feature-extractor"}):
-        plan = prepare(Config.of(separated, **common, **settings_))
-        assert plan.config.freezing.mode == "feature-extractor"
-        for event in run_plan(plan):
-            runs.append(event)
-    states = [
-        load_file(tmp_path / name / "model.safetensors")
-        for name in ("auto", f"{separated.name}-builtin")
-    ]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-@pytest.mark.parametrize("name", ["torchvision/squeezenet1_1", "deit_tiny_distilled_patch16_224"])
-def test_auto_with_a_head_that_cannot_be_probed_in(name, flat: Path, monkeypatch):
-    monkeypatch.setattr("cnnft.training.advice.SMALL", 1)  # the cell that wants a probe first
-    size = 64 if "squeezenet" in name else None
-    plan = prepare(
-        Config.of(
-            flat, backbone=name, pretrained=False, mode="auto", image_size=size, workers=0,
-            device="cpu",
-        )
-    )  # fmt: skip
-    assert plan.config.freezing.mode == "finetune"
-    assert plan.head_from == "new" and plan.advice is not None
 
 
 def test_a_normalisation_in_the_head_is_not_kept():
@@ -358,7 +325,6 @@ def test_a_probe_counts_each_content_once(flat: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"mode": "auto", "lr": 0.1},
         {"mode": "feature-extractor", "layer_decay": 0.5},
         {"head": "mlp", "probe_first": True},
         {"head": "mlp", "head_init": "zeros"},
@@ -379,18 +345,6 @@ def test_layer_decay_is_told_and_the_last_stage_is_in_the_history(cnnft: Cli, fl
     assert "each stage before the last: × 0.5" in outcome.err
     header, row = (Path(outcome.out.strip()) / "history.csv").read_text().splitlines()
     assert float(row.split(",")[header.split(",").index("lr_backbone")]) == 0.000625
-
-
-def test_auto_says_why_and_the_run_can_be_repeated(cnnft: Cli, flat: Path, tmp_path: Path):
-    flags = ("--backbone=builtin", "--epochs=1", "--workers=0", "--runs-dir", tmp_path / "runs")
-    outcome = cnnft("finetune", flat, "--mode=auto", *flags)
-    assert outcome.code == 0, outcome.err
-    assert "→ " in outcome.err and "8 training images per class" in outcome.err
-    config = (Path(outcome.out.strip()) / "config.toml").read_text()
-    assert 'mode = "auto"' not in config and "probe_first" not in config
-    told = json.loads(cnnft("finetune", flat, "--mode=auto", "--dry-run", "--json", *flags).out)
-    assert told["advice"]["size"] == "small"
-    assert told["mode"] == told["advice"]["settings"]["mode"]
 
 
 # ---------------------------------------------------------------- the twelve

@@ -140,8 +140,8 @@ def timm_logits(run: Path, image: Path) -> Tensor:
 
 
 def own_logits(run: Path, image: Path) -> Tensor:
-    """Before the temperature, of which timm knows nothing."""
     classifier = load(run)
+    classifier.network.eval()
     with torch.inference_mode():
         return classifier.network(classifier.preprocess(read_image(image))[None])[0]
 

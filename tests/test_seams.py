@@ -241,9 +241,7 @@ def test_predict_evaluate_teachers_and_onnx_agree(
 ) -> None:
     inference = Inference(batch_size=8, workers=0)
     found = predict(classifier, images, inference, "test")
-    assert classifier.temperature == found.temperature != 1
-    divided = found.logits / classifier.temperature
-    probabilities = divided.softmax(dim=1).tolist()
+    probabilities = found.logits.softmax(dim=1).tolist()
     for row, one in zip(
         probabilities, classifier.predict(images.paths, batch_size=8, workers=0), strict=True
     ):
@@ -259,13 +257,13 @@ def test_predict_evaluate_teachers_and_onnx_agree(
 
     pixels = torch.stack([classifier.preprocess(read_image(path)) for path in images.paths])
     with torch.no_grad():
-        torch.testing.assert_close(classifier.forward(pixels), divided, rtol=0, atol=1e-5)
+        torch.testing.assert_close(classifier.forward(pixels), found.logits, rtol=0, atol=1e-5)
 
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs cnnft[onnx]")
     file = export_model(trained, "onnx", tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     (exported,) = session.run(None, {"pixels": pixels.numpy()})
-    torch.testing.assert_close(torch.from_numpy(exported), divided, rtol=0, atol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(exported), found.logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("run", ["trained", "finetuned"])

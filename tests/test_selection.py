@@ -28,19 +28,21 @@ def predicted(logits: Tensor, labels: Sequence[int]) -> Predictions:
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_the_loss_is_the_lowest_that_a_temperature_gives(balanced: bool) -> None:
+def test_the_loss_is_that_of_the_likeliest_temperature(balanced: bool) -> None:
     labels = [0] * 30 + [1] * 6
     noise = torch.Generator().manual_seed(0)
     logits = 6 * torch.randn(36, 2, generator=noise)
     logits[torch.arange(36), labels] += 3
     weight = np.array([36 / (2 * 30), 36 / (2 * 6)])[labels] if balanced else np.ones(36)
-    losses = []
+    losses, priors = [], []
     for temperature in np.geomspace(0.05, 20, 4000):
         scaled = logits.double().numpy() / temperature
         log_probs = scaled - np.logaddexp(*scaled.T)[:, None]
         losses.append(-np.average(log_probs[np.arange(36), labels], weights=weight))
+        priors.append(2 * np.log(temperature) ** 2 / 36)
     found = validated(predicted(logits, labels), balanced)
-    assert found.calibrated_loss == pytest.approx(min(losses), abs=1e-6)
+    likeliest = np.argmin(np.add(losses, priors))
+    assert found.calibrated_loss == pytest.approx(losses[likeliest], abs=1e-3)
     assert found.val == predicted(logits, labels).score()
 
 
@@ -61,10 +63,10 @@ def test_the_best_epoch_has_the_lowest_loss_after_temperature(flat: Path, tmp_pa
     assert best == [loss < min(losses[:i], default=np.inf) for i, loss in enumerate(losses)]
     kept = run.predictions()
     assert kept is not None
-    assert validated(kept, False).calibrated_loss == pytest.approx(min(losses))
+    assert kept.score().loss == pytest.approx(min(losses), rel=1e-3)
 
 
-RUINOUS = {"lr": 1.0, "head_lr": 1.0}
+RUINOUS = {"lr": 1.0, "head_lr": 1e-9}
 
 
 def test_a_run_never_ends_below_its_start(flat: Path, tmp_path: Path) -> None:
@@ -76,7 +78,6 @@ def test_a_run_never_ends_below_its_start(flat: Path, tmp_path: Path) -> None:
     assert not any(epoch.best for epoch in run.history()) and len(run.history()) == 3
     metrics = run.metrics()
     assert metrics.best_epoch == 0 and metrics.val.correct == start.val.correct
-    assert metrics.calibration and metrics.calibration.uncalibrated.loss == start.val.loss
     assert metrics.train.loss is metrics.train.accuracy is None
     state = load_file(run.path / "model.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
@@ -110,9 +111,9 @@ def test_a_run_that_was_stopped_keeps_its_start(flat: Path, tmp_path: Path, step
 def test_the_start_is_shown(cnnft, flat: Path, tmp_path: Path) -> None:
     outcome = cnnft(
         "finetune", flat, "--mode=finetune", "--backbone=builtin", "--epochs=1", "--workers=0",
-        "--lr=1", "--head-lr=1", "--runs-dir", tmp_path, "--image-size=32", "--batch-size=8",
+        "--lr=1", "--head-lr=1e-9", "--runs-dir", tmp_path, "--image-size=32", "--batch-size=8",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     lines = [line.split() for line in outcome.err.splitlines()]
     assert [line[0] for line in lines if line and line[0] in ("start", "1/1")] == ["start", "1/1"]
-    assert "no epoch was better than the starting point, a linear probe" in outcome.err
+    assert "the start, a linear probe: no epoch was better" in outcome.err

@@ -69,7 +69,7 @@ def test_the_head_is_the_logistic_regression_on_both_mirror_images(
     pixels = torch.stack([classifier.preprocess(read_image(path)) for path in train.paths])
     with torch.no_grad():
         rows = torch.cat([classifier.embed(pixels), classifier.embed(pixels.flip(3))]).double()
-        logits = classifier.network(pixels)
+        logits = classifier.forward(pixels)
     labels = np.tile(train.labels, 2)
     (penalty,) = [row.penalty for row in run.penalties() or () if row.chosen]
     scaler = StandardScaler().fit(rows)

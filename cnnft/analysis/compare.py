@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from cnnft.inference.predictions import Predictions
 from cnnft.metrics import mcnemar, tango_interval
-from cnnft.runs.records import Metrics
 from cnnft.runs.run import Run
+from cnnft.runs.scores import Metrics
 
 _PLACES = ("name", "runs_dir")
 """Settings that say where a run is kept, not what it is."""

@@ -11,10 +11,10 @@ from cnnft.inference.classifier import Classifier
 from cnnft.inference.predict import Inference, predict
 from cnnft.inference.predictions import Predictions
 from cnnft.metrics import (
-    CalibrationScores,
     ClassScore,
     MacroScore,
     Score,
+    calibration_error,
     class_scores,
     confusion_matrix,
     macro_average,
@@ -30,8 +30,8 @@ class Evaluation:
     overall: Score
     top5: float | None
     """None for five classes or fewer."""
-    calibration: CalibrationScores
-    """Of the probabilities, as they are and without the classifier's temperature."""
+    calibration_error: float
+    """Expected, of the probability that the predicted class is given."""
     classes: tuple[ClassScore, ...]
     confusion: list[list[int]]
     """Rows are true classes, columns predicted ones."""
@@ -153,7 +153,7 @@ def evaluation_of(predictions: Predictions) -> Evaluation:
     return Evaluation(
         overall=predictions.score(),
         top5=top_k_accuracy(log_probs, labels, 5) if len(classes) > 5 else None,
-        calibration=predictions.calibration(),
+        calibration_error=calibration_error(log_probs, labels),
         classes=class_scores(log_probs, labels, classes),
         confusion=confusion_matrix(log_probs, labels).tolist(),
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from cnnft.config.choices import ExportFormat
 from cnnft.data.images import ImageError, read_image
@@ -20,7 +19,6 @@ from cnnft.inference.classifier import Classifier
 from cnnft.inference.description import describe
 from cnnft.inference.storage import load
 from cnnft.machine.files import to_safetensors, write_whole
-from cnnft.models.surgery.divide import divided
 from cnnft.models.weights import backbone_hash
 from cnnft.runs.run import FILES, Run
 
@@ -58,10 +56,11 @@ def export_model(
         raise UsageError(f"--output {path} is one of the run's own files: choose another name")
     if path.is_dir():
         raise UsageError(f"--output {path} is a folder: give the file to write")
-    if classifier.snapshots and format != "onnx":
+    if classifier.is_ensemble and format != "onnx":
+        networks = classifier.snapshots or 1 + len(classifier.members)
         raise UsageError(
-            f"{folder} is an ensemble of {classifier.snapshots} networks, which only --format onnx "
-            "puts into one file"
+            f"{folder} is an ensemble of {networks} networks, which only --format onnx puts into "
+            "one file"
         )
     writers: dict[ExportFormat, Callable[[], bytes]] = {
         "head": lambda: _head(classifier, folder),
@@ -91,35 +90,11 @@ def _head(classifier: Classifier, folder: Path) -> bytes:
 
 
 def _whole(classifier: Classifier) -> bytes:
-    """Other programs read it too, which know no temperature: the last layer's weights have it."""
-    if classifier.temperature != 1:
-        size = classifier.input_spec.size
-        network = divided(classifier.network, classifier.head, classifier.temperature, size)
-        if network is None:
-            _log.warning(
-                "the logits of %s are not the output of a linear layer: programs other than cnnft "
-                "have to divide them by the temperature %.4g",
-                *(classifier.identity.architecture, classifier.temperature),
-            )
-        else:
-            classifier = replace(classifier, network=network, temperature=1.0)
     return to_safetensors(classifier.network.state_dict(), _metadata(classifier))
 
 
 def _metadata(classifier: Classifier) -> dict[str, str]:
     return {"cnnft": json.dumps(describe(classifier), ensure_ascii=False)}
-
-
-class _Divided(nn.Module):
-    """Logits, divided by a classifier's temperature."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.network, self.temperature = classifier.network, classifier.temperature
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.network(pixels)
-        return logits / self.temperature
 
 
 def _onnx(classifier: Classifier, folder: Path) -> bytes:
@@ -135,7 +110,7 @@ def _onnx(classifier: Classifier, folder: Path) -> bytes:
     what, pixels = _example_pixels(classifier, folder)
     try:
         program = torch.onnx.export(
-            _Divided(classifier).eval(),
+            classifier.calibrated(classifier.network),
             (pixels[:2],),
             dynamo=True,
             input_names=["pixels"],
@@ -151,7 +126,9 @@ def _onnx(classifier: Classifier, folder: Path) -> bytes:
         ) from error
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, _metadata(replace(classifier, temperature=1.0)))
+    # Its graph has the temperature in it, and all members.
+    described = replace(classifier, temperature=1.0, members=())
+    onnx.helper.set_model_props(model, _metadata(described))
     content: bytes = model.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     with torch.inference_mode():

@@ -148,7 +148,7 @@ def _input_spec(settings: Config) -> "InputSpec":
 def _advise(
     settings: Config, spec: "InputSpec", train: "Samples", facts: "Mapping[str, ImageFacts]"
 ) -> "Advice":
-    """As `finetune --mode auto` does, on the images that were decoded already."""
+    """By a probe of the last layer's features, on the images that were decoded already."""
     from cnnft.data.loading import Loading, worker_count
     from cnnft.machine.devices import choose_device, keep_freed_memory, place
     from cnnft.models.backbones import open_backbone

@@ -109,20 +109,13 @@ def _show(evaluation: "Evaluation") -> None:
     ]
     if evaluation.top5 is not None:
         lines.append(f"top-5 accuracy  {evaluation.top5:.1%}")
-    macro, calibration = evaluation.macro, evaluation.calibration
+    macro = evaluation.macro
     lines += [
         f"macro average   precision {macro.precision:.1%}, recall {macro.recall:.1%}, "
         f"F1 {macro.f1:.1%} (unweighted mean over classes)",
         f"mean loss       {overall.loss:.4f}",
-        f"calibration     {calibration.calibrated.calibration_error:.1%} expected calibration "
-        "error (ECE)",
+        f"calibration     {evaluation.calibration_error:.1%} expected calibration error (ECE)",
     ]
-    if calibration.temperature != 1:
-        plain = calibration.uncalibrated
-        lines.append(
-            f"temperature     {calibration.temperature:.3g} (without it: mean loss "
-            f"{plain.loss:.4f}, ECE {plain.calibration_error:.1%})"
-        )
     if evaluation.left_out:
         lines.append(f"left out        {evaluation.left_out} images that the model was trained on")
     if evaluation.selected_on:
@@ -167,7 +160,7 @@ def _json(evaluation: "Evaluation") -> dict[str, Any]:
         "top5": evaluation.top5,
         "macro": dataclasses.asdict(evaluation.macro),
         "loss": overall.loss,
-        **evaluation.calibration.to_dict(),
+        "calibration_error": evaluation.calibration_error,
         "left_out": evaluation.left_out,
         "copies": evaluation.copies,
         "selected_on_val": evaluation.selected_on,

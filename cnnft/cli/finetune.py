@@ -158,10 +158,8 @@ def _show_end(plan: "Plan", finished: "Finished") -> None:
         style="bold",
     )
     if found := metrics.calibration:
-        before, after = found.uncalibrated, found.calibrated
         console.say(
-            f"calibrated on {val.n} {'val images' if len(plan.val) else 'images out of fold'}: "
-            f"temperature {found.temperature:.3g}, log-loss {before.loss:.3f} -> {after.loss:.3f}, "
-            f"ECE {before.calibration_error:.1%} -> {after.calibration_error:.1%}"
+            f"temperature {found.temperature:.2f}: log-loss {found.loss_before:.3f} → "
+            f"{val.loss:.3f}, expected calibration error {found.ece_before:.1%} → {found.ece:.1%}"
         )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")

@@ -14,7 +14,9 @@ from cnnft.errors import listed
 
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
+    from cnnft.runs.scores import Comparison
     from cnnft.training.advice import Advice
+    from cnnft.training.events import Advised
     from cnnft.training.plan import Plan
 
 _MOST_CLASSES = 20
@@ -26,9 +28,6 @@ def show_plan(plan: "Plan") -> None:
     console.say(class_table({name: of for name, of in splits.items() if sum(of.values())}))
     console.say()
     _show_account(plan)
-    if plan.advice is not None and plan.requested_mode == "auto":
-        show_advice(plan.advice, console.say)
-        console.say()
     spec = plan.classifier.input_spec
     rows = {
         "backbone": [_backbone_line(plan)],
@@ -158,6 +157,31 @@ def show_advice(advice: "Advice", say: Callable[[Any], None]) -> None:
         f"{advice.images_per_class:.0f} training images per class; a linear probe on frozen "
         f"features is right in {advice.probe_accuracy:.1%} (cross-validated; the majority class "
         f"has {advice.chance:.1%}), so it learns {advice.learned:.0%} of what there is to learn"
+    )
+
+
+def show_advised(event: "Advised") -> None:
+    show_advice(event.advice, console.say)
+    if event.trains:
+        console.say(
+            "the last stages are trained too, on the training part, to compare with; --mode "
+            "feature-extractor spares that"
+        )
+    else:
+        console.say("too few images are wrong to tell a better network from this head on val")
+    console.say()
+
+
+def show_comparison(found: "Comparison") -> None:
+    outcomes = {
+        "head": "not clearly better (two standard errors): the head stays",
+        "trained": "clearly better (two standard errors): the trained network is the answer",
+        "ensemble": "both are averaged: predicting takes twice as long as with one",
+    }
+    console.say(
+        f"log-loss on val, n = {found.n}: the head {found.head_loss:.3f}, fitted without val; the "
+        f"trained network {found.trained_loss:.3f}, lower by {found.difference:.3f} ± "
+        f"{found.standard_error:.3f}; {outcomes[found.answer]}"
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnnft.cli import console
+from cnnft.cli.plan import show_advised, show_comparison
 from cnnft.errors import CnnftError
 from cnnft.machine import distributed, interruption
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from cnnft.config.schema import Config
     from cnnft.runs.records import Epoch
     from cnnft.runs.run import Run
-    from cnnft.training.events import Event, Finished
+    from cnnft.training.events import Event, Finished, StartScored
     from cnnft.training.plan import Plan
 
 
@@ -36,16 +37,13 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     """
     from cnnft.cache.pixels import CacheProgress
     from cnnft.runs.records import Epoch
-    from cnnft.training.events import Started, StartScored, Stopped
+    from cnnft.runs.scores import Comparison
+    from cnnft.training.events import Advised, Started, StartScored, Stopped, Trying
     from cnnft.training.finetune import run_plan
     from cnnft.training.step import StepDone
 
     if plan.head_from != "solver":
-        macro = "   macro" if plan.config.balanced else ""
-        console.say(
-            f" epoch   train loss     acc    val loss  calibrated     acc{macro}      gap",
-            style="bold",
-        )
+        _say_header(plan.config)
     columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
     with interruption.deferred() as interrupted, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
@@ -66,10 +64,16 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
             elif isinstance(event, Epoch):
                 bar.update(task, description="training")
                 console.say(_epoch_line(event, plan.config))
+            elif isinstance(event, Advised):
+                show_advised(event)
+            elif isinstance(event, Trying):
+                plan = event.plan
+                bar.update(task, total=len(plan.batches), completed=0)
+                _say_header(plan.config)
+            elif isinstance(event, Comparison):
+                show_comparison(event)
             elif isinstance(event, StartScored):
-                val = event.val
-                found = val.loss, event.calibrated_loss, val.accuracy, val.macro_recall
-                console.say(f"  start{'':20}{_val_columns(plan.config, *found)}")
+                console.say(_start_line(event, plan.config))
             elif isinstance(event, CacheProgress):
                 bar.update(task, description=f"{event.doing} image {event.images} of {event.total}")
             elif isinstance(event, Started):
@@ -106,6 +110,19 @@ def _with_advice(events: "Iterator[Event]") -> "Iterator[Event]":
         if run is not None and run.has_checkpoint():
             console.say(f"what was reached is kept; go on with: cnnft finetune --resume {run.path}")
         raise
+
+
+def _say_header(config: "Config") -> None:
+    macro = "   macro" if config.balanced else ""
+    console.say(
+        f" epoch   train loss     acc    val loss  calibrated     acc{macro}      gap", style="bold"
+    )
+
+
+def _start_line(event: "StartScored", config: "Config") -> str:
+    val = event.val
+    found = val.loss, event.calibrated_loss, val.accuracy, val.macro_recall
+    return f"  start{'':20}{_val_columns(config, *found)}"
 
 
 def _epoch_line(epoch: "Epoch", config: "Config") -> str:

@@ -64,8 +64,8 @@ class FreezingConfig:
     mode: Mode = option(
         "finetune",
         "What trains. finetune: all layers; feature-extractor: a new head on the frozen "
-        "backbone; bn-only: the head and the normalisation layers; auto: what the size of the "
-        "data and a linear probe suggest.",
+        "backbone; bn-only: the head and the normalisation layers; auto: a new head, and the last "
+        "stages too where that is clearly better on val.",
         panel=MAIN,
     )
     train_stages: int | None = option(
@@ -98,6 +98,13 @@ class FreezingConfig:
         "What a solved head reads. last: what enters the network's own head; stages: the pooled "
         "outputs of the last stages beside it; auto: the lower log-loss out of fold.",
         panel=FREEZING,
+    )
+    ensemble: bool = option(
+        False,
+        "With --mode auto: average the probabilities of the head and of the network whose last "
+        "stages were trained.",
+        panel=MAIN,
+        switch=True,
     )
     batchnorm: BatchNorm = option(
         "auto",

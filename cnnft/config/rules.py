@@ -56,10 +56,8 @@ def _lengths(config: "Config") -> Iterator[str]:
 
 def _freezing(config: "Config") -> Iterator[str]:
     freezing, optim = config.freezing, config.optim
-    if freezing.train_stages is not None and freezing.mode != "finetune":
+    if freezing.train_stages is not None and freezing.mode not in ("finetune", "auto"):
         yield "--train-stages goes with --mode finetune"
-    if optim.lr is not None and freezing.mode == "auto":
-        yield "--lr with --mode auto, which may train no pretrained layer: name a mode"
     if optim.layer_decay is not None and freezing.mode == "feature-extractor":
         yield "--layer-decay is about pretrained layers, which are frozen here"
     if config.network.drop_path and freezing.mode == "feature-extractor":
@@ -72,14 +70,6 @@ def _freezing(config: "Config") -> Iterator[str]:
     whole = freezing.mode in ("finetune", "bn-only") and freezing.train_stages is None
     if freezing.feature_views is not None and whole:
         yield "--feature-views is about frozen layers: add --mode feature-extractor"
-    given = {
-        "--feature-views": freezing.feature_views,
-        "--layer-decay": optim.layer_decay,
-        "--drop-path": config.network.drop_path,
-    }
-    for flag, value in given.items():
-        if freezing.mode == "auto" and value:
-            yield f"{flag} with --mode auto, which may have no use for it: name a mode"
     if freezing.feature_views is not None and config.augmentation.mixes:
         yield "--feature-views are cached, --mixup and --cutmix mix anew in every step: choose"
 

@@ -36,6 +36,25 @@ def about_steps(config: "Config") -> list[str]:
     ]
 
 
+_OF_WHAT_TRAINS = {
+    "network": ("pretrained", "drop_path"),
+    "freezing": ("train_stages", "probe_first", "batchnorm"),
+    "machine": ("sync_bn",),
+}
+
+
+def against_auto(config: "Config") -> list[str]:
+    """Flags of the settings, not as by default, that mode auto has no use for: they say how steps
+    are taken, or what trains.
+    """
+    return about_steps(config) + [
+        flag_of(field)
+        for section, names in _OF_WHAT_TRAINS.items()
+        for field in dataclasses.fields(getattr(config, section))
+        if field.name in names and getattr(getattr(config, section), field.name) != field.default
+    ]
+
+
 def solves_head(config: "Config") -> bool:
     """Whether the head is a logistic regression on frozen features: there are no epochs."""
     solver = config.freezing.head_solver

@@ -21,10 +21,10 @@ def train_and_val(
         CnnftError: a class has no image in train that can be read, or nothing remains for val.
     """
     skipped = dataset.skipped
-    if dataset.val is None and not val_fraction:
-        train, val = dataset.train, dataset.train.take(())
-    elif dataset.val is None and val_hashes is not None:
+    if dataset.val is None and val_hashes is not None:
         train, val = split_by(dataset.train, val_hashes)
+    elif dataset.val is None and not val_fraction:
+        train, val = dataset.train, dataset.train.take(())
     elif dataset.val is None:
         train, val = split(dataset.train, val_fraction, seed)
     else:

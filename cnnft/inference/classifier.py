@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cnnft.config.choices import Head
 from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import UsageError
-from cnnft.inference.predict import Ensemble, Inference, predict_files
+from cnnft.inference.predict import Calibrated, Ensemble, Inference, predict_files
 from cnnft.machine import distributed
 from cnnft.models.freezing import evaluating
 from cnnft.models.hub import Pin
@@ -34,6 +34,16 @@ class Prediction:
         return self.top[0][0] if self.top else None
 
 
+@dataclass(frozen=True)
+class Member:
+    """Another classifier of an ensemble."""
+
+    folder: str
+    """Where it lies in the run, as a run."""
+    weight: float
+    """Of its probabilities in the mean."""
+
+
 @dataclass(kw_only=True)
 class Description:
     """All of a classifier but its network."""
@@ -53,14 +63,14 @@ class Description:
     """Backbone tensors that the pretrained weights lacked: random when training began."""
     pretrained_hash: str
     """`backbone_hash` before training."""
+    temperature: float = 1.0
+    """What logits are divided by before they are probabilities (Guo et al., 2017)."""
     snapshots: int = 0
     """How many networks a snapshot ensemble has; 0: it is a single one."""
+    members: tuple[Member, ...] = ()
+    """Others, whose probabilities are averaged with its own, which have the weight that is left."""
     pin: Pin | None = None
     """The file of the pretrained weights; None: there was none, or an older cnnft kept no pin."""
-    temperature: float = 1.0
-    """Probabilities are softmax(what the network says / temperature), within `TEMPERATURES`: see
-    `cnnft.probe.calibrate`. Of an ensemble the log of the mean probability is divided, as the
-    temperature was fitted to it. Training, of a student too, reads the network as it is."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +81,11 @@ class Classifier(Description):
     _embed: Embed | None = field(default=None, init=False, repr=False)
 
     @property
+    def is_ensemble(self) -> bool:
+        """Of several networks, whose probabilities are averaged."""
+        return bool(self.snapshots or self.members)
+
+    @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
@@ -78,23 +93,32 @@ class Classifier(Description):
         """(3, H, W) of an RGB image, as evaluation sees it, on the CPU."""
         return EvaluationViews(self.input_spec)(image)[0]
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) -> logits (B, C), of which the probabilities are the softmax; in evaluation.
+    def calibrated(self, network: nn.Module) -> nn.Module:
+        """`network`, which gives the logits of this one's, with its temperature."""
+        if self.temperature == 1:
+            return network
+        return Calibrated(network, self.temperature).train(network.training)
 
-        Gradients flow to the pixels.
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) -> logits (B, C), in evaluation, of calibrated probabilities; gradients flow
+        to the pixels.
         """
         with evaluating(self.network):
-            logits: Tensor = self.network(pixels.to(self.device))
-        return logits / self.temperature
+            logits: Tensor = self.calibrated(self.network)(pixels.to(self.device))
+        return logits
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) -> features (B, D), what enters the head; gradients flow to the pixels.
 
         Maps and tokens are averaged; of several heads (distilled networks) the mean of what enters
-        each. Of a snapshot ensemble, the features of all its networks, concatenated.
+        each. Of a snapshot ensemble, the features of all its networks, concatenated; of another
+        ensemble, those of the run's own network.
         """
         network = self.network
         networks = list(network.networks) if isinstance(network, Ensemble) else [network]
+        if self.members:
+            first = networks[0]
+            networks = [first.network if isinstance(first, Calibrated) else first]
         if self._embed is None:
             self._embed = find_embedding(networks[0], self.head, self.input_spec.size)
         with evaluating(network):
@@ -127,8 +151,7 @@ class Classifier(Description):
             raise UsageError(f"--top {top} is out of range: it must be at least 1")
         top = min(top or len(self.classes), len(self.classes))
         for batch, logits in predict_files(self, paths, Inference(**options)):
-            probabilities = (logits / self.temperature).softmax(dim=1)
-            rows = dict(zip(batch.indices, probabilities, strict=True))
+            rows = dict(zip(batch.indices, logits.softmax(dim=1), strict=True))
             for index in sorted([*batch.indices, *batch.unreadable]):
                 if index in rows:
                     yield Prediction(Path(paths[index]), self._top(rows[index], top))

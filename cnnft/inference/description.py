@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -11,9 +11,9 @@ from cnnft import __version__
 from cnnft.config.choices import Head
 from cnnft.data.transforms import InputSpec
 from cnnft.errors import CnnftError, first_line
-from cnnft.inference.classifier import Classifier, Description
+from cnnft.inference.calibrate import HIGHEST
+from cnnft.inference.classifier import Classifier, Description, Member
 from cnnft.machine.files import known
-from cnnft.metrics import TEMPERATURES
 from cnnft.models.build import build, numbers_held, try_out
 from cnnft.models.heads import head_tensors, replace_by_mlp
 from cnnft.models.hub import Pin
@@ -43,8 +43,9 @@ def describe(classifier: Classifier) -> dict[str, Any]:
         "head": sorted(classifier.head),
         "head_kind": classifier.head_kind,
         "stages": list(classifier.stages),
-        "snapshots": classifier.snapshots,
         "temperature": classifier.temperature,
+        "snapshots": classifier.snapshots,
+        "members": [asdict(member) for member in classifier.members],
         "backbone": {
             **identity,
             "weights_source": classifier.weights_source,
@@ -99,9 +100,10 @@ def parse_description(config: dict[str, Any], source: Path) -> Description:
             weights_source=backbone["weights_source"],
             missing=_names("missing", backbone["missing"]),
             pretrained_hash=backbone["sha256"],
-            snapshots=own.get("snapshots", 0),
-            pin=Pin(**known(Pin, pin)) if pin else None,
             temperature=_temperature(own.get("temperature", 1.0)),
+            snapshots=own.get("snapshots", 0),
+            members=_members(own.get("members", [])),
+            pin=Pin(**known(Pin, pin)) if pin else None,
         )
         if found.head_kind not in get_args(Head):
             raise ValueError("head_kind is unknown")
@@ -119,6 +121,23 @@ def parse_description(config: dict[str, Any], source: Path) -> Description:
             f"{source} does not describe a cnnft classifier ({first_line(error)})"
         ) from error
     return found
+
+
+def _temperature(value: Any) -> float:
+    if type(value) not in (int, float) or not 1 / HIGHEST <= value <= HIGHEST:
+        raise ValueError(f"the temperature is no number from {1 / HIGHEST:g} to {HIGHEST:g}")
+    return float(value)
+
+
+def _members(values: Any) -> tuple[Member, ...]:
+    members = tuple(Member(str(of["folder"]), float(of["weight"])) for of in values)
+    for member in members:
+        parts = PurePosixPath(member.folder).parts
+        if not parts or parts[0] == "/" or ".." in parts:
+            raise ValueError("a member of the ensemble lies outside the run")
+    if not all(of.weight > 0 for of in members) or sum(of.weight for of in members) >= 1:
+        raise ValueError("the weights of the ensemble make no sense")
+    return members
 
 
 def from_description(
@@ -163,15 +182,6 @@ def _with_head(network: nn.Module, found: Description) -> nn.Module:
         return put_on_stages(network, head, found.stages, found.input_spec.size)[0]
     replace_by_mlp(network, head)
     return network
-
-
-def _temperature(value: Any) -> float:
-    """Raises `ValueError`: no number, or none that a temperature can be."""
-    low, high = TEMPERATURES
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise ValueError(f"temperature must be a number from {low:g} to {high:g}")
-    return float(value)
 
 
 def _names(what: str, values: object) -> tuple[str, ...]:

@@ -1,7 +1,6 @@
 """Images -> logits, in one place.
 
-predict, evaluate, validation, teachers and export checks call it, so they cannot differ. These are
-the network's; whoever makes probabilities of them divides them by the classifier's temperature.
+predict, evaluate, validation, teachers and export checks call it, so they cannot differ.
 """
 
 import math
@@ -88,8 +87,8 @@ def predict_files(
         network = Compiled(network)
     views = EvaluationViews(classifier.input_spec, inference.tta).as_bytes
     batches = view_batches(paths, views, inference.loading(device, len(paths)))
-    normalizing = Normalizing(network, classifier.input_spec)
-    return predict_batches(normalizing, batches, precision, classifier.temperature)
+    network = classifier.calibrated(Normalizing(network, classifier.input_spec))
+    return predict_batches(network, batches, precision)
 
 
 def predict(
@@ -105,8 +104,7 @@ def predict(
         CnnftError: a file cannot be read.
     """
     batches = predict_files(classifier, samples.paths, inference)
-    logits = collect(batches, samples.paths, on_image)
-    return Predictions(samples, logits, role, temperature=classifier.temperature)
+    return Predictions(samples, collect(batches, samples.paths, on_image), role)
 
 
 def collect(
@@ -130,19 +128,15 @@ def collect(
 
 
 def predict_batches(
-    network: nn.Module,
-    batches: Iterable[Views],
-    precision: Precision = "float32",
-    temperature: float = 1.0,
+    network: nn.Module, batches: Iterable[Views], precision: Precision = "float32"
 ) -> Iterator[tuple[Views, Tensor]]:
     """Yields each batch with its logits (B, C) on the CPU; B counts the readable images, in the
-    order of `batch.indices`. Divided by `temperature` they are, of several views, the log of the
-    mean probability.
+    order of `batch.indices`. Of several views they are the log of the mean softmax probability.
 
     A batch is read when the next one has been begun, so that a GPU need not wait for its reader.
     """
     network.eval()
-    compute = _Compute(network, precision, temperature)
+    compute = _Compute(network, precision)
     before: tuple[Views, Tensor] | None = None
     for batch in batches:
         present = batch, compute(batch.pixels)
@@ -156,8 +150,8 @@ def predict_batches(
 class _Compute:
     """(B, V, 3, H, W) -> (B, C); in smaller parts from the first out-of-memory error on."""
 
-    def __init__(self, network: nn.Module, precision: Precision, temperature: float) -> None:
-        self.network, self.precision, self.temperature = network, precision, temperature
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
+        self.network, self.precision = network, precision
         self.device = next(network.parameters()).device
         self.at_once: int | None = None
 
@@ -169,8 +163,8 @@ class _Compute:
         logits = self._all(pixels.flatten(0, 1))
         if views == 1:
             return logits
-        log_probs = (logits / self.temperature).log_softmax(dim=1).unflatten(0, (images, views))
-        return self.temperature * (log_probs.logsumexp(dim=1) - math.log(views))
+        log_probs = logits.log_softmax(dim=1).unflatten(0, (images, views))
+        return log_probs.logsumexp(dim=1) - math.log(views)
 
     def _all(self, pixels: Tensor) -> Tensor:
         while True:
@@ -201,13 +195,34 @@ def require_numbers(outputs: Tensor) -> Tensor:
     return outputs
 
 
+class Calibrated(nn.Module):
+    """A network whose logits (B, C) are divided by a temperature."""
+
+    def __init__(self, network: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.network, self.temperature = network, temperature
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return float32_at_least(self.network(pixels)) / self.temperature
+
+
 class Ensemble(nn.Module):
     """Networks whose probabilities are averaged: the log of the mean softmax, (B, C)."""
 
-    def __init__(self, networks: Sequence[nn.Module]) -> None:
+    def __init__(self, networks: Sequence[nn.Module], weights: Sequence[float] = ()) -> None:
+        """`weights` of the mean, one in sum; without them all are equal."""
         super().__init__()
         self.networks = nn.ModuleList(networks)
+        self.weights = list(weights) or [1 / len(networks)] * len(networks)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        log_probs = [float32_at_least(n(pixels)).log_softmax(dim=1) for n in self.networks]
-        return torch.stack(log_probs).logsumexp(dim=0) - math.log(len(log_probs))
+        return mean_probability([network(pixels) for network in self.networks], self.weights)
+
+
+def mean_probability(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The log of the weighted mean of softmax probabilities; each (B, C)."""
+    log_probs = [
+        float32_at_least(of).log_softmax(dim=1) + math.log(weight)
+        for of, weight in zip(logits, weights, strict=True)
+    ]
+    return torch.stack(log_probs).logsumexp(dim=0)

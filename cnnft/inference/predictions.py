@@ -1,14 +1,14 @@
 """`Predictions`: the logits of labelled images, each named by its content."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from cnnft.data.dataset import Samples
-from cnnft.metrics import CalibrationScores, Score, probability_score, score
+from cnnft.metrics import Score, score
 
 Role = Literal["val", "test", "out-of-fold"]
 """What the images were to the model: it was selected on val; a model of the other folds, which has
@@ -21,13 +21,11 @@ class Predictions:
 
     samples: Samples
     logits: Tensor
-    """(N, C), float32 or more, before the temperature: what the network says (an ensemble: the log
-    of the mean probability), or of several views what gives the mean of their probabilities."""
+    """(N, C), float32 or more, divided by the temperature of the classifier, where it has one; of
+    several views or networks the log of their mean probability."""
     role: Role
     folds: tuple[int, ...] = ()
     """Of out-of-fold predictions, which fold each image was in."""
-    temperature: float = 1.0
-    """The classifier's."""
 
     def __post_init__(self) -> None:
         assert self.logits.shape == (len(self.samples), len(self.samples.classes))
@@ -40,7 +38,7 @@ class Predictions:
     @property
     def log_probs(self) -> Tensor:
         """(N, C)"""
-        return (self.logits / self.temperature).log_softmax(dim=1)
+        return self.logits.log_softmax(dim=1)
 
     @property
     def predicted(self) -> Tensor:
@@ -49,17 +47,12 @@ class Predictions:
 
     def take(self, rows: Sequence[int]) -> "Predictions":
         """Of some of the images."""
-        return replace(
-            self,
-            samples=self.samples.take(rows),
-            logits=self.logits[list(rows)],
-            folds=tuple(self.folds[row] for row in rows) if self.folds else (),
+        return Predictions(
+            self.samples.take(rows),
+            self.logits[list(rows)],
+            self.role,
+            tuple(self.folds[row] for row in rows) if self.folds else (),
         )
 
     def score(self) -> Score:
         return score(self.log_probs, self.labels)
-
-    def calibration(self) -> CalibrationScores:
-        plain = replace(self, temperature=1.0)
-        found = (probability_score(one.log_probs, one.labels) for one in (self, plain))
-        return CalibrationScores(self.temperature, *found)

@@ -68,7 +68,22 @@ def _load_run(folder: Path, weights: str | Path | None) -> Classifier:
     fill(classifier.network, state, weights_file)
     if classifier.snapshots:
         classifier.network = snapshot_ensemble(classifier, folder)
+    if classifier.members:
+        _add_members(classifier, folder)
     return classifier
+
+
+def _add_members(classifier: Classifier, folder: Path) -> None:
+    """Make its network that of all."""
+    networks, weights = [classifier.calibrated(classifier.network)], []
+    for member in classifier.members:
+        other = _load_run(folder / member.folder, None)
+        if (other.classes, other.input_spec) != (classifier.classes, classifier.input_spec):
+            raise CnnftError(f"{folder / member.folder} is not of the ensemble: its images differ")
+        networks.append(other.calibrated(other.network))
+        weights.append(member.weight)
+    classifier.network = Ensemble(networks, [1 - sum(weights), *weights])
+    classifier.temperature = 1.0  # each has its own
 
 
 def snapshot_ensemble(classifier: Classifier, folder: Path) -> Ensemble:

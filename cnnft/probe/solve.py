@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cnnft.data.sampler import keyed_seed
-from cnnft.probe.calibrate import Calibration, calibrate
+from cnnft.inference.calibrate import Calibration, calibrate
 
 PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(4, -11, -1))
 """From the strongest on, so that each fit starts near its end (a warm start)."""
@@ -130,7 +130,8 @@ class Path:
         optimizer = torch.optim.LBFGS(
             [self.weight, self.bias],
             max_iter=200,
-            tolerance_grad=1e-6,
+            tolerance_grad=1e-7,
+            tolerance_change=1e-12,
             line_search_fn="strong_wolfe",
         )
 

@@ -17,6 +17,7 @@ FORMATS = {
     "metrics.jsonl": 2,
     "metrics.json": 1,
     "penalties.csv": 1,
+    "comparison.json": 1,
     "predictions.csv": 1,
     "environment.json": 1,
     "data.csv": 2,  # 1: no group and weight

@@ -8,12 +8,10 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from enum import StrEnum
 from typing import IO, Any, TypeVar
 
 from cnnft.data.dataset import Samples, Skipped, SplitName
-from cnnft.machine.files import known, parse_json, read_csv, to_csv, to_json
-from cnnft.metrics import CalibrationScores, ProbabilityScore, Score
+from cnnft.machine.files import known, parse_json, read_csv, to_csv
 
 T = TypeVar("T")
 
@@ -67,7 +65,7 @@ def history_from_jsonl(file: IO[bytes]) -> list[Epoch]:
     rows = [parse_json(line, file.name) for line in file]
     # The first format had one figure, which was the objective; later ones knew no temperature.
     old = {"train_objective": "train_loss", "val_calibrated_loss": "val_loss"}
-    return [_record(Epoch, {n: row[o] for n, o in old.items()} | row) for row in rows]
+    return [record(Epoch, {n: row[o] for n, o in old.items()} | row) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -102,91 +100,6 @@ def penalties_from_csv(file: IO[bytes]) -> list[Penalty]:
         numbers = int(n), accuracy, loss, temperature, calibrated
         found.append(Penalty(depth, float(penalty), *numbers, chosen=chosen == "True"))
     return found
-
-
-@dataclass(frozen=True)
-class TrainScore:
-    """Of the best epoch, on training images as they were drawn and augmented; of a solved head, on
-    those as evaluation sees them.
-    """
-
-    n: int
-    loss: float | None
-    """None: of a starting point, which no image was trained on."""
-    accuracy: float | None
-
-
-class Evidence(StrEnum):
-    """What a score is worth."""
-
-    SELECTED = "selected on val"
-    NOT_SELECTED = "not selected on val"
-    OUT_OF_FOLD = "out of fold"
-    """A model of the other folds predicted each image; the penalty was selected on these folds."""
-
-
-_NOTES = {
-    Evidence.SELECTED: "selected on val, as the best of several, so optimistic",
-    Evidence.NOT_SELECTED: "not selected on val",
-    Evidence.OUT_OF_FOLD: "out of fold; the penalty was selected on these folds",
-}
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """metrics.json: which weights are the run's model, and its scores."""
-
-    model: str
-    """"best epoch 7", or an average or ensemble."""
-    best_epoch: int | None
-    """0: the starting point; None: there were no epochs."""
-    train: TrainScore
-    val: Score
-    """Of the model on val, or out of fold."""
-    evidence: Evidence = Evidence.SELECTED
-    calibration: CalibrationScores | None = None
-    """Of the same images; None: training is not over, and the temperature is 1."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values, with what follows from them."""
-        val = self.val
-        return {
-            "model": self.model,
-            "best_epoch": self.best_epoch,
-            "train": asdict(self.train),
-            "val": {
-                "note": _NOTES[self.evidence],
-                "n": val.n,
-                "correct": val.correct,
-                "accuracy": val.accuracy,
-                "interval95": val.interval,
-                "macro_recall": val.macro_recall,
-                "loss": val.loss,
-                **(self.calibration.to_dict() if self.calibration else {}),
-            },
-        }
-
-
-def metrics_to_json(metrics: Metrics) -> bytes:
-    return to_json(metrics.to_dict())
-
-
-def metrics_from_json(file: IO[bytes]) -> Metrics:
-    values = parse_json(file.read(), file.name)
-    scores = {
-        "train": _record(TrainScore, values["train"]),
-        "val": _record(Score, values["val"]),
-        "evidence": {note: e for e, note in _NOTES.items()}[values["val"]["note"]],
-        "calibration": _calibration(values["val"]),
-    }
-    return _record(Metrics, values | scores)
-
-
-def _calibration(val: Mapping[str, Any]) -> CalibrationScores | None:
-    if "uncalibrated" not in val:
-        return None
-    found = [_record(ProbabilityScore, values) for values in (val, val["uncalibrated"])]
-    return CalibrationScores(float(val["temperature"]), *found)
 
 
 def environment_from_json(file: IO[bytes]) -> dict[str, str]:
@@ -312,7 +225,7 @@ def select_columns(
         yield ["" if place is None else row[place] for place in places]
 
 
-def _record(cls: type[T], values: Mapping[str, Any]) -> T:
+def record(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass `cls` from JSON values, each of its field's type."""
     record = known(cls, values)
     for field in fields(cls):  # type: ignore[arg-type]

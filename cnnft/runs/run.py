@@ -8,6 +8,8 @@
     history.csv         one row per epoch
     metrics.jsonl       the same for machines: one JSON object per epoch, with its step
     penalties.csv       instead of a history: the cross-validation of a head that was solved
+    candidates/         with --mode auto the run of the network that was trained beside the head
+    comparison.json     and how the two compare on val
     metrics.json        the best epoch and its scores
     predictions.csv     the logits of each validation image, or out of fold of each training image
     environment.json    versions and machine
@@ -24,7 +26,7 @@ lines, and TensorBoard's files by events.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tomli_w
@@ -37,16 +39,17 @@ from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier, Description
 from cnnft.inference.description import describe, parse_description
 from cnnft.inference.predictions import Predictions
-from cnnft.inference.storage import SNAPSHOT, snapshot_ensemble
+from cnnft.inference.storage import SNAPSHOT, load
 from cnnft.machine import distributed
 from cnnft.machine.files import parse_json, to_json, to_safetensors
-from cnnft.runs import records
+from cnnft.runs import records, scores
 from cnnft.runs.checkpoints import Checkpoint, has_checkpoint, load_checkpoint, save_checkpoint
 from cnnft.runs.directory import CONFIG, STATE, WEIGHTS, forget_replaced, locked, new_directory
 from cnnft.runs.files import RunFiles
 from cnnft.runs.formats import FORMATS, formats_to_json
 from cnnft.runs.predictions import predictions_from_csv, predictions_to_csv
-from cnnft.runs.records import Epoch, Evidence, Metrics, Penalty
+from cnnft.runs.records import Epoch, Penalty
+from cnnft.runs.scores import Comparison, Evidence, Metrics
 from cnnft.runs.weights import forget_scores, has_scores, save_weights, weights_hash
 
 FILES = ("formats.json", "config.json", WEIGHTS, *FORMATS)
@@ -217,27 +220,19 @@ class Run(RunFiles):
         return self._read_if_there("skipped.csv", records.skipped_from_csv) or ()
 
     def save_classifier(self, classifier: Classifier) -> None:
-        """Weights and description. The weights come last: with them the run can be used."""
-        self.save_description(classifier)
-        content = to_safetensors(classifier.network.state_dict())
-        if distributed.is_main:
-            save_weights(self.path, content)
-            forget_replaced(self.path)
-
-    def save_description(self, classifier: Classifier) -> None:
-        """All but its weights, which it has already."""
+        """Weights and description. The weights come last: with them the run can be used. Those of
+        an ensemble are there.
+        """
+        if classifier.is_ensemble:
+            forget_scores(self.path)
         self._write("config.json", to_json(describe(classifier)))
+        if distributed.is_main and not classifier.is_ensemble:
+            save_weights(self.path, to_safetensors(classifier.network.state_dict()))
+            forget_replaced(self.path)
 
     def save_snapshot(self, number: int, network: nn.Module) -> None:
         """The weights of one network of a snapshot ensemble."""
         self._write(SNAPSHOT.format(number), to_safetensors(network.state_dict()))
-
-    def save_ensemble(self, classifier: Classifier, snapshots: int) -> Classifier:
-        """From now on the run's classifier is that of its snapshots, which is returned."""
-        ensemble = replace(classifier, snapshots=snapshots)
-        forget_scores(self.path)
-        self.save_description(ensemble)
-        return replace(ensemble, network=snapshot_ensemble(ensemble, self.path))
 
     def is_of(self, best_weights: str | None) -> bool:
         """Whether its model is that of a checkpoint's best epoch, with its scores."""
@@ -272,7 +267,6 @@ class Run(RunFiles):
         found = self._read_if_there("predictions.csv", predictions_from_csv)
         if found is None:
             return None
-        found = replace(found, temperature=self.description().temperature)
         splits, hashes = self.dataset().splits, found.samples.hashes
         if found.role == "out-of-fold":
             whole = len(hashes) == self.metrics().val.n and set(hashes) <= set(
@@ -306,8 +300,26 @@ class Run(RunFiles):
         """None: its head was trained by steps."""
         return self._read_if_there("penalties.csv", records.penalties_from_csv)
 
+    def save_comparison(self, comparison: Comparison) -> None:
+        self._write("comparison.json", to_json(asdict(comparison)))
+
+    def comparison(self) -> Comparison | None:
+        """None: nothing was compared, or not to the end."""
+        return self._read_if_there("comparison.json", scores.comparison_from_json)
+
+    def adopt(self, other: "Run") -> None:
+        """Be the run that `other` is, but for its settings."""
+        dataset, predictions = other.dataset(), other.predictions()
+        assert dataset.val is not None and predictions is not None
+        self.save_data(dataset.train, dataset.val, dataset.skipped)
+        for name in ("history.csv", "metrics.jsonl"):
+            self._write(name, (other.path / name).read_bytes())
+        self.save_classifier(load(other.path, device="cpu"))
+        self.save_predictions(predictions)
+        self.save_metrics(other.metrics())
+
     def save_metrics(self, metrics: Metrics) -> None:
-        self._write("metrics.json", records.metrics_to_json(metrics))
+        self._write("metrics.json", scores.metrics_to_json(metrics))
 
     def metrics(self) -> Metrics:
-        return self._read("metrics.json", records.metrics_from_json)
+        return self._read("metrics.json", scores.metrics_from_json)

@@ -24,7 +24,7 @@ def load_teachers(
     paths: Sequence[str], classes: tuple[str, ...], device: str
 ) -> tuple[Classifier, ...]:
     """Raises `UsageError` where one has other classes than the data."""
-    teachers = tuple(load(path, device=device) for path in paths)
+    teachers = tuple(replace(load(path, device=device), temperature=1.0) for path in paths)
     for path, teacher in zip(paths, teachers, strict=True):
         if others := sorted(set(teacher.classes) ^ set(classes)):
             raise UsageError(
@@ -42,14 +42,11 @@ def make_soft_targets(
     *,
     same_views: bool,
 ) -> SoftTargets:
-    """What teachers say before their temperatures, which are for who reads their probabilities.
-
-    With `same_views`, training images look the same in every epoch: teachers predict each once.
+    """With `same_views`, training images look the same in every epoch: teachers predict each once.
 
     Otherwise they see what the student sees, at their own size and normalisation (Beyer et al.,
     2022: a teacher is consistent if it judges the same view).
     """
-    teachers = [replace(teacher, temperature=1.0) for teacher in teachers]
     if not same_views:
         return lambda pixels, indices: _mean(
             [_logits(teacher, pixels, spec, samples.classes) for teacher in teachers]

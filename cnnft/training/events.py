@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 from cnnft.cache.pixels import CacheProgress
 from cnnft.metrics import Score
-from cnnft.runs.records import Epoch, Metrics
+from cnnft.runs.records import Epoch
 from cnnft.runs.run import Run
+from cnnft.runs.scores import Comparison, Metrics
+from cnnft.training.advice import Advice
+from cnnft.training.plan import Plan
 from cnnft.training.step import StepDone
 
 
@@ -25,6 +28,22 @@ class StartScored:
 
 
 @dataclass(frozen=True)
+class Advised:
+    """What the head that was solved says of the data."""
+
+    advice: Advice
+    trains: bool
+    """Whether a network is trained to compare with."""
+
+
+@dataclass(frozen=True)
+class Trying:
+    """The events that follow are of this plan."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True)
 class Finished:
     """The last event: the run holds the model."""
 
@@ -41,4 +60,15 @@ class Stopped:
     """None: a head that is solved is solved again."""
 
 
-Event = Started | CacheProgress | StartScored | StepDone | Epoch | Finished | Stopped
+Event = (
+    Started
+    | Advised
+    | Trying
+    | CacheProgress
+    | StartScored
+    | StepDone
+    | Epoch
+    | Comparison
+    | Finished
+    | Stopped
+)

@@ -12,6 +12,7 @@ from cnnft.errors import CnnftError, listed
 from cnnft.machine import distributed
 from cnnft.machine.environment import environment
 from cnnft.runs.run import Run
+from cnnft.training.auto import Auto
 from cnnft.training.events import Event, Finished, Started
 from cnnft.training.feed import Feed
 from cnnft.training.plan import Plan, prepare
@@ -47,11 +48,14 @@ def run_plan(
     solves = plan.head_from == "solver"
     if run is None and not solves:  # before there is one
         Feed(plan).require_room()
-    with run.locked() if run else Run.create(plan.config, name) as run:
-        run.save_config(plan.config)
+    with run.locked() if run else Run.create(plan.asked, name) as run:
+        run.save_config(plan.asked)
         run.save_data(plan.train, plan.val, plan.dataset.skipped)
         run.save_environment(environment(plan.device))
         yield Started(run)
+        if plan.compares:
+            yield from Auto(plan, run, run_plan).events(stop)
+            return
         if solves:
             yield from Solving(plan, run).events(stop)
             return

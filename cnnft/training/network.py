@@ -13,7 +13,7 @@ from cnnft.config.pixels import InputConfig
 from cnnft.config.schema import Config
 from cnnft.config.solving import solves_head
 from cnnft.config.texts import parse_statistics
-from cnnft.data.dataset import Samples
+from cnnft.data.dataset import Dataset, Samples
 from cnnft.data.loading import Loading
 from cnnft.data.sampler import keyed_seed
 from cnnft.data.statistics import channel_statistics
@@ -50,7 +50,7 @@ def open_network(config: Config, classes: int, device: torch.device) -> Backbone
         auxiliary=trains_auxiliary(config),
         drop_path=config.network.drop_path,
     )
-    # What cannot train is refused before anything is computed; mode auto has not chosen yet.
+    # What cannot train is refused before anything is computed.
     trained_parameters(backbone.network, backbone.head, backbone.stages, *_freezing(config))
     place(backbone.network, device)
     return backbone
@@ -65,30 +65,44 @@ def trains_auxiliary(config: Config) -> bool:
     return config.freezing.mode == "finetune" and config.freezing.train_stages is None
 
 
-def settle_solver(config: Config, backbone: Backbone, images: int, *, begun: bool) -> Config:
-    """`head_solver` sgd where the head of a frozen backbone cannot be solved.
+def open_settled(
+    config: Config, dataset: Dataset, device: torch.device, *, auto: bool, begun: bool
+) -> tuple[Config, Backbone]:
+    """The backbone, and how its head is found: by steps, where it cannot be solved.
+
+    In mode `auto` all layers train then.
 
     Raises:
         UsageError: --head-solver lbfgs was given.
     """
+    classes = len(dataset.classes)
+    backbone = open_network(config, classes, device)
     if not solves_head(config):
-        return config
+        return config, backbone
     if begun:  # by a cnnft that did not solve heads
-        return config.replace(head_solver="sgd")
+        return config.replace(head_solver="sgd"), backbone
+    reason = _why_not_solved(backbone, len(dataset.samples))
+    if reason is None:
+        return config, backbone
+    if config.freezing.head_solver == "lbfgs":
+        raise UsageError(f"--head-solver lbfgs: {reason}")
+    _log.info("the head is trained by steps: %s", reason)
+    if not auto:
+        return config.replace(head_solver="sgd"), backbone
+    config = config.replace(mode="finetune")
+    return config, open_network(config, classes, device)
+
+
+def _why_not_solved(backbone: Backbone, images: int) -> str | None:
     size = backbone.input_spec.size
     found = distributed.broadcast_from_main(
         lambda: find_head(backbone.network, backbone.head, size)
     )
     if images > MOST_SOLVED:
-        reason = f"{images} images are more than the {MOST_SOLVED} that one is solved on"
-    elif found is None or not found.linear:
-        reason = "this backbone's classifier is no single linear layer"
-    else:
-        return config
-    if config.freezing.head_solver == "lbfgs":
-        raise UsageError(f"--head-solver lbfgs: {reason}")
-    _log.info("the head is trained by steps: %s", reason)
-    return config.replace(head_solver="sgd")
+        return f"{images} images are more than the {MOST_SOLVED} that one is solved on"
+    if found is None or not found.linear:
+        return "this backbone's classifier is no single linear layer"
+    return None
 
 
 def settle_features(config: Config, backbone: Backbone) -> tuple[Backbone, Backbone | None]:
@@ -138,13 +152,11 @@ def wants_probe(config: Config) -> bool:
 def probe_network(
     config: Config, backbone: Backbone, spec: InputSpec, train: Samples, loading: Loading
 ) -> Probed | None:
-    auto = config.freezing.mode == "auto"
-    if not auto and not wants_probe(config):
+    if not wants_probe(config):
         return None
     weights = balanced_weights(train.once().counts()) if config.balanced else None
     fitting = Fitting(
         class_weights=weights,
-        always=auto,
         on_disk=config.machine.cache in ("auto", "disk"),
         about=Path(config.dataset.data).name,
     )

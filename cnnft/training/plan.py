@@ -27,17 +27,15 @@ from cnnft.training.network import (
     install_probe,
     make_classifier,
     new_head,
-    open_network,
+    open_settled,
     probe_network,
     settle_features,
     settle_input,
     settle_network,
-    settle_solver,
-    trains_auxiliary,
 )
 from cnnft.training.optim import LearningRates, Start, learning_rates
 from cnnft.training.schedules import Length
-from cnnft.training.settings import check_settings
+from cnnft.training.settings import check_settings, settle_mode
 from cnnft.training.splits import read, split, warn_of_known
 
 _log = logging.getLogger(__name__)
@@ -66,6 +64,16 @@ class Plan:
     batches: KeyedBatches
     device: torch.device
     loading: Loading
+
+    @property
+    def asked(self) -> Config:
+        """The settings that make the same plan again."""
+        return self.config.replace(mode="auto") if self.compares else self.config
+
+    @property
+    def compares(self) -> bool:
+        """Whether the head may yield to a network that is trained too."""
+        return self.requested_mode == "auto" and self.head_from == "solver"
 
     @property
     def train(self) -> Samples:
@@ -144,15 +152,16 @@ def prepare(
         CnnftError: what the user has to mend, in a sentence.
     """
     device = choose_device(config.machine.device)
-    requested, config = config.freezing.mode, check_settings(config, device)
+    requested, config = config.freezing.mode, settle_mode(check_settings(config, device))
     checkpoint = None if run is None else run.load_checkpoint()
     before = None if run is None else run.images()
     dataset = read(config, run, before, on_files)
     classes = dataset.classes
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
     loading = _loading(config, device)
-    backbone = open_network(config, len(classes), device)
-    config = settle_solver(config, backbone, len(dataset.samples), begun=checkpoint is not None)
+    config, backbone = open_settled(
+        config, dataset, device, auto=requested == "auto", begun=checkpoint is not None
+    )
     backbone, other = settle_features(config, backbone)
     dataset = split(config, dataset, run, before)
     train, val = dataset.splits["train"], dataset.splits["val"]
@@ -160,11 +169,6 @@ def prepare(
     spec = settle_input(config.input, backbone.input_spec, train, loading)
     probed = None if checkpoint else probe_network(config, backbone, spec, train, loading)
     advice = None if probed is None else advise_on(train, probed.solved.accuracy)
-    if requested == "auto":
-        assert advice is not None
-        config = config.replace(**advice.cell.settings)
-        if trains_auxiliary(config):
-            backbone = open_network(config, len(classes), device)
     head = new_head(config, backbone)
     fitted = install_probe(config, backbone, head, probed)
     config, network = settle_network(config, backbone, head, spec, len(train))

@@ -2,16 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
-
+from cnnft.inference.calibrate import calibrate
 from cnnft.inference.predictions import Predictions
-from cnnft.metrics import Score
-from cnnft.probe.calibrate import calibrate
-from cnnft.runs.records import Epoch, Metrics, TrainScore
+from cnnft.metrics import Score, calibration_error
+from cnnft.runs.records import Epoch
+from cnnft.runs.scores import Calibration
 from cnnft.training.losses import balanced_weights
-from cnnft.training.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,8 @@ class Validated:
 
     val: Score
     calibrated_loss: float
+    temperature: float
+    """Of all images alike, whatever they weigh in `calibrated_loss`."""
 
 
 def validated(predictions: Predictions, balanced: bool) -> Validated:
@@ -28,10 +28,19 @@ def validated(predictions: Predictions, balanced: bool) -> Validated:
 
     `balanced`: all classes weigh the same in it.
     """
-    samples = predictions.samples
-    weights = balanced_weights(samples.counts()) if balanced else None
-    found = calibrate(predictions.logits, torch.tensor(samples.labels), weights)
-    return Validated(predictions.score(), found.loss)
+    logits, labels = predictions.logits, predictions.labels
+    natural = calibrate(logits, labels)
+    weights = balanced_weights(predictions.samples.counts()) if balanced else None
+    loss = calibrate(logits, labels, weights).loss if balanced else natural.loss
+    return Validated(predictions.score(), loss, natural.temperature)
+
+
+def calibrated(predictions: Predictions, temperature: float) -> tuple[Predictions, Calibration]:
+    """(raw `predictions` with the temperature, what it does to them)."""
+    after = replace(predictions, logits=predictions.logits / temperature)
+    labels = predictions.labels
+    ece = [calibration_error(of.log_probs, labels) for of in (predictions, after)]
+    return after, Calibration(temperature, predictions.score().loss, *ece)
 
 
 def best_epoch(history: Sequence[Epoch]) -> Epoch | None:
@@ -44,21 +53,3 @@ def lowest_loss(start: Validated | None, history: Sequence[Epoch]) -> float:
     if best := best_epoch(history):
         return best.val_calibrated_loss
     return math.inf if start is None else start.calibrated_loss
-
-
-def metrics_of(plan: Plan, start: Validated | None, history: Sequence[Epoch]) -> Metrics:
-    """The scores of the best epoch, or of the start."""
-    n, best = len(plan.val), best_epoch(history)
-    if best is None:
-        assert start is not None
-        train = TrainScore(len(plan.train), None, None)
-        return Metrics(
-            "no epoch was better than the starting point, a linear probe", 0, train, start.val
-        )
-    correct = round(best.val_accuracy * n)
-    return Metrics(
-        model=f"best epoch {best.epoch}",
-        best_epoch=best.epoch,
-        train=TrainScore(len(plan.train), best.train_loss, best.train_accuracy),
-        val=Score(n, correct, best.val_macro_recall, best.val_loss),
-    )

@@ -9,34 +9,33 @@ import torch
 from torch import nn
 
 from cnnft.cache.pixels import CacheProgress
-from cnnft.data.augmentation import augmentation, mixing
+from cnnft.data.augmentation import augmentation
 from cnnft.errors import CnnftError, first_line
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.predict import Inference, NotANumberError, collect, predict_batches
 from cnnft.inference.predictions import Predictions
+from cnnft.inference.storage import snapshot_ensemble
 from cnnft.machine import distributed
 from cnnft.machine.devices import Compiled
 from cnnft.machine.interruption import Interrupted
 from cnnft.metrics import Score
-from cnnft.models.freezing import batchnorms, changing, learning_statistics
+from cnnft.models.freezing import changing, learning_statistics
 from cnnft.models.surgery.fold import folds
 from cnnft.models.surgery.substitute import Substituted
 from cnnft.runs.checkpoints import Checkpoint, Interval
-from cnnft.runs.records import Epoch, Evidence, Metrics
+from cnnft.runs.records import Epoch
 from cnnft.runs.run import Run
+from cnnft.runs.scores import Evidence, Metrics, TrainScore
 from cnnft.runs.weights import weights_hash
-from cnnft.training.averaging import equal_average, recalibrate, running_average
-from cnnft.training.calibration import calibrated
-from cnnft.training.constraints import gradient_rules, weight_rules
+from cnnft.training.averaging import recalibrate
+from cnnft.training.begin import make_state
 from cnnft.training.distillation import make_soft_targets
 from cnnft.training.events import Finished, StartScored, Stopped
 from cnnft.training.feed import Feed
 from cnnft.training.losses import make_objective
-from cnnft.training.optim import make_optimizer
 from cnnft.training.plan import Plan
-from cnnft.training.schedules import make_schedule, warmup_steps
-from cnnft.training.selection import Validated, best_epoch, lowest_loss, metrics_of, validated
-from cnnft.training.state import TrainState
+from cnnft.training.schedules import warmup_steps
+from cnnft.training.selection import Validated, best_epoch, calibrated, lowest_loss, validated
 from cnnft.training.step import EpochDone, StepDone, train
 from cnnft.training.tensorboard import Board
 
@@ -55,7 +54,7 @@ class Session:
         self.start: Validated | None = None
         """Of a head that was fitted before: the first candidate."""
         self.history: list[Epoch] = []
-        self.state = _make_state(plan, self.history)
+        self.state = make_state(plan, self.history)
         self.best_is_lost = False
         if plan.checkpoint is not None:
             self._restore(plan.checkpoint)
@@ -81,7 +80,7 @@ class Session:
             self._require_same_weights(saved)
             self.history.extend(Epoch(**row) for row in saved.values["history"])
             if start := saved.values["start"]:
-                self.start = Validated(Score(**start["val"]), start["calibrated_loss"])
+                self.start = Validated(**start | {"val": Score(**start["val"])})
             best = saved.values["best_weights"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CnnftError(
@@ -142,7 +141,7 @@ class Session:
             self._save()
             yield Stopped(self.run, state.step)
             return
-        yield Finished(self.run, calibrated(self.run, *self._choose_model()))
+        yield self._finish()
 
     def _forward_module(self) -> nn.Module:
         """What computes the network's logits in training."""
@@ -178,11 +177,13 @@ class Session:
         self.best_is_lost = False
         self.history.append(_row(event, found, self.state.optimizer, best))
         if best:
-            self._save_model(model, predictions)
+            temperature = found.temperature
+            self._save_model(
+                replace(plan.classifier, network=model, temperature=temperature), predictions
+            )
         if cycle := self._finished_cycle():
             run.save_snapshot(cycle, model)
         run.save_history(self.history, plan.batches.steps_per_epoch)
-        run.save_metrics(metrics_of(plan, self.start, self.history))
         self.board.add(self.history[-1])
         self._save()
         return self.history[-1]
@@ -190,13 +191,30 @@ class Session:
     def _score_start(self) -> StartScored:
         """The pretrained layers as they are with the probe as head: no epoch may be worse."""
         predictions, self.start = self._validate(self.state.network)
-        self._save_model(self.state.network, predictions)
-        self.run.save_metrics(metrics_of(self.plan, self.start, self.history))
+        classifier = replace(self.plan.classifier, temperature=self.start.temperature)
+        self._save_model(classifier, predictions)
         return StartScored(self.start.val, self.start.calibrated_loss)
 
-    def _save_model(self, network: nn.Module, predictions: Predictions) -> None:
-        self.run.save_classifier(replace(self.plan.classifier, network=network))
+    def _save_model(
+        self,
+        classifier: Classifier,
+        predictions: Predictions,
+        what: str | None = None,
+        evidence: Evidence = Evidence.SELECTED,
+    ) -> None:
+        """From now on the run's; `predictions` are raw. `what` it is, if not the best epoch."""
+        self.run.save_classifier(classifier)
+        predictions, calibration = calibrated(predictions, classifier.temperature)
         self.run.save_predictions(predictions)
+        n, best = len(self.plan.train), best_epoch(self.history)
+        if best is None:
+            of, number = "the start, a linear probe: no epoch was better", 0
+            train = TrainScore(n, None, None)
+        else:
+            of, number = f"best epoch {best.epoch}", best.epoch
+            train = TrainScore(n, best.train_loss, best.train_accuracy)
+        val = predictions.score()
+        self.run.save_metrics(Metrics(what or of, number, train, val, evidence, calibration))
 
     def _finished_cycle(self) -> int | None:
         """The number of the cosine that ends here, from 1, where each gives a snapshot."""
@@ -237,37 +255,34 @@ class Session:
             ) from error
         return predictions, validated(predictions, self.plan.config.balanced)
 
-    def _choose_model(self) -> tuple[Classifier, Metrics]:
+    def _finish(self) -> Finished:
         """The best epoch is the run's model, or an average or ensemble that is as good."""
-        run, metrics = self.run, metrics_of(self.plan, self.start, self.history)
         other = self._other_model()
         if other is None:
-            return self.plan.classifier, metrics
+            return Finished(self.run, self.run.metrics())
         what, classifier = other
         predictions, found = self._validate(classifier.network)
         selected = not classifier.snapshots  # an ensemble becomes the model whatever its score
         lowest = lowest_loss(self.start, self.history)
         if selected and found.calibrated_loss > lowest:
             _log.warning(
-                "%s has a log-loss of %.3f on val after temperature, %s of %.3f: the run keeps the "
-                "latter",
-                *(what, found.calibrated_loss, metrics.model, lowest),
+                "%s has a log-loss of %.3f on val after temperature, the best epoch of %.3f: the "
+                "run keeps the latter",
+                *(what, found.calibrated_loss, lowest),
             )
-            return self.plan.classifier, metrics
-        if selected:
-            run.save_classifier(classifier)
-        run.save_predictions(predictions)
+            return Finished(self.run, self.run.metrics())
+        classifier = replace(classifier, temperature=found.temperature)
         evidence = Evidence.SELECTED if selected else Evidence.NOT_SELECTED
-        metrics = replace(metrics, model=what, val=found.val, evidence=evidence)
-        run.save_metrics(metrics)
-        return classifier, metrics
+        self._save_model(classifier, predictions, what, evidence)
+        return Finished(self.run, self.run.metrics())
 
     def _other_model(self) -> tuple[str, Classifier] | None:
         """(what it is, the classifier) of an average or ensemble, where the settings have one."""
         config, classifier, average = self.plan.config, self.plan.classifier, self.state.average
-        if config.averaging.snapshots is not None:
-            what = f"the snapshot ensemble of {config.averaging.snapshots}"
-            return what, self.run.save_ensemble(classifier, config.averaging.snapshots)
+        if number := config.averaging.snapshots:
+            ensemble = replace(classifier, snapshots=number)
+            network = snapshot_ensemble(ensemble, self.run.path)
+            return f"the snapshot ensemble of {number}", replace(ensemble, network=network)
         if config.averaging.swa is None:
             return None
         assert average is not None
@@ -280,33 +295,6 @@ class Session:
         names = learning_statistics(self.state.network, self.state.keep_statistics)
         layers = [network.get_submodule(name) for name in names]
         recalibrate(self.feed.tail(network), layers, (pixels for pixels, _ in self.feed.first))
-
-
-def _make_state(plan: Plan, history: list[Epoch]) -> TrainState:
-    config, classifier = plan.config, plan.classifier
-    network, head = classifier.network, classifier.head
-    multiplier = make_schedule(config.schedule, plan.length)
-    state = TrainState(
-        network=network,
-        optimizer=make_optimizer(network, head, plan.stages, plan.rates, config.optim),
-        schedule=lambda step: multiplier(step, [epoch.val_loss for epoch in history]),
-        keys=plan.batches,
-        keep_statistics=batchnorms(network, head) if plan.freezes_statistics else (),
-        mix=mixing(config.augmentation, len(classifier.classes)),
-        before_step=gradient_rules(network, config.optim),
-        after_step=weight_rules(network, head, config.optim),
-        micro_batch=config.training.micro_batch,
-        precision=config.machine.settled_precision,
-        max_skipped_steps=config.training.skip_nonfinite,
-    )
-    per_epoch = plan.batches.steps_per_epoch
-    if config.averaging.ema is not None:
-        state.average = running_average(network, config.averaging.ema)
-    elif config.averaging.swa is not None:
-        begin = (config.training.epochs - config.averaging.swa) * per_epoch
-        state.average = equal_average(network)
-        state.averaged = lambda step: step > begin and step % per_epoch == 0
-    return state
 
 
 def _row(event: EpochDone, found: Validated, optimizer: torch.optim.Optimizer, best: bool) -> Epoch:

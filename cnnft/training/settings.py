@@ -1,19 +1,24 @@
 """Settings of a plan, as far as they can be settled before any data is read."""
 
+import logging
 import os
 from pathlib import Path
 
 import torch
 
 from cnnft.cache import store
+from cnnft.config.choices import Mode
 from cnnft.config.schema import Config
+from cnnft.config.solving import against_auto
 from cnnft.data.sources import require_source
-from cnnft.errors import UsageError
+from cnnft.errors import UsageError, listed
 from cnnft.inference.storage import require_model
 from cnnft.machine.devices import choose_precision
 from cnnft.models.registry import local_folder, resolve
 from cnnft.training.optim import require_optimizer
 from cnnft.training.tensorboard import require_tensorboard
+
+_log = logging.getLogger(__name__)
 
 
 def check_settings(config: Config, device: torch.device) -> Config:
@@ -35,6 +40,25 @@ def check_settings(config: Config, device: torch.device) -> Config:
     config = _with_absolute_paths(config).replace(precision=precision)
     _require_no_source_replaced(config)
     return config
+
+
+def settle_mode(config: Config) -> Config:
+    """In mode auto the head comes first, unless other settings say what trains or how.
+
+    Raises:
+        UsageError: --ensemble, and there will not be two networks.
+    """
+    freezing, flags = config.freezing, against_auto(config)
+    if freezing.ensemble and (freezing.mode != "auto" or flags):
+        other = f"--mode {freezing.mode}" if freezing.mode != "auto" else listed(flags, 3)
+        raise UsageError(f"--ensemble is of what --mode auto trains: leave out {other}")
+    if freezing.mode != "auto":
+        return config
+    frozen = not flags or freezing.feature_views is not None or freezing.head_solver == "sgd"
+    mode: Mode = "feature-extractor" if frozen else "finetune"
+    if flags:
+        _log.info("--mode %s, because of %s", mode, listed(flags, 3))
+    return config.replace(mode=mode)
 
 
 def run_name(config: Config) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,12 +22,13 @@ from cnnft.models.surgery.stagehead import UnitBlocks, stage_cut
 from cnnft.probe.folds import assign_folds
 from cnnft.probe.probe import install
 from cnnft.probe.solve import Solved, Trial, can_be_scored, solve
-from cnnft.runs.records import Evidence, Metrics, Penalty, TrainScore
+from cnnft.runs.records import Penalty
 from cnnft.runs.run import Run
-from cnnft.training.calibration import calibrated
+from cnnft.runs.scores import Evidence, Metrics, TrainScore
 from cnnft.training.events import Finished, Stopped
 from cnnft.training.losses import balanced_weights
 from cnnft.training.plan import Plan
+from cnnft.training.selection import calibrated
 
 _WORDS = {
     "last": "the features of the last layer",
@@ -86,7 +87,28 @@ class Solving:
         views = torch.stack([plain.values, mirrored.values])
         with interruption.waiting():
             solved = distributed.broadcast_from_main(lambda: self._solve(readings, views))
+        self.views = views
         yield self._save(readings, solved, plain.values, val.values if val else None)
+
+    def logits_without(self, train: Samples, val: Samples) -> Tensor:
+        """(N, C) calibrated logits of `val`, which was held out: `train` alone is fitted.
+
+        Both are among the images of the plan; what the head reads was chosen on all of them.
+        """
+        rows = {digest: row for row, digest in enumerate(self.plan.train.hashes)}
+        kept = torch.tensor([rows[digest] for digest in train.hashes])
+        inputs = torch.stack([self.reading.inputs(view[kept]) for view in self.views])
+        weights = balanced_weights(train.counts()) if self.plan.config.balanced else None
+        labels, classes = self.labels[kept], len(train.classes)
+        solved = distributed.broadcast_from_main(
+            lambda: solve(inputs, labels, classes, self.folds[kept], weights)
+        )
+        temperature = solved.chosen.calibration.temperature if solved.chosen else 1.0
+        if self.val is None:
+            held_out = self.views[0][[rows[digest] for digest in val.hashes]]
+        else:
+            held_out = self.val
+        return (solved.linear(self.reading.inputs(held_out)) / temperature).float()
 
     def _features(
         self, extractor: FeatureExtractor, samples: Samples, mirrored: bool = False
@@ -115,27 +137,33 @@ class Solving:
         """The head whose log-loss out of fold is lower; `train`, `val`: features (N, D)."""
         pairs = list(zip(readings, solved, strict=True))
         reading, found = min(pairs, key=lambda pair: _loss(pair[1]))
+        self.reading, self.val, self.solved = reading, val, found
         classifier, chosen, run = reading.classifier, found.chosen, self.run
         install(classifier.network, classifier.head, found.linear)
-        run.save_classifier(classifier)
+        temperature = chosen.calibration.temperature if chosen else 1.0
+        self.classifier = replace(classifier, temperature=temperature)
+        run.save_classifier(self.classifier)
         if val is not None:
-            logits, evidence = found.linear(reading.inputs(val)), Evidence.NOT_SELECTED
+            logits, evidence = found.linear(reading.inputs(val)).float(), Evidence.NOT_SELECTED
             predictions = Predictions(self.plan.val, logits, "val")
         else:
             assert chosen is not None
             predictions, evidence = self._out_of_fold(found, chosen), Evidence.OUT_OF_FOLD
+        predictions, calibration = calibrated(predictions, temperature)
         run.save_predictions(predictions)
         run.save_penalties([row for r, s in pairs for row in _penalties(r, s, s is found)])
-        fitted = score(found.linear(reading.inputs(train)).log_softmax(dim=1), self.labels)
+        logits = found.linear(reading.inputs(train)) / temperature
+        fitted = score(logits.log_softmax(dim=1), self.labels)
         metrics = Metrics(
             f"logistic regression on {_WORDS[reading.name]}",
             best_epoch=None,
             train=TrainScore(fitted.n, fitted.loss, fitted.accuracy),
             val=predictions.score(),
             evidence=evidence,
+            calibration=calibration,
         )
         run.save_metrics(metrics)
-        return Finished(run, calibrated(run, classifier, metrics))
+        return Finished(run, metrics)
 
     def _out_of_fold(self, solved: Solved, trial: Trial) -> Predictions:
         rows = solved.scored.tolist()
