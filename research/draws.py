@@ -4,9 +4,9 @@
     python -m research.draws --table recipes --data DIR --weights DIR --results FILE
     python -m research.draws --table views --data DIR --weights DIR --results FILE
 
-For each data set, a number of images per class is drawn from train/ and split 80 : 20; every
-method trains on the one part, selects its best epoch on the other, and is scored on val/, which
-nothing was chosen on. All methods see the same draws, weights and image size. Results are appended
+For each data set, a number of images per class is drawn from train/; what needs validation images
+has them split 80 : 20, cnnft by itself. All methods are scored on val/, which nothing was chosen
+on. All methods see the same draws, weights and image size. Results are appended
 to --results as they come, so that an interrupted run goes on; two processes can measure different
 --seeds, and a call with all of them then makes the table. --pilot scores on the images of train/
 that were not drawn instead, which is where recipes are developed, and prints the table.
@@ -20,12 +20,18 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import binary_calibration_error
@@ -38,17 +44,19 @@ from cnnft.data.augmentation import training_transform
 from cnnft.data.images import read_image
 from cnnft.data.loading import Loading, view_batches
 from cnnft.data.transforms import EvaluationViews, InputSpec
+from cnnft.inference.classifier import Classifier
 from cnnft.inference.predict import collect, predict_batches
 from cnnft.training.finetune import run_plan
 from cnnft.training.plan import Plan, prepare
 from tools.document import fill
+from tools.tally import machine
 
-SETS = ("hymenoptera", "textures", "flowers")
-PER_CLASS = (20, 60)
+SETS = ("flowers", "hymenoptera", "textures", "trash", "xray")
+PER_CLASS = (20, 50)
 DOCUMENTS = Path(__file__).parents[1] / "docs"
 REPLICATES = 2000
 BINS = 15  # of the calibration error
-SIDE = 128  # of the reduced files, in pixels: decoding is not what is measured
+SIDE = 160  # of the reduced files, in pixels: decoding is not what is measured
 
 Settings = dict[str, Any]
 """Of cnnft's `Config`, where they differ from its defaults."""
@@ -60,10 +68,13 @@ class Table:
 
     document: Path
     marker: str
-    methods: dict[str, Settings | int]
-    """A number is the tutorial loop written by hand, in batches of that size."""
+    methods: dict[str, Settings | int | None]
+    """A number is the tutorial loop written by hand, in batches of that size; None is
+    scikit-learn's logistic regression on frozen features."""
     baselines: tuple[str, ...]
-    """The methods that the others are compared with; times are shares of the first one's."""
+    """The methods that the others are compared with."""
+    timed: str
+    """The method that times are shares of."""
     common: Settings
     """Of every method that does not say otherwise."""
     complete: bool
@@ -74,19 +85,21 @@ MODES = Table(
     document=DOCUMENTS / "how-much-to-train.md",
     marker="table",
     methods={
-        "tutorial loop": 4,
+        "scikit-learn": None,
         "tutorial loop, batches of 32": 32,
         "feature-extractor": {"mode": "feature-extractor"},
-        "finetune, no probe": {"mode": "finetune", "probe_first": False},
-        "finetune, probe first (default)": {},
+        "feature-extractor, last layer": {"mode": "feature-extractor", "features": "last"},
         "bn-only": {"mode": "bn-only"},
-        "last stage": {"train_stages": 1},
-        "last 3 stages": {"train_stages": 3},
+        "last stage": {"mode": "finetune", "train_stages": 1},
+        "recipe standard": {"mode": "finetune", **RECIPES["standard"].settings},
+        "finetune": {"mode": "finetune"},
         "auto": {"mode": "auto"},
+        "auto, ensemble": {"mode": "auto", "ensemble": True},
     },
-    baselines=("tutorial loop", "tutorial loop, batches of 32"),
-    common={"epochs": 8},
-    complete=False,
+    baselines=("scikit-learn",),
+    timed="finetune",
+    common={"epochs": 10},
+    complete=True,
 )
 
 BY_NAME = Table(
@@ -95,10 +108,11 @@ BY_NAME = Table(
     methods={
         "tutorial": RECIPES["tutorial"].settings,
         "tutorial, batches of 32": RECIPES["tutorial"].settings | {"batch_size": 32},
-        "no recipe": {},
+        "no recipe": {"mode": "finetune"},
         **{name: RECIPES[name].settings for name in ("fast", "standard", "thorough")},
     },
     baselines=("tutorial", "tutorial, batches of 32"),
+    timed="tutorial",
     common={},
     complete=True,
 )
@@ -108,8 +122,14 @@ VIEWS = Table(
     marker="views",
     methods={f"K = {k}": {"feature_views": k} for k in (25, 1, 2, 4, 8)},
     baselines=("K = 25",),
+    timed="K = 25",
     # Not on the disk, where one method would find what another has computed.
-    common={"mode": "feature-extractor", "epochs": 25, "cache": "ram"},
+    common={
+        "mode": "feature-extractor",
+        "head_solver": "sgd",
+        "epochs": 25,
+        "cache": "ram",
+    },
     complete=True,
 )
 
@@ -120,13 +140,15 @@ Cell = tuple[str, int]
 
 Row = dict[str, Any]
 """set, per_class, seed, method, the settings it came to, seconds of wall time and of processor
-time, chance (the share of the commonest class), and per image correct (0 or 1) and confidence (the
-probability of the predicted class)."""
+time, chance (the share of the commonest class), loss (the mean log-loss), answer (of mode auto:
+what it took), and per image correct (0 or 1) and confidence (the probability of the predicted
+class)."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Images of one data set on disk, reduced: train/ and val/ to learn from, and test/."""
+    """Images of one data set on disk, reduced: all/ to learn from, which are in train/ and val/
+    too, and test/."""
 
     folder: Path
     name: str
@@ -140,6 +162,7 @@ def draw(source: Path, target: Path, per_class: int, seed: int, pilot: bool) -> 
         inside = round(0.8 * per_class)
         _reduce(files[:inside], target / "train" / folder.name)
         _reduce(files[inside:per_class], target / "val" / folder.name)
+        _reduce(files[:per_class], target / "all" / folder.name)
         scored = files[per_class:] if pilot else sorted((source / "val" / folder.name).iterdir())
         _reduce(scored, target / "test" / folder.name)
     return Draw(target, source.name, per_class, seed)
@@ -161,22 +184,48 @@ def _reduce(files: list[Path], folder: Path) -> None:
 def settle(drawn: Draw, options: argparse.Namespace, settings: Settings) -> Plan:
     return prepare(
         Config.of(
-            drawn.folder,
+            drawn.folder / "all",
             backbone=f"local-dir:{options.weights}",
             image_size=options.size,
             seed=drawn.seed,
             workers=0,
             runs_dir=drawn.folder.parent / "runs",
-            device="cpu",
+            device=options.device,
             **settings,
         )
     )
 
 
-def train_cnnft(plan: Plan) -> torch.nn.Module:
+def train_cnnft(plan: Plan) -> tuple[Classifier, str | None]:
+    """(what it made, of mode auto the answer)."""
     for event in run_plan(plan):
         finished = event
-    return load(finished.run.path, device="cpu").network
+    found = finished.run.comparison()
+    answer = (found.answer if found else "head, nothing trained") if plan.compares else None
+    return load(finished.run.path, device=str(plan.device)), answer
+
+
+def fit_scikit_learn(
+    drawn: Draw, options: argparse.Namespace, spec: InputSpec
+) -> Callable[[Path], tuple[Tensor, list[int]]]:
+    """Logistic regression on the frozen features of all images; folder -> (logits, labels)."""
+    network = timm.create_model(f"local-dir:{options.weights}", pretrained=True, num_classes=0)
+    network.to(options.device)
+
+    def features(folder: Path) -> tuple[Tensor, list[int]]:
+        paths, labels = _listed(folder)
+        batches = view_batches(paths, EvaluationViews(spec), Loading(32, 0))
+        return collect(predict_batches(network, batches), paths), labels
+
+    # Warm-started from no penalty to the next: the solver's other settings are its defaults.
+    model = make_pipeline(StandardScaler(), LogisticRegressionCV(max_iter=2000))
+    model.fit(*features(drawn.folder / "all"))
+
+    def logits(folder: Path) -> tuple[Tensor, list[int]]:
+        values, labels = features(folder)
+        return torch.tensor(model.predict_log_proba(values)).float(), labels
+
+    return logits
 
 
 def train_by_hand(
@@ -201,6 +250,7 @@ def train_by_hand(
         f"local-dir:{options.weights}", pretrained=True, num_classes=classes
     )
     network.classifier = torch.nn.Linear(network.classifier.in_features, classes)
+    network.to(options.device)
     optimizer = tutorial.make_optimizer(network)
     scheduler = StepLR(optimizer, step_size=7, gamma=0.1)
     best, kept = -1.0, None
@@ -213,15 +263,25 @@ def train_by_hand(
     return network
 
 
-def classify(network: torch.nn.Module, spec: InputSpec, folder: Path) -> Row:
-    """What a row says of every image below `folder`, in their order."""
+def _listed(folder: Path) -> tuple[list[Path], list[int]]:
+    """The images below it, in the order of their names, and their labels."""
     samples = ImageFolder(str(folder)).samples
-    paths, labels = [Path(path) for path, _ in samples], [label for _, label in samples]
+    return [Path(path) for path, _ in samples], [label for _, label in samples]
+
+
+def classify(network: torch.nn.Module, spec: InputSpec, folder: Path) -> tuple[Tensor, list[int]]:
+    """(logits, labels) of every image below `folder`, in their order."""
+    paths, labels = _listed(folder)
     batches = view_batches(paths, EvaluationViews(spec), Loading(32, 0))
-    logits = collect(predict_batches(network, batches), paths)
+    return collect(predict_batches(network, batches), paths), labels
+
+
+def scored(logits: Tensor, labels: list[int]) -> Row:
+    """What a row says of them."""
     highest, predicted = logits.softmax(dim=1).max(dim=1)
     return {
         "chance": max(Counter(labels).values()) / len(labels),
+        "loss": round(float(cross_entropy(logits, torch.tensor(labels))), 4),
         "correct": (predicted == torch.tensor(labels)).int().tolist(),
         "confidence": [round(p, 4) for p in highest.tolist()],
     }
@@ -240,31 +300,31 @@ def measure(table: Table, options: argparse.Namespace) -> None:
                     folder = Path(temporary, "data")
                     drawn = draw(options.data / name, folder, per_class, seed, options.pilot)
                     for method in [m for m in options.methods if m in missing]:
-                        rows.append(_row(table, method, drawn, options, rows))
+                        row = _row(table, method, drawn, options)
                         with options.results.open("a") as file:
-                            file.write(json.dumps(rows[-1]) + "\n")
+                            file.write(json.dumps(row) + "\n")
 
 
-def _row(
-    table: Table, method: str, drawn: Draw, options: argparse.Namespace, others: list[Row]
-) -> Row:
+def _row(table: Table, method: str, drawn: Draw, options: argparse.Namespace) -> Row:
     row: Row = {"set": drawn.name, "per_class": drawn.per_class, "seed": drawn.seed}
     row |= {"method": method, "settled": None}
     settings = table.methods[method]
     wall, processor = time.monotonic(), time.process_time()
     own = settings if isinstance(settings, dict) else {}
     plan = settle(drawn, options, table.common | own)
-    if isinstance(settings, int):
+    spec, test = plan.classifier.input_spec, drawn.folder / "test"
+    if settings is None:
+        answers = fit_scikit_learn(drawn, options, spec)
+    elif isinstance(settings, int):
         network = train_by_hand(drawn, options, plan, settings)
+        answers = partial(classify, network, spec)
     else:
-        row["settled"] = _settled(plan.config)
-        if twin := next((r for r in others if r["settled"] == row["settled"]), None):
-            # The same settings give the same weights: auto chose what was trained already.
-            return twin | {"method": method}
-        network = train_cnnft(plan)
+        row["settled"] = _settled(plan.asked)
+        classifier, row["answer"] = train_cnnft(plan)
+        answers = partial(classify, classifier.calibrated(classifier.network), spec)
     row["seconds"] = round(time.monotonic() - wall, 1)
     row["processor_seconds"] = round(time.process_time() - processor, 1)
-    row |= classify(network, plan.classifier.input_spec, drawn.folder / "test")
+    row |= scored(*answers(test))
     print(*_cell(row), method, row["seconds"], row["processor_seconds"],
           f"{np.mean(row['correct']):.3f} {calibration_error(row):.3f}", flush=True)  # fmt: skip
     return row
@@ -320,7 +380,7 @@ class Report:
         self.lines += [
             "",
             f"Draws with seeds {', '.join(map(str, self.seeds))}; {common}{size} px; images that "
-            f"score: {images}; torch {torch.__version__}, CPU, one thread.",
+            f"score: {images}; torch {torch.__version__}, {machine()}.",
         ]
         return "\n".join(self.lines[1:])
 
@@ -330,7 +390,12 @@ class Report:
             lambda method, cell: np.mean([*map(calibration_error, self._draws(method, cell))])
         )
         self._add(errors, _points)
-        first = self.table.baselines[0]
+        self.lines += ["", "Mean log-loss:"]
+        losses = self._each(
+            lambda method, cell: np.mean([row["loss"] for row in self._draws(method, cell)])
+        )
+        self._add(losses, lambda loss: f"{loss:.3f}")
+        first = self.table.timed
         self.lines += [
             "",
             f"Time, in the {first}'s on the same draw (in brackets: the processor's time):",
@@ -357,7 +422,7 @@ class Report:
 
     def _chosen(self) -> str:
         return "; ".join(
-            f"{name} {n}: {_words(row['settled'])} (draw {row['seed']})"
+            f"{name} {n}: {row['answer']} (draw {row['seed']})"
             for name, n in self.cells
             for row in self._draws("auto", (name, n))
         )
@@ -398,18 +463,15 @@ def _multiples(times: np.ndarray) -> str:
     return f"{wall:.2f} ({processor:.2f})"
 
 
-def _words(settled: Settings) -> str:
-    stages = settled.get("train_stages")
-    return settled["mode"] + ("" if stages is None else f", last {stages}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", choices=list(TABLES), required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True, help="timm's folder layout")
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=96)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--measure-only", action="store_true", help="write no table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
     parser.add_argument("--per-class", nargs="+", type=int, default=PER_CLASS)
@@ -427,6 +489,8 @@ def main() -> None:
     wanted = {*table.baselines, *(options.methods or table.methods)}
     options.methods = [method for method in table.methods if method in wanted]
     measure(table, options)
+    if options.measure_only:
+        return
     text = Report(table, options).text(options.size)
     if options.pilot:
         print(text)

@@ -372,6 +372,7 @@ def run_check(name: str, device: str, folder: Path) -> str:
     """
     torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, as on a CPU
     torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the same sums in the same order
     return CHECKS[name](Bench(device, folder, full=device.startswith("cuda")))
 
 
@@ -392,6 +393,7 @@ def main() -> None:
     lines, failed = ["| | | |", "|---|---|---|"], False
     for name in options.only:
         with tempfile.TemporaryDirectory() as place:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which deterministic sums need
             os.environ["CNNFT_CACHE"] = str(Path(place, "cache"))
             try:
                 result, found = "ok", run_check(name, options.device, Path(place))
