@@ -160,11 +160,9 @@ def calibration_error(log_probs: Tensor, labels: Tensor) -> float:
     """Expected calibration error (Guo et al., 2017): |accuracy - mean confidence| over images of
     like confidence, averaged over all images.
     """
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
-    # What exceeds 1 by rounding would be taken for logits.
-    probabilities = log_probs.exp().clamp(max=1)
-    error = multiclass_calibration_error(
-        probabilities, labels, log_probs.shape[1], n_bins=CALIBRATION_BINS
-    )
-    return float(error)
+    confidence, predicted = log_probs.double().exp().max(dim=1)
+    ends = torch.linspace(0, 1, CALIBRATION_BINS + 1, dtype=torch.float64)
+    excess = confidence - (predicted == labels).double()
+    of_bins = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
+    of_bins.index_add_(0, torch.bucketize(confidence, ends[1:-1]), excess)
+    return float(of_bins.abs().sum() / len(labels))

@@ -36,6 +36,23 @@ class Outcome:
             assert part in lines[-1]
 
 
+def assert_alike(found: object, expected: object, tolerance: float = 1e-6) -> None:
+    """Of JSON documents: the same but for rounding of numbers, as where a temperature is in the
+    weights.
+    """
+    __tracebackhide__ = True
+    if isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=tolerance, abs=tolerance)
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        for one, other in zip(found, expected, strict=True):
+            assert_alike(one, other, tolerance)
+    elif isinstance(found, dict) and isinstance(expected, dict) and found.keys() == expected.keys():
+        for name in expected:
+            assert_alike(found[name], expected[name], tolerance)
+    else:
+        assert found == expected
+
+
 @pytest.fixture(autouse=True, scope="session")
 def shared_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """For what fixtures of the session train: not the user's."""

@@ -88,6 +88,6 @@ def test_what_cannot_be_compiled_is_one_sentence(cnnft, flat, tmp_path, monkeypa
     monkeypatch.setattr(torch, "compile", refuse)
     outcome = cnnft(
         "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=1", "--compile",
-        "--runs-dir", tmp_path, "--device=cpu", "--image-size=32",
+        "--mode=finetune", "--runs-dir", tmp_path, "--device=cpu", "--image-size=32",
     )  # fmt: skip
     outcome.fails_with(1, "--compile", "no compiler is here", "leave it out")

@@ -138,7 +138,7 @@ def test_an_ensemble_averages_probabilities(ensemble: Path, noisy: Path) -> None
     parts = [[dict(answer.top) for answer in of.predict(paths)] for of in both]
     for answer, *own in zip(classifier.predict(paths), *parts, strict=True):
         for name, probability in answer.top:
-            expected = np.mean([one[name] for one in own])
+            expected = np.average([one[name] for one in own], weights=[2, 1])
             assert probability == pytest.approx(expected, abs=1e-5)
     assert trained.temperature != 1 and classifier.temperature == 1
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -108,6 +108,7 @@ SMALL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_commands_under_torchrun_write_once(data: Path, tmp_path: Path, cnnft) -> None:
     runs, others = tmp_path / "runs", tmp_path / "others"
     again = ["finetune", data, *SMALL, "--workers=0", "--name=run", "--runs-dir", others]

@@ -387,7 +387,8 @@ def test_other_backbone_weights_than_before_are_refused_on_resume(cnnft, flat, t
 
 
 def test_feature_views_need_frozen_layers(cnnft, flat):
-    cnnft("finetune", flat, "--feature-views", 2).fails_with(2, "--feature-views", "frozen layers")
+    outcome = cnnft("finetune", flat, "--mode=finetune", "--feature-views", 2)
+    outcome.fails_with(2, "--feature-views", "frozen layers")
 
 
 def plain_features(names):

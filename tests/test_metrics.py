@@ -7,6 +7,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.metrics import balanced_accuracy_score, precision_recall_fscore_support
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cnnft.metrics import (
     Z95,
@@ -160,3 +161,12 @@ def test_calibration_error_of_an_example_by_hand():
     rounded = log_probs.clone()
     rounded[3:, 0] = 1e-7  # as a mean over views may be
     assert calibration_error(rounded, labels) == pytest.approx(expected, abs=1e-6)
+
+
+def test_calibration_error_is_that_of_torchmetrics():
+    """Of probabilities that lie on no end of a bin, which it counts to the other side."""
+    logits = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    labels = logits.softmax(dim=1).multinomial(1, generator=torch.Generator().manual_seed(1))[:, 0]
+    expected = multiclass_calibration_error(logits.softmax(dim=1), labels, 4, n_bins=15)
+    found = calibration_error(logits.log_softmax(dim=1), labels)
+    assert found == pytest.approx(float(expected), abs=1e-6)

@@ -184,6 +184,7 @@ def test_dropout_acts_while_training_and_renames_nothing(backbone):
     assert not torch.equal(network(images), network(images))
 
 
+@pytest.mark.slow
 def test_auxiliary_classifiers_are_head_and_belong_to_finetuning_alone(tmp_path: Path):
     data = draw_folder(tmp_path / "data", ("ants", "bees"), 3)
     for mode, used in (("finetune", True), ("feature-extractor", False)):
@@ -247,7 +248,8 @@ def test_cross_validation_is_honest():
 
 
 def test_the_probe_is_the_head_before_the_first_step(flat: Path, tmp_path: Path):
-    plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu", seed=3))
+    settings_ = {"mode": "finetune", "backbone": "builtin", "workers": 0, "device": "cpu"}
+    plan = prepare(Config.of(flat, **settings_, seed=3))
     assert plan.head_from == "probe" and plan.advice is not None
     assert plan.config.freezing.probe_first is None
     assert "0.00625 / 10 = 0.000625 (probed)" in plan.rates.derivation
@@ -318,7 +320,8 @@ def test_seeds_reach_random_backbones(flat: Path):
 def test_a_probe_counts_each_content_once(flat: Path, tmp_path: Path):
     for path in sorted(flat.glob("*/*.png")):
         shutil.copy(path, path.with_name(f"again {path.name}"))
-    plan = prepare(Config.of(flat, backbone="builtin", workers=0, device="cpu"))
+    settings_ = {"mode": "finetune", "backbone": "builtin", "workers": 0, "device": "cpu"}
+    plan = prepare(Config.of(flat, **settings_))
     assert len(plan.train) == 32 and plan.advice.images_per_class == 8
 
 

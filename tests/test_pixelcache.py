@@ -331,7 +331,10 @@ def train(data: Path, name: str, **settings: object) -> Run:
     return finetune(data, name=name, **common | settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"decoder": "draft", "train_resolution": 100}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, pytest.param({"decoder": "draft", "train_resolution": 100}, marks=pytest.mark.slow)],
+)
 def test_weights_do_not_depend_on_the_cache(photos: Path, settings: dict) -> None:
     expected = weights(train(photos, "off", cache="off", **settings))
     for cache, workers in (("ram", 0), ("ram", 2), ("disk", 0), ("disk", 2), ("off", 2)):
@@ -374,7 +377,7 @@ def test_processes_that_inherit_no_memory(photos: Path, tmp_path: Path) -> None:
         assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-@pytest.mark.parametrize("cache", ["ram", "disk"])
+@pytest.mark.parametrize("cache", ["ram", pytest.param("disk", marks=pytest.mark.slow)])
 def test_stopped_while_images_are_decoded_and_resumed(photos: Path, tmp_path, cache: str) -> None:
     settings = {
         "backbone": "builtin", "epochs": 2, "batch_size": 4, "device": "cpu", "workers": 0,
@@ -461,6 +464,7 @@ def test_an_existing_folder_is_chosen_by_the_environment(monkeypatch, tmp_path: 
     assert store.root() == tmp_path / "home" / ".cache" / "cnnft"
 
 
+@pytest.mark.slow
 def test_processes_share_what_the_disk_has(photos: Path, tmp_path: Path, cache_folder) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from tools.each_step import start_torchrun

@@ -50,6 +50,7 @@ def test_the_command_lists_them(cnnft):
     assert "--train-stages 3" in " ".join(shown.split()) and "--no-probe-first" in shown
 
 
+@pytest.mark.slow
 def test_a_recipe_from_the_command_line_and_from_a_file(cnnft, flat, tmp_path):
     flags = ("--backbone", "builtin", "--image-size", 32, "--workers", 0, "--epochs", 1)
     flags += ("--runs-dir", tmp_path / "runs")

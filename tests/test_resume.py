@@ -82,7 +82,7 @@ class Killed(BaseException):
     """Stands for the end of the process: nothing after it runs."""
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [1, STEPS - 1, STEPS, STEPS + 2, 2 * STEPS, 3 * STEPS - 1])
 def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, workers: int):
     flat, expected = whole
@@ -104,11 +104,15 @@ def test_stopped_after_any_step_and_resumed(whole, tmp_path: Path, step: int, wo
 
 @pytest.mark.parametrize(
     "more",
-    [{"optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle"},
-     {"optimizer": "adan", "schedule": "plateau", "warmup_epochs": 0.5},
-     {"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"},
-     {"ema": 0.9, "mixup": 0.2}, {"swa": 2}, {"schedule": "cosine-restarts", "snapshots": 3},
-     {"recalibrate_bn": False, "patience": 2}],
+    [pytest.param({"optimizer": "adamw", "weight_decay": 0.05, "schedule": "one-cycle"},
+                  marks=pytest.mark.slow),
+     pytest.param({"optimizer": "adan", "schedule": "plateau", "warmup_epochs": 0.5},
+                  marks=pytest.mark.slow),
+     pytest.param({"optimizer": "nadam", "layer_decay": 0.5, "schedule": "cosine-restarts"},
+                  marks=pytest.mark.slow),
+     {"ema": 0.9, "mixup": 0.2}, pytest.param({"swa": 2}, marks=pytest.mark.slow),
+     {"schedule": "cosine-restarts", "snapshots": 3},
+     pytest.param({"recalibrate_bn": False, "patience": 2}, marks=pytest.mark.slow)],
     ids=lambda more: "-".join(map(str, more.values())),
 )  # fmt: skip
 def test_other_ways_to_train_resume_too(whole, tmp_path: Path, more: dict, monkeypatch):

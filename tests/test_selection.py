@@ -39,7 +39,7 @@ def test_the_loss_is_that_of_the_likeliest_temperature(balanced: bool) -> None:
         scaled = logits.double().numpy() / temperature
         log_probs = scaled - np.logaddexp(*scaled.T)[:, None]
         losses.append(-np.average(log_probs[np.arange(36), labels], weights=weight))
-        priors.append(2 * np.log(temperature) ** 2 / 36)
+        priors.append(4 * (1 / temperature - 1 + np.log(temperature)) / 36)
     found = validated(predicted(logits, labels), balanced)
     likeliest = np.argmin(np.add(losses, priors))
     assert found.calibrated_loss == pytest.approx(losses[likeliest], abs=1e-3)

@@ -114,6 +114,7 @@ def test_a_solved_run_can_be_resumed(cnnft: Cli, data: Path, solve: Callable[...
     assert (run.path / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_class_weights_change_the_head(data: Path, tmp_path: Path, solve: Callable[..., Run]):
     uneven = tmp_path / "uneven"
     shutil.copytree(data, uneven)

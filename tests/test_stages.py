@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import Outcome, draw_folder
+from conftest import Outcome, assert_alike, draw_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -325,8 +325,9 @@ def test_files_predict_as_the_run(
     run: Path, predict: Callable[[Path], Any], tmp_path: Path, form: Any
 ) -> None:
     path = export_model(run, form, tmp_path / "model.safetensors")
-    assert predict(path) == predict(run)
+    assert_alike(predict(path), predict(run))
     if form == "head":
+        assert predict(path) == predict(run)
         assert load_file(path).keys() == load(path, device="cpu").head
         assert path.stat().st_size < 20_000
 

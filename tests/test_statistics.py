@@ -51,7 +51,13 @@ def accuracy(model, run: Run) -> float:
 
 @pytest.mark.parametrize("momentum", [0.001, 0.1])
 @pytest.mark.parametrize(
-    "more", [{}, {"ema": 0.9}, {"mode": "bn-only"}], ids=["", "ema", "bn-only"]
+    "more",
+    [
+        {},
+        pytest.param({"ema": 0.9}, marks=pytest.mark.slow),
+        pytest.param({"mode": "bn-only"}, marks=pytest.mark.slow),
+    ],
+    ids=["", "ema", "bn-only"],
 )
 def test_statistics_fit_after_ten_steps(shifted, tmp_path, momentum, more):
     plan, run = train(shifted, tmp_path, momentum, **more)

@@ -164,7 +164,8 @@ def test_a_state_that_is_not_finite_is_not_saved():
 
 
 def settings(flat: Path, tmp_path: Path, **more: object) -> Config:
-    values = {"epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu", "name": "run"} | more
+    values = {"epochs": 2, "batch_size": 4, "workers": 0, "device": "cpu", "name": "run"}
+    values |= {"mode": "finetune"} | more
     return Config.of(flat, backbone="builtin", runs_dir=tmp_path / "runs", image_size=32, **values)
 
 
@@ -267,6 +268,7 @@ def test_where_an_error_ends_training_the_way_on_is_told(cnnft, flat, tmp_path, 
     outcome = cnnft(
         "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=3", "--device=cpu",
         "--runs-dir", tmp_path, "--name=run", "--batch-size=4", "--image-size=32", "--cache=off",
+        "--mode=finetune",
     )  # fmt: skip
     outcome.fails_with(1, "the data changed while training")
     assert f"go on with: cnnft finetune --resume {tmp_path / 'run'}" in outcome.err
@@ -334,6 +336,7 @@ def test_the_precision_is_settled_and_told(cnnft, flat: Path, tmp_path: Path):
     outcome = cnnft(
         "finetune", flat, "--backbone=builtin", "--workers=0", "--epochs=1", "--device=cpu",
         "--precision=bfloat16", "--runs-dir", tmp_path, "--name=half", "--image-size=32",
+        "--mode=finetune",
     )  # fmt: skip
     assert outcome.code == 0 and "on cpu, bfloat16" in outcome.err
     assert Run(tmp_path / "half").config().machine.precision == "bfloat16"

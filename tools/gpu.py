@@ -90,7 +90,8 @@ class Bench:
         """In float32, of batches that leave the last one of an epoch partial."""
         own = {
             "backbone": "builtin", "device": self.device, "precision": "float32", "workers": 0,
-            "epochs": 2, "batch_size": 96 if self.full else 8, "probe_first": False,
+            "mode": "finetune", "epochs": 2, "probe_first": False,
+            "batch_size": 96 if self.full else 8,
             "image_size": 128 if self.full else 32, "runs_dir": self.folder / "runs",
         }  # fmt: skip
         return Config.of(self.data, **(own | settings))
@@ -325,6 +326,7 @@ def speed(bench: Bench) -> str:
             config = Config.of(
                 data, backbone=f"local-dir:{weights}", device=bench.device, precision=dtype,
                 epochs=4 if bench.full else 2, batch_size=batch, image_size=size, cache="ram",
+                mode="finetune",
                 workers=workers, probe_first=False, runs_dir=bench.folder / "runs",
                 name=f"speed-{dtype}-{turn}",
             )  # fmt: skip

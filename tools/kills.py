@@ -67,9 +67,9 @@ def alone(*arguments: str) -> Row:
 
 
 MATRIX: dict[str, Row] = {
-    "finetune, probe first": alone(),
-    "two workers": Row(("--workers=2",)),
-    "two processes": Row(("--workers=0",), processes=2),
+    "finetune, probe first": alone("--mode=finetune"),
+    "two workers": Row(("--workers=2", "--mode=finetune")),
+    "two processes": Row(("--workers=0", "--mode=finetune"), processes=2),
     "two processes, a worker each": Row(
         ("--workers=1", "--mode=feature-extractor", "--head-solver=sgd"), processes=2
     ),
@@ -77,7 +77,8 @@ MATRIX: dict[str, Row] = {
     "feature-extractor, pixels": alone("--mode=feature-extractor",
     "--head-solver=sgd", "--mixup=0.2", "--cutmix=1"),
     "bn-only": alone("--mode=bn-only"),
-    "mode auto": alone("--mode=auto"),
+    "mode auto": alone("--mode=auto", "--ensemble"),
+    "a head that is solved": alone("--mode=feature-extractor"),
     "stages, from scratch": alone("--no-pretrained", "--head=mlp"),
     "accumulation, dropout": alone("--micro-batch=2", "--dropout=0.5", "--drop-path=0.2"),
     "layer decay, tolerance": alone("--layer-decay=0.5", "--skip-nonfinite=3"),
@@ -95,7 +96,7 @@ MATRIX: dict[str, Row] = {
         "--no-recalibrate-bn", "--batchnorm=train", "--sampling=balanced"
     ),
     "distillation": alone("--teacher={model}"),
-    "replacing a run (--force)": alone("--force"),
+    "replacing a run (--force)": alone("--force", "--mode=finetune"),
     "feature cache being written": Row(
         ("--workers=0", "--mode=feature-extractor",
         "--head-solver=sgd", "--cache=disk"), aim="caching", large=True

@@ -56,7 +56,7 @@ from tools.forked import (
 from tools.tally import DOCUMENT, Tally, table
 
 KINDS = {
-    "finetune": ("--cache=off",),
+    "finetune": ("--cache=off", "--mode=finetune"),
     "feature-extractor": ("--mode=feature-extractor", "--head-solver=sgd", "--cache=disk"),
     "snapshots, pixels on disk": (
         "--no-probe-first", "--cache=disk", "--schedule=cosine-restarts", "--snapshots=2",

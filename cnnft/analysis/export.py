@@ -19,6 +19,7 @@ from cnnft.inference.classifier import Classifier
 from cnnft.inference.description import describe
 from cnnft.inference.storage import load
 from cnnft.machine.files import to_safetensors, write_whole
+from cnnft.models.surgery.divide import divided
 from cnnft.models.weights import backbone_hash
 from cnnft.runs.run import FILES, Run
 
@@ -90,6 +91,18 @@ def _head(classifier: Classifier, folder: Path) -> bytes:
 
 
 def _whole(classifier: Classifier) -> bytes:
+    """Other programs read it too, which know no temperature: the last layer's weights have it."""
+    if classifier.temperature != 1:
+        size = classifier.input_spec.size
+        network = divided(classifier.network, classifier.head, classifier.temperature, size)
+        if network is None:
+            _log.warning(
+                "the logits of %s are not the output of a linear layer: programs other than cnnft "
+                "have to divide them by the temperature %.4g",
+                *(classifier.identity.architecture, classifier.temperature),
+            )
+        else:
+            classifier = replace(classifier, network=network, temperature=1.0)
     return to_safetensors(classifier.network.state_dict(), _metadata(classifier))
 
 

@@ -91,7 +91,8 @@ def speaking(arguments: list[str]) -> Iterator[None]:
     before = _log.handlers[:], _log.level, _log.propagate
     waiting = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)  # until there is a file
     set_quiet(False)
-    _log.handlers, _log.level, _log.propagate = [_shown, waiting], logging.DEBUG, False
+    _log.handlers, _log.propagate = [_shown, waiting], False
+    _log.setLevel(logging.DEBUG)
     for handler in _log.handlers:
         handler.addFilter(_spoken)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else the hub prints its retries
@@ -103,7 +104,8 @@ def speaking(arguments: list[str]) -> Iterator[None]:
         for handler in _log.handlers:
             with suppress(OSError):  # a full disk
                 handler.close()
-        _log.handlers, _log.level, _log.propagate = before
+        _log.handlers, level, _log.propagate = before
+        _log.setLevel(level)  # rather than assigned: loggers below it remember what is shown
 
 
 def log_to(path: Path, environment: str) -> None:

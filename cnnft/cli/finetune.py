@@ -162,4 +162,9 @@ def _show_end(plan: "Plan", finished: "Finished") -> None:
             f"temperature {found.temperature:.2f}: log-loss {found.loss_before:.3f} → "
             f"{val.loss:.3f}, expected calibration error {found.ece_before:.1%} → {found.ece:.1%}"
         )
+    if finished.run.description().stages:
+        console.say(
+            "its head reads several stages, which timm and torchvision have no place for: for them "
+            "take --features last"
+        )
     console.say(f"try it: cnnft predict IMAGES -m {finished.run.path}")

@@ -62,7 +62,7 @@ class FreezingConfig:
     """How much of the backbone trains, and what the frozen part does."""
 
     mode: Mode = option(
-        "finetune",
+        "auto",
         "What trains. finetune: all layers; feature-extractor: a new head on the frozen "
         "backbone; bn-only: the head and the normalisation layers; auto: a new head, and the last "
         "stages too where that is clearly better on val.",
@@ -101,8 +101,8 @@ class FreezingConfig:
     )
     ensemble: bool = option(
         False,
-        "With --mode auto: average the probabilities of the head and of the network whose last "
-        "stages were trained.",
+        "Average the probabilities of the head and of the network whose last stages were trained "
+        "(mode auto).",
         panel=MAIN,
         switch=True,
     )

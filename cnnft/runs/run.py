@@ -9,6 +9,7 @@
     metrics.jsonl       the same for machines: one JSON object per epoch, with its step
     penalties.csv       instead of a history: the cross-validation of a head that was solved
     candidates/         with --mode auto the run of the network that was trained beside the head
+    members/            with --ensemble the other classifiers whose probabilities are averaged
     comparison.json     and how the two compare on val
     metrics.json        the best epoch and its scores
     predictions.csv     the logits of each validation image, or out of fold of each training image

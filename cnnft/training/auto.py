@@ -12,14 +12,16 @@ from torch.nn.functional import cross_entropy
 
 from cnnft.config.recipes import RECIPES
 from cnnft.config.schema import Config
+from cnnft.inference.calibrate import calibrate
 from cnnft.inference.classifier import Member
-from cnnft.inference.predict import mean_probability
+from cnnft.inference.predict import Inference, mean_probability, predict
 from cnnft.inference.predictions import Predictions
 from cnnft.runs.run import Run
 from cnnft.runs.scores import Comparison, Evidence
 from cnnft.training.advice import advise_on
 from cnnft.training.events import Advised, Event, Finished, Started, Stopped, Trying
 from cnnft.training.plan import Plan, prepare
+from cnnft.training.selection import calibrated
 from cnnft.training.session import DivergedError
 from cnnft.training.solved import Solving
 
@@ -30,8 +32,11 @@ _STANDARD_ERRORS = 2
 that are nearly as good, and then the head is the better bet: it is trained on all images."""
 _LEAST_GAIN = 0.05
 """Nats of log-loss that a perfect network would have to gain, for one to be trained."""
-_WEIGHT = 0.5
-"""Of the trained network in the ensemble."""
+_MEMBER = "members/last-stages"
+_WEIGHT = 1 / 3
+"""Of the trained network in the ensemble. It is that of the last epoch: as an average needs
+networks that err differently, the end of training serves better than the best epoch, which may be
+the start (pilots on three data sets; half the weight was less accurate)."""
 
 _log = logging.getLogger(__name__)
 
@@ -110,18 +115,25 @@ class Auto:
         ensemble = self.plan.config.freezing.ensemble
         found = compare(head, predictions)
         if ensemble:
-            self._average(head, predictions)
+            self._average(head, plan)
             found = replace(found, answer="ensemble")
         elif found.answer == "trained":
             self.run.adopt(trained)
         self.run.save_comparison(found)
         return found
 
-    def _average(self, head: Tensor, predictions: Predictions) -> None:
+    def _average(self, head: Tensor, plan: Plan) -> None:
         """The run is the ensemble from now on, scored with a head that has not seen val."""
+        loading, member = plan.loading, Run(self.run.path / _MEMBER)
+        inference = Inference(batch_size=loading.batch_size, workers=loading.workers)
+        raw = predict(plan.classifier, plan.val, inference, "val")
+        temperature = calibrate(raw.logits, raw.labels).temperature
+        predictions, _ = calibrated(raw, temperature)
+        member.path.mkdir(parents=True, exist_ok=True)
+        member.save_classifier(replace(plan.classifier, temperature=temperature))
         run, metrics, has_val = self.run, self.run.metrics(), len(self.plan.val) > 0
         logits = mean_probability([head, predictions.logits], [1 - _WEIGHT, _WEIGHT])
-        run.save_classifier(replace(self.solving.classifier, members=(Member(_FOLDER, _WEIGHT),)))
+        run.save_classifier(replace(self.solving.classifier, members=(Member(_MEMBER, _WEIGHT),)))
         mean = replace(predictions, logits=logits)
         if not has_val:
             mean = replace(mean, role="out-of-fold", folds=(0,) * len(mean.samples))

@@ -1,5 +1,6 @@
 """A run whose head is solved: logistic regression on the features of the frozen backbone."""
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from cnnft.cache.features import FeatureExtractor, Features, evaluation_view_set
 from cnnft.cache.pixels import CacheProgress
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import ImageFiles
-from cnnft.errors import CnnftError
 from cnnft.inference.classifier import Classifier
 from cnnft.inference.predictions import Predictions
 from cnnft.machine import distributed, interruption
@@ -21,7 +21,7 @@ from cnnft.models.surgery.embed import find_head
 from cnnft.models.surgery.stagehead import UnitBlocks, stage_cut
 from cnnft.probe.folds import assign_folds
 from cnnft.probe.probe import install
-from cnnft.probe.solve import Solved, Trial, can_be_scored, solve
+from cnnft.probe.solve import PENALTIES, Solved, Trial, solve
 from cnnft.runs.records import Penalty
 from cnnft.runs.run import Run
 from cnnft.runs.scores import Evidence, Metrics, TrainScore
@@ -29,6 +29,8 @@ from cnnft.training.events import Finished, Stopped
 from cnnft.training.losses import balanced_weights
 from cnnft.training.plan import Plan
 from cnnft.training.selection import calibrated
+
+_log = logging.getLogger(__name__)
 
 _WORDS = {
     "last": "the features of the last layer",
@@ -57,15 +59,9 @@ class Solving:
     """
 
     def __init__(self, plan: Plan, run: Run) -> None:
-        """Raises `CnnftError` where there is no image to score by."""
         self.plan, self.run = plan, run
         self.labels = torch.tensor(plan.train.labels)
         self.folds = assign_folds(plan.train, plan.config.freezing.folds)
-        if not len(plan.val) and not can_be_scored(self.labels, self.folds).any():
-            raise CnnftError(
-                f"{plan.dataset.source}: no class has two different images, so that none can be "
-                "held out for validation: add images, or a val folder"
-            )
 
     def events(self, stop: Callable[[], bool]) -> Iterator[CacheProgress | Finished | Stopped]:
         plan = self.plan
@@ -140,6 +136,11 @@ class Solving:
         self.reading, self.val, self.solved = reading, val, found
         classifier, chosen, run = reading.classifier, found.chosen, self.run
         install(classifier.network, classifier.head, found.linear)
+        if chosen and chosen.penalty in (PENALTIES[0], PENALTIES[-1]):
+            end = "strongest" if chosen.penalty == PENALTIES[0] else "weakest"
+            _log.info(
+                "the penalty that was chosen, %g, is the %s that is tried", chosen.penalty, end
+            )
         temperature = chosen.calibration.temperature if chosen else 1.0
         self.classifier = replace(classifier, temperature=temperature)
         run.save_classifier(self.classifier)

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from cnnft.config.schema import Config
 from cnnft.config.solving import solves_head
 from cnnft.data.dataset import Dataset, Samples, Skipped, SplitName
@@ -12,6 +14,8 @@ from cnnft.data.reading import read_dataset
 from cnnft.data.sources import open_source
 from cnnft.data.split import train_and_val
 from cnnft.errors import CnnftError
+from cnnft.probe.folds import assign_folds
+from cnnft.probe.solve import can_be_scored
 from cnnft.runs.run import Run
 
 _log = logging.getLogger(__name__)
@@ -77,9 +81,22 @@ def split(
     settled = train_and_val(dataset, fraction, config.dataset.split_seed, hashes)
     if config.dataset.strict:
         _require_all(settled.skipped)
+    if solves_head(config) and not len(settled.splits["val"]):
+        _require_scores(config, settled)
     if run is not None:
         run.require_same_data(settled.splits["train"], settled.splits["val"])
     return settled
+
+
+def _require_scores(config: Config, dataset: Dataset) -> None:
+    """Raises `CnnftError` where no image can be scored out of fold."""
+    train = dataset.splits["train"]
+    folds = assign_folds(train, config.freezing.folds)
+    if not can_be_scored(torch.tensor(train.labels), folds).any():
+        raise CnnftError(
+            f"{dataset.source}: no class has two different images, so that none can be held out "
+            "for validation: add images, or a val folder"
+        )
 
 
 def _require_all(skipped: Sequence[Skipped]) -> None:
