@@ -225,6 +225,14 @@ def test_a_head_that_cannot_be_solved_means_that_all_layers_train(flat: Path) ->
     assert prepare(config).config.freezing.head_solver == "sgd"
 
 
+@pytest.mark.parametrize("more", [{"head_solver": "lbfgs"}, {"features": "stages"}])
+def test_what_is_asked_of_the_head_is_not_of_the_other_network(
+    noisy: Path, tmp_path: Path, more: dict[str, object]
+) -> None:
+    run = train(settings(noisy, tmp_path, ensemble=True, **more))
+    assert run.comparison() is not None
+
+
 @pytest.mark.parametrize("more", [{"mode": "finetune"}, {"lr": 0.1}])
 def test_an_ensemble_needs_both(flat: Path, tmp_path: Path, more: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="--ensemble"):

@@ -153,6 +153,8 @@ def test_options_about_steps_mean_steps(
         (("--head-solver=lbfgs", "--mixup=0.2"), "which --mixup is about"),
         (("--head-solver=lbfgs", "--mode=finetune"), "add --mode feature-extractor"),
         (("--head-solver=sgd", "--features=stages"), "leave out --head-solver sgd"),
+        (("--mixup=0.2", "--features=stages"), "leave out --mixup"),
+        (("--mode=finetune", "--features=stages"), "add --mode feature-extractor"),
         (("--folds=1",), "--folds 1 is out of range"),
     ],
 )
@@ -166,6 +168,8 @@ def test_a_head_that_is_a_convolution_is_trained_by_steps(data: Path, tmp_path: 
     assert prepare(Config.of(data, **settings)).config.freezing.head_solver == "sgd"
     with pytest.raises(Exception, match="no single linear layer"):
         prepare(Config.of(data, head_solver="lbfgs", **settings))
+    with pytest.raises(Exception, match="--features stages: this backbone's classifier is no"):
+        prepare(Config.of(data, features="stages", **settings))
 
 
 def test_fewer_images_than_folds(cnnft: Cli, tmp_path: Path, solve: Callable[..., Run]):

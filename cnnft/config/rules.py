@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnnft.config.solving import about_steps, frozen
+from cnnft.config.solving import about_steps, frozen, solves_head
 from cnnft.config.texts import parse_interval, parse_statistics
 
 if TYPE_CHECKING:
@@ -84,8 +84,13 @@ def _solving(config: "Config") -> Iterator[str]:
                 f"--head-solver lbfgs takes no steps, which {' and '.join(flags)} is about: leave "
                 "one or the other out"
             )
-    if freezing.head_solver == "sgd" and freezing.features == "stages":
-        yield "--features stages is for a solved head: leave out --head-solver sgd"
+    if freezing.features == "stages" and not solves_head(config) and freezing.mode != "auto":
+        flags = about_steps(config)
+        if not frozen(config):
+            way_out = "add --mode feature-extractor"
+        else:
+            way_out = f"leave out {flags[0] if flags else '--head-solver sgd'}"
+        yield f"--features stages is for a solved head: {way_out}"
 
 
 def _network(config: "Config") -> Iterator[str]:

@@ -105,6 +105,7 @@ class Auto:
     def _config(self, place: Path) -> Config:
         epochs = min(CANDIDATE["epochs"], self.plan.config.training.epochs)
         own = {"mode": "finetune", "epochs": epochs, "ensemble": False, "force": False}
+        own |= {"head_solver": "auto", "features": "auto"}  # which are about the other head
         given = {"runs_dir": place.parent, "name": place.name}
         return self.plan.config.replace(**CANDIDATE | own | given)
 

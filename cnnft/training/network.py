@@ -86,6 +86,8 @@ def open_settled(
         return config, backbone
     if config.freezing.head_solver == "lbfgs":
         raise UsageError(f"--head-solver lbfgs: {reason}")
+    if config.freezing.features == "stages":
+        raise UsageError(f"--features stages: {reason}")
     _log.info("the head is trained by steps: %s", reason)
     if not auto:
         return config.replace(head_solver="sgd"), backbone
