@@ -100,6 +100,27 @@ def test_a_network_that_is_clearly_better_is_the_answer(
     assert (run.path / "model.safetensors").read_bytes() == before
 
 
+def test_a_network_that_cannot_be_trained_leaves_the_head(
+    cnnft: Cli, noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(auto.CANDIDATE, "lr", 1e30)
+    outcome = cnnft(
+        "finetune", noisy, "--backbone=builtin", "--workers=0", "--epochs=2", "--device=cpu",
+        "--image-size=64", "--runs-dir", tmp_path,
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "warning: the head is kept: " in outcome.err
+    run = Run.open(outcome.out.strip())
+    assert run.comparison() is None and run.metrics().best_epoch is None
+
+
+def test_there_are_fewer_stages_than_the_recipe_trains(
+    noisy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(auto.CANDIDATE, "train_stages", 99)
+    assert train(settings(noisy, tmp_path)).comparison() is not None
+
+
 def test_the_comparison_is_paired() -> None:
     torch.manual_seed(0)
     labels = torch.arange(40) % 2

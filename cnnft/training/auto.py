@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from cnnft.config.recipes import RECIPES
 from cnnft.config.schema import Config
+from cnnft.errors import CnnftError
 from cnnft.inference.calibrate import calibrate
 from cnnft.inference.classifier import Member
 from cnnft.inference.predict import Inference, mean_probability, predict
@@ -22,7 +23,6 @@ from cnnft.training.advice import advise_on
 from cnnft.training.events import Advised, Event, Finished, Started, Stopped, Trying
 from cnnft.training.plan import Plan, prepare
 from cnnft.training.selection import calibrated
-from cnnft.training.session import DivergedError
 from cnnft.training.solved import Solving
 
 CANDIDATE: dict[str, Any] = RECIPES["standard"].settings
@@ -83,10 +83,10 @@ class Auto:
         """Returns whether the caller asks to stop."""
         place = self.run.path / _FOLDER
         before = Run.open(place) if Run.is_run(place) else None
-        plan = prepare(before.config() if before else self._config(place), before)
-        yield Trying(plan)
         trained: Run | None = None
         try:
+            plan = prepare(before.config() if before else self._config(place), before)
+            yield Trying(plan)
             for event in self.start(plan, before, stop=stop):
                 if isinstance(event, Stopped):
                     yield Stopped(self.run, None)
@@ -95,7 +95,7 @@ class Auto:
                     trained = event.run
                 elif not isinstance(event, Started):
                     yield event
-        except DivergedError as error:
+        except CnnftError as error:  # the run has a model already
             _log.warning("the head is kept: %s", error)
             return False
         assert trained is not None
@@ -104,8 +104,10 @@ class Auto:
 
     def _config(self, place: Path) -> Config:
         epochs = min(CANDIDATE["epochs"], self.plan.config.training.epochs)
-        own = {"mode": "finetune", "epochs": epochs, "ensemble": False, "force": False}
+        own: dict[str, Any] = {"mode": "finetune", "epochs": epochs}
+        own |= {"ensemble": False, "force": False}
         own |= {"head_solver": "auto", "features": "auto"}  # which are about the other head
+        own |= {"train_stages": min(CANDIDATE["train_stages"], len(self.plan.stages)) or None}
         given = {"runs_dir": place.parent, "name": place.name}
         return self.plan.config.replace(**CANDIDATE | own | given)
 
