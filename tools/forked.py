@@ -261,12 +261,19 @@ def begin_or_resume(run: Path, *begin: str) -> list[str]:
 
 
 def run_content(path: Path) -> dict[str, bytes]:
-    """All that training determines: weights, momentum, history, metrics, predictions, images."""
-    found = Run(path)
-    saved = found.load_checkpoint()
-    assert saved is not None, f"{path} has no checkpoint"
+    """All that training determines: weights, momentum, history, metrics, predictions, images; where
+    a head was solved its penalties, and all of a network that was trained beside it.
+    """
+    saved = Run(path).load_checkpoint()
     files = {name: (path / name).read_bytes() for name in DETERMINED}
     files |= {f.name: f.read_bytes() for f in (path / "snapshots").glob("*")}
+    if saved is None:
+        files["penalties.csv"] = (path / "penalties.csv").read_bytes()
+        for part in (path / "comparison.json", *(path / "members").glob("*/*")):
+            files |= {str(part): part.read_bytes()} if part.exists() else {}
+        for other in (path / "candidates").glob("*"):
+            files |= {f"{other.name}/{k}": v for k, v in run_content(other).items()}
+        return {name.removeprefix(f"{path}/"): content for name, content in files.items()}
     tensors = {name: tensor.numpy().tobytes() for name, tensor in saved.tensors.items()}
     rows = [line.split(",") for line in (path / "history.csv").read_text().splitlines()]
     seconds = rows[0].index("seconds")
