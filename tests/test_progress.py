@@ -9,6 +9,7 @@ from conftest import Outcome
 from rich.console import Console
 
 from cnnft.cli import console
+from cnnft.cli.training import Forecast
 
 Cli = Callable[..., Outcome]
 
@@ -61,3 +62,17 @@ def test_what_takes_time_is_drawn(
     assert outcome.code == 0
     for task in tasks:
         assert task in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.01, False), (3.0, True)])
+def test_long_training_is_forecast_once(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, said: bool
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("cnnft.cli.training.console.say", lines.append)
+    forecast = Forecast()
+    for step in range(1, 101):
+        now = 1000 + seconds * step
+        monkeypatch.setattr("cnnft.cli.training.time.monotonic", lambda now=now: now)
+        forecast.step(step, 100)
+    assert [line[:38] for line in lines] == ["training takes about 5 minutes more; a"] * said

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from cnnft.training.plan import Plan
 
 
+_FORECAST_STEPS = 5
+_LONG = 120.0
+"""Seconds of training that are said before."""
+
+
 class InterruptedRunError(CnnftError):
     """Training stopped at a signal; nothing is lost."""
 
@@ -27,6 +32,30 @@ class InterruptedRunError(CnnftError):
         reached = "" if step is None else f" after step {step}"
         super().__init__(f"interrupted{reached}; go on with: cnnft finetune --resume {run}")
         self.exit_code = 128 + number
+
+
+class Forecast:
+    """Says once, after the first steps, how long training will take, where that is long."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._over = False
+
+    def step(self, step: int, total: int) -> None:
+        """A step was taken, of `total`."""
+        now = time.monotonic()
+        if self._first is None:  # it may have waited for much that later ones do not
+            self._first = step, now
+        first, begun = self._first
+        if self._over or step - first < _FORECAST_STEPS:
+            return
+        self._over = True
+        left = (now - begun) / (step - first) * (total - step)
+        if left >= _LONG:
+            console.say(
+                f"training takes about {left / 60:.0f} minutes more; a head alone takes about as "
+                "long as one epoch: --mode feature-extractor"
+            )
 
 
 def train(plan: "Plan", run: "Run | None") -> "Finished":
@@ -47,10 +76,11 @@ def train(plan: "Plan", run: "Run | None") -> "Finished":
     columns = ("loss {task.fields[loss]}", "{task.fields[speed]} images/s")
     with interruption.deferred() as interrupted, console.progress(*columns) as bar:
         task = bar.add_task("training", total=len(plan.batches), loss="-", speed="-")
-        drawn, images = time.monotonic(), 0
+        drawn, images, forecast = time.monotonic(), 0, Forecast()
         for event in _with_advice(run_plan(plan, run, stop=interrupted)):
             if isinstance(event, StepDone):
                 images += event.images
+                forecast.step(event.step, len(plan.batches))
                 elapsed = time.monotonic() - drawn
                 if elapsed > 0.2 and not bar.disable:  # reading the loss waits for the device
                     speed, loss = f"{images / elapsed:.0f}", f"{event.loss.item():.3f}"
