@@ -1,7 +1,8 @@
-"""Methods measured on small draws of data sets; writes the tables of three documents.
+"""Methods measured on small draws of data sets; writes the tables of four documents.
 
     python -m research.draws --table modes --data DIR --weights DIR --results FILE
     python -m research.draws --table recipes --data DIR --weights DIR --results FILE
+    python -m research.draws --table statistics --data DIR --weights DIR --results FILE --pilot
     python -m research.draws --table views --data DIR --weights DIR --results FILE
 
 For each data set, a number of images per class is drawn from train/; what needs validation images
@@ -9,10 +10,12 @@ has them split 80 : 20, cnnft by itself. All methods are scored on val/, which n
 on. All methods see the same draws, weights and image size. Results are appended
 to --results as they come, so that an interrupted run goes on; two processes can measure different
 --seeds, and a call with all of them then makes the table. --pilot scores on the images of train/
-that were not drawn instead, which is where recipes are developed, and prints the table.
+that were not drawn instead, which is where choices are made. A cell of a table that lacks a method
+or a draw is left out, and named. --write-only measures nothing: the table is of the results.
 """
 
 import argparse
+import gzip
 import hashlib
 import json
 import tempfile
@@ -117,6 +120,21 @@ BY_NAME = Table(
     complete=True,
 )
 
+STATISTICS = Table(
+    document=DOCUMENTS / "losses-and-averages.md",
+    marker="statistics",
+    methods={
+        "running averages": {"recalibrate_bn": False},
+        "recomputed (default)": {},
+        "frozen": {"batchnorm": "frozen"},
+        "frozen, the full rate": {"batchnorm": "frozen", "lr": 0.1 * 32 / 256 / 10},
+    },
+    baselines=("running averages",),
+    timed="running averages",
+    common={"mode": "finetune", "epochs": 10},
+    complete=True,
+)
+
 VIEWS = Table(
     document=DOCUMENTS / "speed.md",
     marker="views",
@@ -133,16 +151,16 @@ VIEWS = Table(
     complete=True,
 )
 
-TABLES = {"modes": MODES, "recipes": BY_NAME, "views": VIEWS}
+TABLES = {"modes": MODES, "recipes": BY_NAME, "statistics": STATISTICS, "views": VIEWS}
 
 Cell = tuple[str, int]
 """A data set, and how many images of each class are drawn."""
 
 Row = dict[str, Any]
-"""set, per_class, seed, method, the settings it came to, seconds of wall time and of processor
-time, chance (the share of the commonest class), loss (the mean log-loss), answer (of mode auto:
-what it took), and per image correct (0 or 1) and confidence (the probability of the predicted
-class)."""
+"""set, per_class, seed, method, the settings it came to, measured_on (what machine), seconds of
+wall time and of processor time, chance (the share of the commonest class), loss (the mean
+log-loss), answer (of mode auto: what it took), and per image correct (0 or 1) and confidence (the
+probability of the predicted class)."""
 
 
 @dataclass(frozen=True)
@@ -308,6 +326,7 @@ def measure(table: Table, options: argparse.Namespace) -> None:
 def _row(table: Table, method: str, drawn: Draw, options: argparse.Namespace) -> Row:
     row: Row = {"set": drawn.name, "per_class": drawn.per_class, "seed": drawn.seed}
     row |= {"method": method, "settled": None}
+    row["measured_on"] = f"{options.device}, {machine()}"
     settings = table.methods[method]
     wall, processor = time.monotonic(), time.process_time()
     own = settings if isinstance(settings, dict) else {}
@@ -337,7 +356,11 @@ def _settled(config: Config) -> Settings:
 
 
 def read_rows(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Of a file of JSON lines, which may be compressed."""
+    if not path.exists():
+        return []
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
+        return [json.loads(line) for line in file]
 
 
 def _cell(row: Row) -> tuple[str, int, int]:
@@ -355,8 +378,10 @@ class Report:
 
     def __init__(self, table: Table, options: argparse.Namespace) -> None:
         self.table, self.methods, self.seeds = table, options.methods, options.seeds
-        self.cells = [(name, n) for name in options.sets for n in options.per_class]
         self.rows = {(row["method"], *_cell(row)): row for row in read_rows(options.results)}
+        cells = [(name, n) for n in options.per_class for name in options.sets]
+        self.cells = [cell for cell in cells if self._is_complete(cell)]
+        self.missing = [cell for cell in cells if cell not in self.cells]
         self.lines: list[str] = []
 
     def text(self, size: int) -> str:
@@ -380,9 +405,16 @@ class Report:
         self.lines += [
             "",
             f"Draws with seeds {', '.join(map(str, self.seeds))}; {common}{size} px; images that "
-            f"score: {images}; torch {torch.__version__}, {machine()}.",
+            f"score: {images}; {'; '.join(sorted({row['measured_on'] for row in self._used()}))}.",
         ]
+        if self.missing:
+            names = ", ".join(f"{name} {n}" for name, n in self.missing)
+            self.lines += ["", f"Not measured with every method: {names}."]
         return "\n".join(self.lines[1:])
+
+    def _is_complete(self, cell: Cell) -> bool:
+        """Whether every method has all draws."""
+        return all((m, *cell, seed) in self.rows for m in self.methods for seed in self.seeds)
 
     def _add_calibration_and_time(self) -> None:
         self.lines += ["", f"Expected calibration error, in points, {BINS} bins:"]
@@ -404,6 +436,9 @@ class Report:
 
     def _draws(self, method: str, cell: Cell) -> list[Row]:
         return [self.rows[method, *cell, seed] for seed in self.seeds]
+
+    def _used(self) -> list[Row]:
+        return [row for m in self.methods for cell in self.cells for row in self._draws(m, cell)]
 
     def _correct(self, method: str, cell: Cell) -> np.ndarray:
         """(draws, images) of 0 and 1."""
@@ -466,11 +501,12 @@ def _multiples(times: np.ndarray) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", choices=list(TABLES), required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", type=Path, required=True, help="timm's folder layout")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path, help="a folder in timm's layout")
     parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--write-only", action="store_true", help="from the results that there are")
     parser.add_argument("--measure-only", action="store_true", help="write no table")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS)
@@ -481,6 +517,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.candidates and not options.pilot:
         parser.error("--candidates are chosen from with --pilot, before the table is made")
+    if not options.write_only and None in (options.data, options.weights):
+        parser.error("give --data and --weights to measure, or --write-only")
     table = TABLES[options.table]
     if options.candidates:
         table.methods.update(json.loads(options.candidates.read_text()))
@@ -488,11 +526,12 @@ def main() -> None:
         parser.error(f"unknown --methods: {', '.join(sorted(unknown))}")
     wanted = {*table.baselines, *(options.methods or table.methods)}
     options.methods = [method for method in table.methods if method in wanted]
-    measure(table, options)
+    if not options.write_only:
+        measure(table, options)
     if options.measure_only:
         return
     text = Report(table, options).text(options.size)
-    if options.pilot:
+    if options.candidates:
         print(text)
     else:
         fill(table.document, table.marker, text)

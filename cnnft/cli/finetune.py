@@ -17,7 +17,6 @@ from cnnft.errors import UsageError
 if TYPE_CHECKING:
     from cnnft.runs.run import Run
     from cnnft.training.events import Finished
-    from cnnft.training.plan import Plan
 
 
 @with_flags
@@ -109,7 +108,7 @@ def command(
             console.result_json(plan_json(plan))
         return
     finished = train(plan, run)
-    _show_end(plan, finished)
+    _show_end(finished)
     if json:
         console.result_json({"run": str(finished.run.path), **finished.run.metrics().to_dict()})
     else:
@@ -145,12 +144,13 @@ def _resumed(given: dict[str, Any], path: str) -> tuple["Run", Config]:
     return run, resumed_config(run, given)
 
 
-def _show_end(plan: "Plan", finished: "Finished") -> None:
+def _show_end(finished: "Finished") -> None:
     metrics, val = finished.metrics, finished.metrics.val
+    predictions = finished.run.predictions()
+    assert predictions is not None
     low, high = val.interval
-    scored = plan.val if len(plan.val) else plan.train
-    chance = max(scored.counts()) / len(scored)
-    what = "val accuracy" if len(plan.val) else "accuracy"
+    chance = max(predictions.samples.counts()) / val.n
+    what = "val accuracy" if predictions.role == "val" else "accuracy"
     console.say(
         f"\n{metrics.model}: {what} {val.accuracy:.1%} "
         f"(95% interval {low:.1%} to {high:.1%}, n = {val.n}, {metrics.evidence}; "

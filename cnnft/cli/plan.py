@@ -180,8 +180,8 @@ def show_comparison(found: "Comparison") -> None:
     }
     console.say(
         f"log-loss on val, n = {found.n}: the head {found.head_loss:.3f}, fitted without val; the "
-        f"trained network {found.trained_loss:.3f}, lower by {found.difference:.3f} ± "
-        f"{found.standard_error:.3f}; {outcomes[found.answer]}"
+        f"trained network {found.trained_loss:.3f}; difference {found.difference:+.3f} ± "
+        f"{found.standard_error:.3f} (standard error); {outcomes[found.answer]}"
     )
 
 

@@ -1,6 +1,7 @@
 """When the head on a frozen backbone is solved rather than trained by steps."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from cnnft.config.options import flag_of
@@ -8,11 +9,21 @@ from cnnft.config.options import flag_of
 if TYPE_CHECKING:
     from cnnft.config.schema import Config
 
-_SECTIONS = ("optim", "schedule", "averaging", "augmentation", "loss")
-_OTHERS = {
+_ALL = None
+_OF_STEPS = {
+    "optim": _ALL,
+    "schedule": _ALL,
+    "averaging": _ALL,
+    "augmentation": _ALL,
+    "loss": _ALL,
     "training": ("micro_batch", "patience", "skip_nonfinite"),
     "network": ("head", "head_init", "dropout"),
     "freezing": ("feature_views",),
+}
+_OF_WHAT_TRAINS = {
+    "network": ("pretrained", "drop_path"),
+    "freezing": ("train_stages", "probe_first", "batchnorm"),
+    "machine": ("sync_bn",),
 }
 _FOR_BOTH = ("class_weights",)
 
@@ -25,33 +36,24 @@ def frozen(config: "Config") -> bool:
 
 def about_steps(config: "Config") -> list[str]:
     """Flags of the settings that are not as by default, and mean something to steps alone."""
-    names = {section: _OTHERS.get(section) for section in (*_SECTIONS, *_OTHERS)}
-    return [
-        flag_of(field)
-        for section, chosen in names.items()
-        for field in dataclasses.fields(getattr(config, section))
-        if chosen is None or field.name in chosen
-        if field.name not in _FOR_BOTH
-        if getattr(getattr(config, section), field.name) != field.default
-    ]
-
-
-_OF_WHAT_TRAINS = {
-    "network": ("pretrained", "drop_path"),
-    "freezing": ("train_stages", "probe_first", "batchnorm"),
-    "machine": ("sync_bn",),
-}
+    return _changed(config, _OF_STEPS)
 
 
 def against_auto(config: "Config") -> list[str]:
     """Flags of the settings, not as by default, that mode auto has no use for: they say how steps
     are taken, or what trains.
     """
-    return about_steps(config) + [
+    return _changed(config, _OF_STEPS) + _changed(config, _OF_WHAT_TRAINS)
+
+
+def _changed(config: "Config", names: Mapping[str, tuple[str, ...] | None]) -> list[str]:
+    """Flags of those of the named settings, by section, that are not as by default."""
+    return [
         flag_of(field)
-        for section, names in _OF_WHAT_TRAINS.items()
+        for section, chosen in names.items()
         for field in dataclasses.fields(getattr(config, section))
-        if field.name in names and getattr(getattr(config, section), field.name) != field.default
+        if (chosen is _ALL or field.name in chosen) and field.name not in _FOR_BOTH
+        if getattr(getattr(config, section), field.name) != field.default
     ]
 
 

@@ -10,10 +10,8 @@ from torch.nn.functional import cross_entropy
 HIGHEST = 20.0
 """Temperatures are between 1 / 20 and 20."""
 _SPREAD = 0.5
-"""About the standard deviation of log T before any image is seen. Simulated with true temperatures
-of 0.7 to 2.5, a prior of that width brings what 20 images cost beside the true temperature from
-0.059 nats to 0.022 (not to calibrate costs 0.106); 0.25 and 1 are worse, and from 100 images on
-there is no difference."""
+"""About the standard deviation of log T before any image is seen: the best of those that were
+simulated (research/temperature.py, docs/how-much-to-train.md)."""
 
 
 @dataclass(frozen=True)

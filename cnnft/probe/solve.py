@@ -71,6 +71,11 @@ class Solved:
         return min(self.trials, key=lambda trial: trial.calibration.loss, default=None)
 
     @property
+    def temperature(self) -> float:
+        """Out of fold; 1 where nothing was tried."""
+        return self.chosen.calibration.temperature if self.chosen else 1.0
+
+    @property
     def accuracy(self) -> float:
         """Out of fold; 0 where nothing was tried."""
         return self.chosen.accuracy if self.chosen else 0.0

@@ -227,9 +227,9 @@ def select_columns(
 
 def record(cls: type[T], values: Mapping[str, Any]) -> T:
     """The dataclass `cls` from JSON values, each of its field's type."""
-    record = known(cls, values)
+    given = known(cls, values)
     for field in fields(cls):  # type: ignore[arg-type]
         allowed = (int, float) if field.type is float else field.type
-        if not isinstance(record[field.name], allowed):  # type: ignore[arg-type]
+        if not isinstance(given[field.name], allowed):  # type: ignore[arg-type]
             raise ValueError(f"{field.name} is not of the right type")
-    return cls(**record)
+    return cls(**given)

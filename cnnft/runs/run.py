@@ -40,7 +40,7 @@ from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.classifier import Classifier, Description
 from cnnft.inference.description import describe, parse_description
 from cnnft.inference.predictions import Predictions
-from cnnft.inference.storage import SNAPSHOT, load
+from cnnft.inference.storage import SNAPSHOT
 from cnnft.machine import distributed
 from cnnft.machine.files import parse_json, to_json, to_safetensors
 from cnnft.runs import records, scores
@@ -310,14 +310,14 @@ class Run(RunFiles):
 
     def adopt(self, other: "Run") -> None:
         """Be the run that `other` is, but for its settings."""
-        dataset, predictions = other.dataset(), other.predictions()
-        assert dataset.val is not None and predictions is not None
-        self.save_data(dataset.train, dataset.val, dataset.skipped)
-        for name in ("history.csv", "metrics.jsonl"):
+        dataset = other.dataset()
+        self.save_data(dataset.splits["train"], dataset.splits["val"], dataset.skipped)
+        for name in ("history.csv", "metrics.jsonl", "config.json"):
             self._write(name, (other.path / name).read_bytes())
-        self.save_classifier(load(other.path, device="cpu"))
-        self.save_predictions(predictions)
-        self.save_metrics(other.metrics())
+        if distributed.is_main:
+            save_weights(self.path, (other.path / WEIGHTS).read_bytes())
+        for name in ("predictions.csv", "metrics.json"):
+            self._write(name, (other.path / name).read_bytes())
 
     def save_metrics(self, metrics: Metrics) -> None:
         self._write("metrics.json", scores.metrics_to_json(metrics))

@@ -17,6 +17,7 @@ from cnnft.inference.calibrate import calibrate
 from cnnft.inference.classifier import Member
 from cnnft.inference.predict import Inference, mean_probability, predict
 from cnnft.inference.predictions import Predictions
+from cnnft.probe.solve import Solved
 from cnnft.runs.run import Run
 from cnnft.runs.scores import Comparison, Evidence
 from cnnft.training.advice import advise_on
@@ -36,7 +37,7 @@ _MEMBER = "members/last-stages"
 _WEIGHT = 1 / 3
 """Of the trained network in the ensemble. It is that of the last epoch: as an average needs
 networks that err differently, the end of training serves better than the best epoch, which may be
-the start (pilots on three data sets; half the weight was less accurate)."""
+the start (pilots on two data sets; half the weight was less accurate)."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,20 +60,20 @@ class Auto:
                 yield event
             if isinstance(event, Stopped):
                 return
-        trains = ensemble or self._has_room()
-        accuracy = self.solving.solved.accuracy
-        yield Advised(advise_on(self.plan.train, accuracy), trains)
+        found = self.solving.found
+        assert found is not None
+        trains = ensemble or self._has_room(found.solved)
+        yield Advised(advise_on(self.plan.train, found.solved.accuracy), trains)
         if trains and (yield from self._compare(stop)):
             return
         yield Finished(run, run.metrics())
 
-    def _has_room(self) -> bool:
+    def _has_room(self, head: Solved) -> bool:
         """Whether a perfect network could be told from the head, on as many images as val has."""
-        chosen = self.solving.solved.chosen
-        if chosen is None:
+        if head.chosen is None:
             return False
-        logits = chosen.logits / chosen.calibration.temperature
-        labels = self.solving.labels[self.solving.solved.scored]
+        logits = head.chosen.logits / head.temperature
+        labels = self.solving.labels[head.scored]
         losses = cross_entropy(logits, labels, reduction="none")
         fraction = self.plan.config.dataset.val_fraction
         n = len(self.plan.val) or max(round(fraction * len(labels)), 1)
@@ -136,7 +137,9 @@ class Auto:
         member.save_classifier(replace(plan.classifier, temperature=temperature))
         run, metrics, has_val = self.run, self.run.metrics(), len(self.plan.val) > 0
         logits = mean_probability([head, predictions.logits], [1 - _WEIGHT, _WEIGHT])
-        run.save_classifier(replace(self.solving.classifier, members=(Member(_MEMBER, _WEIGHT),)))
+        found = self.solving.found
+        assert found is not None
+        run.save_classifier(replace(found.classifier, members=(Member(_MEMBER, _WEIGHT),)))
         mean = replace(predictions, logits=logits)
         if not has_val:
             mean = replace(mean, role="out-of-fold", folds=(0,) * len(mean.samples))

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 
-from cnnft.config.choices import Mode
 from cnnft.config.schema import Config
 from cnnft.config.solving import solves_head
 from cnnft.data.augmentation import augmentation
@@ -47,7 +46,8 @@ class Plan:
 
     config: Config
     """Settled: no mode auto any more."""
-    requested_mode: Mode
+    compares: bool
+    """Whether the head may yield to a network that is trained too: mode auto."""
     dataset: Dataset
     """With train and val, which is empty where a head is solved on all images."""
     classifier: Classifier
@@ -69,11 +69,6 @@ class Plan:
     def asked(self) -> Config:
         """The settings that make the same plan again."""
         return self.config.replace(mode="auto") if self.compares else self.config
-
-    @property
-    def compares(self) -> bool:
-        """Whether the head may yield to a network that is trained too."""
-        return self.requested_mode == "auto" and self.head_from == "solver"
 
     @property
     def train(self) -> Samples:
@@ -152,7 +147,7 @@ def prepare(
         CnnftError: what the user has to mend, in a sentence.
     """
     device = choose_device(config.machine.device)
-    requested, config = config.freezing.mode, settle_mode(check_settings(config, device))
+    auto, config = config.freezing.mode == "auto", settle_mode(check_settings(config, device))
     checkpoint = None if run is None else run.load_checkpoint()
     before = None if run is None else run.images()
     dataset = read(config, run, before, on_files)
@@ -160,7 +155,7 @@ def prepare(
     teachers = load_teachers(config.loss.teacher, classes, config.machine.device)
     loading = _loading(config, device)
     config, backbone = open_settled(
-        config, dataset, device, auto=requested == "auto", begun=checkpoint is not None
+        config, dataset, device, auto=auto, begun=checkpoint is not None
     )
     backbone, other = settle_features(config, backbone)
     dataset = split(config, dataset, run, before)
@@ -174,7 +169,7 @@ def prepare(
     config, network = settle_network(config, backbone, head, spec, len(train))
     return Plan(
         config=config,
-        requested_mode=requested,
+        compares=auto and solves_head(config),
         dataset=dataset,
         classifier=make_classifier(
             config, replace(backbone, network=network, head=head), classes, spec

@@ -50,10 +50,27 @@ class Reading:
     """Features (N, D) -> what enters the linear layer."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """The head that was chosen, and the features that it was chosen on."""
+
+    reading: Reading
+    solved: Solved
+    views: Tensor
+    """(V, N, D) of the training images."""
+    val: Tensor | None
+    """(N, D)"""
+
+    @property
+    def classifier(self) -> Classifier:
+        return replace(self.reading.classifier, temperature=self.solved.temperature)
+
+
 class Solving:
     """Solves the head of a plan, and writes the run.
 
-    It has no state: a run that was interrupted begins again, with the features that are cached.
+    Nothing is saved before: a run that was interrupted begins again, with the features that are
+    cached.
     The rows are the evaluation views of the training images and their mirror images; both are in
     one fold, and the score out of fold is of the former.
     """
@@ -62,6 +79,7 @@ class Solving:
         self.plan, self.run = plan, run
         self.labels = torch.tensor(plan.train.labels)
         self.folds = assign_folds(plan.train, plan.config.freezing.folds)
+        self.found: Found | None = None
 
     def events(self, stop: Callable[[], bool]) -> Iterator[CacheProgress | Finished | Stopped]:
         plan = self.plan
@@ -81,30 +99,28 @@ class Solving:
                 return
             done += len(part.missing)
         views = torch.stack([plain.values, mirrored.values])
+        every = torch.arange(len(plan.train))
         with interruption.waiting():
-            solved = distributed.broadcast_from_main(lambda: self._solve(readings, views))
-        self.views = views
-        yield self._save(readings, solved, plain.values, val.values if val else None)
+            solved = [self._solve(reading, views, every) for reading in readings]
+        pairs = list(zip(readings, solved, strict=True))
+        best = min(pairs, key=lambda pair: _loss(pair[1]))
+        self.found = Found(*best, views, val.values if val else None)
+        yield self._save(self.found, pairs)
 
     def logits_without(self, train: Samples, val: Samples) -> Tensor:
         """(N, C) calibrated logits of `val`, which was held out: `train` alone is fitted.
 
         Both are among the images of the plan; what the head reads was chosen on all of them.
         """
+        found = self.found
+        assert found is not None
         rows = {digest: row for row, digest in enumerate(self.plan.train.hashes)}
         kept = torch.tensor([rows[digest] for digest in train.hashes])
-        inputs = torch.stack([self.reading.inputs(view[kept]) for view in self.views])
-        weights = balanced_weights(train.counts()) if self.plan.config.balanced else None
-        labels, classes = self.labels[kept], len(train.classes)
-        solved = distributed.broadcast_from_main(
-            lambda: solve(inputs, labels, classes, self.folds[kept], weights)
-        )
-        temperature = solved.chosen.calibration.temperature if solved.chosen else 1.0
-        if self.val is None:
-            held_out = self.views[0][[rows[digest] for digest in val.hashes]]
-        else:
-            held_out = self.val
-        return (solved.linear(self.reading.inputs(held_out)) / temperature).float()
+        solved = self._solve(found.reading, found.views, kept)
+        held_out = found.val
+        if held_out is None:
+            held_out = found.views[0][[rows[digest] for digest in val.hashes]]
+        return (solved.linear(found.reading.inputs(held_out)) / solved.temperature).float()
 
     def _features(
         self, extractor: FeatureExtractor, samples: Samples, mirrored: bool = False
@@ -116,44 +132,38 @@ class Solving:
         views = evaluation_view_set(samples, spec, images, plan.loading, about, mirrored)
         return Features(extractor, views, plan.config.machine.cache in ("auto", "disk"))
 
-    def _solve(self, readings: Sequence[Reading], views: Tensor) -> list[Solved]:
-        """One for each reading; `views` (V, N, D)."""
-        train, folds = self.plan.train, self.folds
-        weights = balanced_weights(train.counts()) if self.plan.config.balanced else None
-        inputs = [torch.stack([r.inputs(view) for view in views]) for r in readings]
-        return [solve(x, self.labels, len(train.classes), folds, weights) for x in inputs]
+    def _solve(self, reading: Reading, views: Tensor, rows: Tensor) -> Solved:
+        """On these rows of the features `views` (V, N, D)."""
+        train = self.plan.train
+        weights = None
+        if self.plan.config.balanced:
+            weights = balanced_weights(train.take(rows.tolist()).counts())
 
-    def _save(
-        self,
-        readings: Sequence[Reading],
-        solved: Sequence[Solved],
-        train: Tensor,
-        val: Tensor | None,
-    ) -> Finished:
-        """The head whose log-loss out of fold is lower; `train`, `val`: features (N, D)."""
-        pairs = list(zip(readings, solved, strict=True))
-        reading, found = min(pairs, key=lambda pair: _loss(pair[1]))
-        self.reading, self.val, self.solved = reading, val, found
-        classifier, chosen, run = reading.classifier, found.chosen, self.run
-        install(classifier.network, classifier.head, found.linear)
+        def on_main() -> Solved:
+            inputs = torch.stack([reading.inputs(view[rows]) for view in views])
+            labels, folds = self.labels[rows], self.folds[rows]
+            return solve(inputs, labels, len(train.classes), folds, weights)
+
+        return distributed.broadcast_from_main(on_main)
+
+    def _save(self, found: Found, tried: Sequence[tuple[Reading, Solved]]) -> Finished:
+        run, reading, solved = self.run, found.reading, found.solved
+        chosen, temperature = solved.chosen, solved.temperature
+        install(found.classifier.network, found.classifier.head, solved.linear)
         if chosen and chosen.penalty in (PENALTIES[0], PENALTIES[-1]):
             end = "strongest" if chosen.penalty == PENALTIES[0] else "weakest"
-            _log.info(
-                "the penalty that was chosen, %g, is the %s that is tried", chosen.penalty, end
-            )
-        temperature = chosen.calibration.temperature if chosen else 1.0
-        self.classifier = replace(classifier, temperature=temperature)
-        run.save_classifier(self.classifier)
-        if val is not None:
-            logits, evidence = found.linear(reading.inputs(val)).float(), Evidence.NOT_SELECTED
-            predictions = Predictions(self.plan.val, logits, "val")
+            _log.info("the chosen penalty, %g, is the %s that is tried", chosen.penalty, end)
+        run.save_classifier(found.classifier)
+        if found.val is not None:
+            logits = solved.linear(reading.inputs(found.val)).float()
+            raw, evidence = Predictions(self.plan.val, logits, "val"), Evidence.NOT_SELECTED
         else:
             assert chosen is not None
-            predictions, evidence = self._out_of_fold(found, chosen), Evidence.OUT_OF_FOLD
-        predictions, calibration = calibrated(predictions, temperature)
+            raw, evidence = self._out_of_fold(solved, chosen), Evidence.OUT_OF_FOLD
+        predictions, calibration = calibrated(raw, temperature)
         run.save_predictions(predictions)
-        run.save_penalties([row for r, s in pairs for row in _penalties(r, s, s is found)])
-        logits = found.linear(reading.inputs(train)) / temperature
+        run.save_penalties([row for r, s in tried for row in _penalties(r, s, s is solved)])
+        logits = solved.linear(reading.inputs(found.views[0])) / temperature
         fitted = score(logits.log_softmax(dim=1), self.labels)
         metrics = Metrics(
             f"logistic regression on {_WORDS[reading.name]}",
