@@ -3,6 +3,7 @@
     python -m benchmarks.compute networks NAME... [--size 224] [--batch-size 32] [--give-back]
     python -m benchmarks.compute predict FOLDER -m RUN [--batch-size 32] [--workers 2]
     python -m benchmarks.compute start FOLDER [--backbone builtin]
+    python -m benchmarks.compute image FILE -m RUN
 
 networks: milliseconds of CPU time of one thread for an image, forward and in a training step; the
 ways to compute take turns. --give-back: without `keep_freed_memory`, which is for a whole process.
@@ -11,6 +12,9 @@ each in a process of its own, with the same batch size and number of workers: CP
 the workers, and elapsed time, both with starting workers and without imports.
 start: what `cnnft finetune FOLDER --cache off --workers 0` does up to its first step, in seconds of
 CPU time.
+image: whole processes take turns: `cnnft predict FILE -m RUN`, importing the libraries it needs
+as Python does it, and with garbage collected as seldom as by the command line; in seconds
+of CPU time.
 """
 
 import argparse
@@ -148,6 +152,31 @@ def start(options: argparse.Namespace) -> None:
     subprocess.run((sys.executable, "-c", START, options.folder, options.backbone), check=True)
 
 
+IMPORT = "import torch, torchvision, timm"
+SELDOM = f"import atexit, gc; gc.set_threshold(10_000); atexit.register(gc.freeze); {IMPORT}"
+
+
+def image(options: argparse.Namespace) -> None:
+    """Of one image: what is left when the libraries are there."""
+    commands = {
+        "importing alone": ("-c", IMPORT),
+        "and garbage collected seldom": ("-c", SELDOM),
+        "cnnft predict": ("-m", "cnnft", "predict", options.file, "-m", options.model),
+    }
+    ways = {
+        name: partial(subprocess.run, (sys.executable, *command), check=True, capture_output=True)
+        for name, command in commands.items()
+    }
+    times = take_turns(ways, cpu_with_workers)
+    for name, seconds in times.items():
+        print(f"{name:30}{statistics.median(seconds):6.2f} s")
+    *imports, whole = times.values()
+    for name, alone in zip(ways, imports, strict=False):
+        rest = [ours - floor for ours, floor in zip(whole, alone, strict=True)]
+        shown = f"{statistics.median(rest):.2f} s ({min(rest):.2f} to {max(rest):.2f})"
+        print(f"the rest, beside {name}: {shown}")
+
+
 @torch.inference_mode()
 def timms_loop(network: nn.Module, folder: Path, **options: int) -> None:
     """As timm's inference.py: softmax, the likeliest class and its probability of each image."""
@@ -203,6 +232,10 @@ def main() -> None:
     of_start.add_argument("folder")
     of_start.add_argument("--backbone", default="builtin")
     of_start.set_defaults(run=start)
+    of_image = commands.add_parser("image")
+    of_image.add_argument("file", type=Path)
+    of_image.add_argument("-m", "--model", required=True)
+    of_image.set_defaults(run=image)
     for command in (of_networks, of_predict, of_loop):
         command.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()

@@ -19,7 +19,7 @@ from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import CnnftError, UsageError
 from cnnft.models import catalogue
 from cnnft.models.backbones import open_backbone
-from cnnft.models.build import build
+from cnnft.models.build import build, build_undrawn
 from cnnft.models.freezing import freeze, train_mode
 from cnnft.models.registry import resolve
 from cnnft.models.weights import backbone_hash, read_weights
@@ -323,6 +323,23 @@ def test_nothing_in_a_weights_file_is_run(tmp_path):
     with pytest.raises(CnnftError, match="tensors only"):
         read_weights(tmp_path / "trap.pth")
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["builtin", "torchvision/googlenet", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"],
+)
+def test_what_will_be_filled_is_built_without_random_numbers(name: str):
+    identity, tensors = resolve(name), []
+    for make in (build, build_undrawn):
+        network = make(identity, 3)
+        tensors.append(dict(network.named_parameters()) | dict(network.named_buffers()))
+    drawn, undrawn = tensors
+    assert drawn.keys() == undrawn.keys()
+    for found, expected in zip(undrawn.values(), drawn.values(), strict=True):
+        assert found.shape == expected.shape and found.requires_grad == expected.requires_grad
+        assert found.equal(expected) or not found.any()
+    assert sum(not found.equal(drawn[name]) for name, found in undrawn.items()) > 10
 
 
 def test_the_hash_covers_everything_but_the_head():

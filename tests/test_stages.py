@@ -320,6 +320,17 @@ def test_a_fitted_classifier_can_be_its_head(run: Path) -> None:
     )
 
 
+def test_it_is_opened_without_looking_for_the_head(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A description names it; whoever predicts one image waits for each network that is built."""
+    built: list[str] = []
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda n, **o: built.append(n) or create(n, **o))
+    load(run)
+    assert len(built) == 2  # the size of the first is looked at, on the meta device
+
+
 @pytest.mark.parametrize("form", ["head", "safetensors"])
 def test_files_predict_as_the_run(
     run: Path, predict: Callable[[Path], Any], tmp_path: Path, form: Any

@@ -14,8 +14,8 @@ from cnnft.errors import CnnftError, first_line
 from cnnft.inference.calibrate import HIGHEST
 from cnnft.inference.classifier import Classifier, Description, Member
 from cnnft.machine.files import known
-from cnnft.models.build import build, numbers_held, try_out
-from cnnft.models.heads import head_tensors, replace_by_mlp
+from cnnft.models.build import build_undrawn, numbers_held, try_out
+from cnnft.models.heads import head_before, replace_by_mlp
 from cnnft.models.hub import Pin
 from cnnft.models.identity import CROP_MODE_OF_FIT, Identity
 from cnnft.models.surgery.stagehead import put_on_stages
@@ -143,7 +143,7 @@ def _members(values: Any) -> tuple[Member, ...]:
 def from_description(
     config: dict[str, Any], source: Path, state: Mapping[str, Tensor]
 ) -> Classifier:
-    """The classifier that `describe` described, with random weights.
+    """The classifier that `describe` described, without weights (zeros, mostly).
 
     `state` is what will fill it, or its head alone.
 
@@ -160,7 +160,7 @@ def from_description(
                 f"{source} does not fit the network it names: that holds {held:,} numbers, and "
                 f"its weights are {given:,}"
             )
-        network = build(identity, classes)
+        network = build_undrawn(identity, classes)
         if identity.model_args:  # some that make no sense show only when it computes
             try_out(network, found.input_spec.size)
         network = _with_head(network, found)
@@ -177,7 +177,7 @@ def _with_head(network: nn.Module, found: Description) -> nn.Module:
     """`network` has a single linear layer; raises what is wrong with another head."""
     if found.head_kind == "linear" and not found.stages:
         return network
-    head = head_tensors(network, lambda classes: build(found.identity, classes))
+    head = head_before(network, found.head)
     if found.stages:
         return put_on_stages(network, head, found.stages, found.input_spec.size)[0]
     replace_by_mlp(network, head)

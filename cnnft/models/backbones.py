@@ -10,6 +10,7 @@ from cnnft.errors import CnnftError, UsageError, first_line
 from cnnft.models.build import (
     at_size,
     build,
+    build_undrawn,
     numbers_held,
     skips_blocks,
     try_out,
@@ -78,7 +79,7 @@ def open_backbone(
         network = build(trained, classes)
         if described or image_size is not None:
             try_out(network, spec.size)
-        head = head_tensors(network, lambda other: build(identity, other))
+        head = head_tensors(network, lambda other: build_undrawn(identity, other))
         groups = stages(network, head)
     except Exception as error:  # whatever a network says of what does not fit it
         if image_size is not None:

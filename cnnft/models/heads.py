@@ -1,7 +1,7 @@
 """Which tensors are the head, and what kind of head it is."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -57,6 +57,12 @@ def classifier_layer(network: nn.Module, head: frozenset[str]) -> tuple[str, nn.
     """(path, module) of the head's last layer: auxiliary classifiers come before it."""
     paths = [name.rpartition(".")[0] for name in network.state_dict() if name in head]
     return paths[-1], network.get_submodule(paths[-1])
+
+
+def head_before(network: nn.Module, head: Iterable[str]) -> frozenset[str]:
+    """The head's tensors in `network`, if layers that take the places of some make it `head`."""
+    places = {name: name.rpartition(".")[0] + "." for name in network.state_dict()}
+    return frozenset(n for n, place in places.items() if any(h.startswith(place) for h in head))
 
 
 def replace_by_mlp(network: nn.Module, head: frozenset[str]) -> frozenset[str]:
