@@ -17,11 +17,10 @@ from cnnft.cache import store
 from cnnft.cache.features import (
     FeatureExtractor,
     Features,
-    ViewSet,
-    evaluation_view_set,
     feature_key,
 )
 from cnnft.cache.pixels import CacheProgress
+from cnnft.cache.views import ViewSet, evaluation_view_set
 from cnnft.data.loading import ImageFiles, Loading
 from cnnft.data.reading import read_dataset
 from cnnft.data.transforms import InputSpec

@@ -14,6 +14,8 @@ from sklearn.preprocessing import StandardScaler
 
 from cnnft import Config, load
 from cnnft.data.images import read_image
+from cnnft.data.loading import ImageFiles
+from cnnft.data.transforms import evaluation_crop
 from cnnft.runs.run import Run
 from cnnft.training.plan import prepare
 
@@ -103,6 +105,19 @@ def test_the_same_run_again_has_the_same_bytes(data: Path, solve: Callable[..., 
     one, two = solve(data, "--name=one"), solve(data, "--name=two", "--seed=5")
     for name in ("model.safetensors", "predictions.csv", "penalties.csv", "metrics.json"):
         assert (one.path / name).read_bytes() == (two.path / name).read_bytes(), name
+
+
+def test_each_image_is_decoded_once_for_both_mirror_images(
+    data: Path, solve: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+):
+    read: list[str] = []
+    monkeypatch.setattr(
+        ImageFiles,
+        "cropped",
+        lambda images, image: read.append("") or evaluation_crop(image, images.crop),
+    )
+    solve(data)
+    assert len(read) == 21
 
 
 def test_a_solved_run_can_be_resumed(cnnft: Cli, data: Path, solve: Callable[..., Run]):

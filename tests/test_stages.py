@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from cnnft import finetune, load
 from cnnft.analysis.export import export_model
-from cnnft.cache.features import FeatureExtractor, Features, evaluation_view_set
+from cnnft.cache.features import FeatureExtractor, Features
+from cnnft.cache.views import evaluation_view_set
 from cnnft.data.dataset import Samples
 from cnnft.data.images import read_image
 from cnnft.data.loading import ImageFiles, Loading

@@ -46,9 +46,10 @@ from PIL import Image
 
 from cnnft import CnnftError, finetune
 from cnnft.analysis.export import export_model
-from cnnft.cache.features import FeatureExtractor, Features, ViewSet
+from cnnft.cache.features import FeatureExtractor, Features
 from cnnft.cache.pixels import CachedImages, cache_images
 from cnnft.cache.pixels import _open as open_cached
+from cnnft.cache.views import ViewSet
 from cnnft.cli.console import printable
 from cnnft.config.file import read_config_file
 from cnnft.config.schema import Config

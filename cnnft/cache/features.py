@@ -8,10 +8,11 @@ another order.
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from itertools import tee
 from pathlib import Path
 
 import torch
@@ -20,11 +21,9 @@ from torch import Tensor, nn
 
 from cnnft import __version__
 from cnnft.cache import store
-from cnnft.data.dataset import Samples
-from cnnft.data.images import decoder_versions
-from cnnft.data.loading import Images, Loading, TrainingBatches, TrainingImages, Views
+from cnnft.cache.views import PixelsOf, ViewSet
+from cnnft.data.loading import Views
 from cnnft.data.sampler import IGNORED, Key
-from cnnft.data.transforms import EvaluationViews, InputSpec
 from cnnft.errors import CnnftError
 from cnnft.inference.predict import require_numbers
 from cnnft.machine import distributed
@@ -104,55 +103,6 @@ def feature_key(extractor: FeatureExtractor, transform: object) -> str:
     return hashlib.sha256(repr((_FORMAT, network, computed, transform)).encode()).hexdigest()[:32]
 
 
-@dataclass(frozen=True)
-class ViewSet:
-    """Views of images: what they are, and their pixels."""
-
-    transform: object
-    """All that the pixels depend on besides the names, for the key; its `repr` counts."""
-    names: Sequence[object]
-    """What tells the views apart, such as an image's SHA-256 and the number of the view."""
-    batches: Callable[[Sequence[int]], Iterable[Tensor]]
-    """Rows of `names` -> their pixels, in batches (B, 3, H, W)."""
-    batch_size: int
-    """B, but for the last batch."""
-    about: str = ""
-    """Describes them in `cnnft cache`."""
-
-
-def evaluation_view_set(
-    samples: Samples,
-    spec: InputSpec,
-    images: Images,
-    loading: Loading,
-    about: str,
-    mirrored: bool = False,
-) -> ViewSet:
-    """As evaluation sees the samples; `images` are what `evaluation_crop` makes of them.
-
-    `mirrored`: what it sees of their mirror images.
-    """
-    transform = ("mirrored" if mirrored else "evaluation", spec, decoder_versions())
-    dataset = TrainingImages(samples, EvaluationViews(spec).normalize, 0, images)
-
-    def batches(rows: Sequence[int]) -> Iterator[Tensor]:
-        found = pixel_batches(dataset, [(0, index) for index in rows], loading)
-        return (pixels.flip(3) for pixels in found) if mirrored else found
-
-    return ViewSet(transform, samples.hashes, batches, loading.batch_size, about)
-
-
-def pixel_batches(
-    dataset: TrainingImages, keys: Sequence[Key], loading: Loading
-) -> Iterator[Tensor]:
-    """(B, 3, H, W) of all keys, in order."""
-    size = loading.batch_size
-    batches = [list(keys[start : start + size]) for start in range(0, len(keys), size)]
-    loading = loading if len(batches) > 1 else replace(loading, workers=0)
-    for pixels, _ in TrainingBatches(dataset, batches, loading):
-        yield pixels
-
-
 class Features:
     """What a feature extractor makes of each view: read from the disk, or computed.
 
@@ -167,13 +117,17 @@ class Features:
         self._values: Tensor | None = None
         self._values, self.missing = distributed.broadcast_from_main(self._read)
 
-    def compute(self) -> Iterator[int]:
-        """Yields how many of the missing are done; each process computes its shard of them."""
+    def compute(self, pixels_of: PixelsOf | None = None) -> Iterator[int]:
+        """Yields how many of the missing are done; each process computes its shard of them.
+
+        `pixels_of`: instead of the views' own `batches`.
+        """
+        pixels_of = pixels_of or self.views.batches
         batches = self._missing_batches()
         shard = distributed.shard(len(batches))
         mine = [row for batch in batches[shard.start : shard.stop] for row in batch]
         done, saved, written = 0, 0, time.monotonic()
-        for pixels in self.views.batches(mine) if mine else ():
+        for pixels in pixels_of(mine) if mine else ():
             rows = mine[done : done + len(pixels)]
             self._fill(rows, self.extractor(pixels))
             done += len(rows)
@@ -260,6 +214,29 @@ class Features:
         content = to_safetensors({"names": names, "values": self.values[rows]}, {"about": about})
         path = _folder() / f"{self._key}-{hashlib.sha256(joined).hexdigest()[:16]}.safetensors"
         write_whole(path, content)
+
+
+def compute_both(plain: Features, mirrored: Features) -> Iterator[int]:
+    """Compute features of images, and of their mirror images; yields how many are done.
+
+    Where those of the same images are missing, each is decoded once.
+    """
+    if plain.missing != mirrored.missing:
+        yield from plain.compute()
+        yield from (len(plain.missing) + done for done in mirrored.compute())
+        return
+    decoded: list[Iterator[Tensor]] = []
+
+    def once(rows: Sequence[int]) -> Iterator[Tensor]:
+        own, other = tee(plain.views.batches(rows))
+        decoded.append(other)
+        return own
+
+    def again(rows: Sequence[int]) -> Iterator[Tensor]:
+        return (pixels.flip(3) for pixels in decoded.pop())
+
+    for counts in zip(plain.compute(once), mirrored.compute(again), strict=True):
+        yield sum(counts)
 
 
 @cache

@@ -2,7 +2,8 @@
 
 import ctypes
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -40,6 +41,21 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+@contextmanager
+def in_one_thread() -> Iterator[None]:
+    """What torch computes on the CPU meanwhile it computes in the calling thread alone.
+
+    For many small operations: threads that wait for each other at the end of each take longer than
+    one, and many times longer where other processes use the processors too (docs/speed.md).
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def choose_precision(name: Precision | Literal["auto"], device: torch.device) -> Precision:

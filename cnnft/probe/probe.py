@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cnnft.cache.features import FeatureExtractor, Features, evaluation_view_set
+from cnnft.cache.features import FeatureExtractor, Features
+from cnnft.cache.views import evaluation_view_set
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import ImageFiles, Loading
 from cnnft.data.transforms import InputSpec

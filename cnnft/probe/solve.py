@@ -6,6 +6,7 @@ double precision; the penalty is on the weights of standardised features.
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from cnnft.data.sampler import keyed_seed
 from cnnft.inference.calibrate import Calibration, calibrate
+from cnnft.machine.devices import in_one_thread
 
 PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(4, -11, -1))
 """From the strongest on, so that each fit starts near its end (a warm start)."""
@@ -22,6 +24,8 @@ _PATIENCE = 3
 _WITHOUT_EVIDENCE = 0.1
 _MOST = 5000  # images that cross-validation looks at
 _MOST_FITTED = 50_000
+_SMALL = 10**7
+"""Multiplications for the logits of all images, up to which they are computed in one thread."""
 _LEAST_SPREAD = 0.01
 """Of the root mean square of the features' standard deviations: a feature that hardly varies in
 training must not decide, because it may be large elsewhere. (The median would be 0 where most are
@@ -95,13 +99,17 @@ def solve(
     images it is divided by how many times more they are.
     """
     few = _some(len(labels), _MOST)
-    scored = can_be_scored(labels[few], folds[few])
-    trials = tuple(cross_validate(values[:, few], labels[few], classes, folds[few], class_weights))
-    penalty = min(trials, key=lambda t: t.calibration.loss).penalty if trials else _WITHOUT_EVIDENCE
-    many = _some(len(labels), _MOST_FITTED)
-    penalty *= len(few) / len(many)
-    linear = fit(values[:, many], labels[many], classes, penalty, class_weights)
-    return Solved(linear, few[scored], trials)
+    y, fold = labels[few], folds[few]
+    rows = len(values) * len(few)
+    small = rows * min(rows, values.shape[2]) * classes <= _SMALL
+    with in_one_thread() if small else nullcontext():
+        trials = tuple(cross_validate(values[:, few], y, classes, fold, class_weights))
+        best = min(trials, key=lambda t: t.calibration.loss, default=None)
+        penalty = _WITHOUT_EVIDENCE if best is None else best.penalty
+        many = _some(len(labels), _MOST_FITTED)
+        penalty *= len(few) / len(many)
+        linear = fit(values[:, many], labels[many], classes, penalty, class_weights)
+    return Solved(linear, few[can_be_scored(y, fold)], trials)
 
 
 class Path:

@@ -16,10 +16,7 @@ from cnnft.cache.features import (
     FeatureExtractor,
     Features,
     ViewBatches,
-    ViewSet,
-    evaluation_view_set,
     fits,
-    pixel_batches,
 )
 from cnnft.cache.pixels import (
     CachedImages,
@@ -28,6 +25,7 @@ from cnnft.cache.pixels import (
     require_room,
     training_pixels,
 )
+from cnnft.cache.views import ViewSet, evaluation_view_set, pixel_batches
 from cnnft.data.augmentation import augmentation, training_transform
 from cnnft.data.images import decoder_versions
 from cnnft.data.loading import ImageFiles, TrainingBatches, TrainingImages, Views, view_batches

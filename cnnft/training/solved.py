@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cnnft.cache.features import FeatureExtractor, Features, evaluation_view_set
+from cnnft.cache.features import FeatureExtractor, Features, compute_both
 from cnnft.cache.pixels import CacheProgress
+from cnnft.cache.views import evaluation_view_set
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import ImageFiles
 from cnnft.inference.classifier import Classifier
@@ -87,17 +88,20 @@ class Solving:
         plain = self._features(extractor, plan.train)
         mirrored = self._features(extractor, plan.train, mirrored=True)
         val = self._features(extractor, plan.val) if len(plan.val) else None
-        parts = [part for part in (plain, mirrored, val) if part]
-        done, total = 0, sum(len(part.missing) for part in parts)
-        for part in parts:
-            for count in part.compute():
+        both = len(plain.missing) + len(mirrored.missing)
+        parts = [(both, compute_both(plain, mirrored))]
+        if val:
+            parts.append((len(val.missing), val.compute()))
+        done, total = 0, sum(missing for missing, _ in parts)
+        for missing, counts in parts:
+            for count in counts:
                 yield CacheProgress(done + count, total, "computing features of")
                 if stop() and distributed.world_size == 1:  # of several all have to stop together
                     break
             if any(distributed.any_rank(stop())):
                 yield Stopped(self.run, None)
                 return
-            done += len(part.missing)
+            done += missing
         views = torch.stack([plain.values, mirrored.values])
         every = torch.arange(len(plan.train))
         with interruption.waiting():
