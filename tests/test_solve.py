@@ -85,7 +85,7 @@ def test_the_default_head_respects_class_weights(separated, tmp_path, settings: 
 
 
 @pytest.mark.parametrize("width", [6, 90])  # fewer features than images, and more
-def test_cross_validation_is_that_of_scikit_learn(width: int):
+def test_cross_validation_is_that_of_scikit_learn(width: int) -> None:
     values, labels = features((24, 20, 16), width)
     folds = torch.arange(60) % 3
     for trial in cross_validate(values[None], labels, 3, folds):
@@ -99,7 +99,7 @@ def test_cross_validation_is_that_of_scikit_learn(width: int):
             np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_the_penalty_has_the_lowest_log_loss_out_of_fold():
+def test_the_penalty_has_the_lowest_log_loss_out_of_fold() -> None:
     values, labels = features((30, 30), 40)
     solved = solve(values[None], labels, 2, torch.arange(60) % 5)
     losses = {trial.penalty: trial.calibration.loss for trial in solved.trials}
@@ -109,7 +109,7 @@ def test_the_penalty_has_the_lowest_log_loss_out_of_fold():
     assert torch.equal(solved.linear.weight, again.weight)
 
 
-def test_all_views_are_learnt_from_and_the_first_is_predicted():
+def test_all_views_are_learnt_from_and_the_first_is_predicted() -> None:
     values, labels = features((12, 12))
     views = torch.stack([values, torch.randn(24, 6, generator=torch.Generator().manual_seed(2))])
     trial = next(cross_validate(views, labels, 2, torch.arange(24) % 2))
@@ -120,7 +120,7 @@ def test_all_views_are_learnt_from_and_the_first_is_predicted():
     )
 
 
-def test_a_class_of_one_image_is_learnt_and_not_scored():
+def test_a_class_of_one_image_is_learnt_and_not_scored() -> None:
     values, labels = features((10, 10, 1))
     solved = solve(values[None], labels, 3, torch.arange(21) % 5)
     assert solved.chosen is not None
@@ -128,14 +128,14 @@ def test_a_class_of_one_image_is_learnt_and_not_scored():
     assert solved.linear(values).softmax(dim=1)[:, 2].argmax() == 20
 
 
-def test_without_two_images_of_any_class_all_are_learnt():
+def test_without_two_images_of_any_class_all_are_learnt() -> None:
     values, labels = features((1, 1, 1))
     solved = solve(values[None], labels, 3, torch.arange(3))
     assert solved.chosen is None and solved.accuracy == 0
     assert solved.linear(values).argmax(dim=1).tolist() == [0, 1, 2]
 
 
-def test_the_temperature_has_the_lowest_log_loss_of_a_grid():
+def test_the_temperature_has_the_lowest_log_loss_of_a_grid() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = 5 * torch.randn(200, 4, generator=generator, dtype=torch.float64)
     labels = torch.distributions.Categorical(logits=logits / 3).sample()
@@ -150,7 +150,7 @@ def test_the_temperature_has_the_lowest_log_loss_of_a_grid():
     assert found.loss_before == pytest.approx(float(cross_entropy(logits, labels)))
 
 
-def test_few_images_move_the_temperature_little_and_many_to_its_bounds():
+def test_few_images_move_the_temperature_little_and_many_to_its_bounds() -> None:
     logits, right, wrong = torch.eye(3), torch.arange(3), torch.tensor([1, 2, 0])
     assert 0.6 < calibrate(logits, right).temperature < 1 < calibrate(logits, wrong).temperature < 2
     many = logits.repeat(10_000, 1)
@@ -158,7 +158,7 @@ def test_few_images_move_the_temperature_little_and_many_to_its_bounds():
     assert 10 < calibrate(many, wrong.repeat(10_000)).temperature <= 20
 
 
-def test_calibrated_probabilities_are_as_sure_as_they_are_right():
+def test_calibrated_probabilities_are_as_sure_as_they_are_right() -> None:
     """The expected calibration error is at most two points above that of a classifier that is
     perfectly calibrated, on as many images: mean of draws of 300 images."""
     generator = torch.Generator().manual_seed(0)
@@ -179,7 +179,7 @@ def samples(labels: list[int], hashes: list[str], groups: tuple[str, ...] = ()) 
     )  # fmt: skip
 
 
-def test_every_fold_holds_its_share_of_each_class():
+def test_every_fold_holds_its_share_of_each_class() -> None:
     labels = [0] * 20 + [1] * 10 + [2] * 5
     folds = assign_folds(samples(labels, [f"{row:064}" for row in range(35)]), 5)
     for fold in range(5):
@@ -187,7 +187,7 @@ def test_every_fold_holds_its_share_of_each_class():
         assert counts.tolist() == [4, 2, 1]
 
 
-def test_copies_and_groups_are_in_one_fold():
+def test_copies_and_groups_are_in_one_fold() -> None:
     labels = [0] * 12 + [1] * 12
     hashes = [f"{row // 2:064}" for row in range(24)]
     groups = tuple(f"patient {row // 2 % 6}" for row in range(24))
@@ -200,7 +200,7 @@ def test_copies_and_groups_are_in_one_fold():
     assert torch.equal(alone[:, 0], alone[:, 1])
 
 
-def test_folds_do_not_depend_on_the_order_of_files():
+def test_folds_do_not_depend_on_the_order_of_files() -> None:
     labels, hashes = [0, 1] * 10, [f"{row:064}" for row in range(20)]
     folds = assign_folds(samples(labels, hashes), 4)
     turned = assign_folds(samples(labels[::-1], hashes[::-1]), 4)

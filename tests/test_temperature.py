@@ -93,6 +93,31 @@ def test_every_way_has_the_temperature_once(
     np.testing.assert_allclose(found, expected.numpy(), atol=2e-5)
 
 
+def test_evaluation_shows_what_it_does(
+    cnnft: Cli, warm: Path, trained: Path, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(trained, raw)
+    describe(raw, 1)
+    data = draw_folder(tmp_path / "data", ("ants", "bees"), 4, first_seed=900)
+
+    def evaluate(run: Path, *flags: str) -> str:
+        return cnnft("evaluate", data, "-m", run, "--workers=0", *flags).out
+
+    with_it, without = (json.loads(evaluate(run, "--json")) for run in (warm, raw))
+    assert without["calibration"] is None and "temperature" not in evaluate(raw)
+    assert with_it["calibration"] == {
+        "temperature": T,
+        "loss_before": pytest.approx(without["loss"], abs=1e-6),
+        "ece_before": pytest.approx(without["calibration_error"], abs=1e-6),
+        "ece": with_it["calibration_error"],
+    }
+    assert with_it["loss"] != without["loss"]
+    shown = f"temperature     2.50: loss {without['loss']:.4f} → {with_it['loss']:.4f}, ECE "
+    assert shown in evaluate(warm)
+    assert json.loads(evaluate(warm, "--json", "--tta=hflip"))["calibration"] is None
+
+
 def test_teachers_give_raw_logits(warm: Path, trained: Path) -> None:
     (teacher,) = load_teachers((str(warm),), ("ants", "bees"), "cpu")
     raw = replace(load(trained, device="cpu"), temperature=1.0)

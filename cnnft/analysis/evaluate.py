@@ -21,6 +21,7 @@ from cnnft.metrics import (
     top_k_accuracy,
 )
 from cnnft.runs.run import Run
+from cnnft.runs.scores import Calibration
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class Evaluation:
     """Of the evaluated images, those on which training chose its best epoch."""
     out_of_fold: bool = False
     """Whether the images were trained on, and each was predicted by a model of the other folds."""
+    calibration: Calibration | None = None
+    """What the classifier's temperature does to these images; None: it has none, or probabilities
+    of several views were averaged."""
     skipped: tuple[Skipped, ...] = ()
     unrecognised: int = 0
     """Images of the model's training or validation that are not among those read, while most are:
@@ -126,8 +130,10 @@ def evaluate(
     else:
         _require_some(kept, samples, dataset)
         predictions = predict(classifier, kept, inference, "test", lambda: on_image(len(kept)))
+    averaged = inference.tta != "none" and own is None
     return replace(
         evaluation_of(predictions),
+        calibration=None if averaged else _calibration(classifier.temperature, predictions),
         left_out=len(samples) - len(kept),
         copies=len(kept) - len(kept.once()),
         contradictions=tuple(kept.contradictions()),
@@ -136,6 +142,13 @@ def evaluate(
         skipped=dataset.skipped,
         unrecognised=seen.missing(samples),
     )
+
+
+def _calibration(temperature: float, predictions: Predictions) -> Calibration | None:
+    if temperature == 1:
+        return None
+    raw = replace(predictions, logits=predictions.logits * temperature)
+    return Calibration.of(temperature, raw, predictions)
 
 
 def _out_of_fold(seen: Seen, samples: Samples) -> Predictions | None:

@@ -116,6 +116,11 @@ def _show(evaluation: "Evaluation") -> None:
         f"mean loss       {overall.loss:.4f}",
         f"calibration     {evaluation.calibration_error:.1%} expected calibration error (ECE)",
     ]
+    if found := evaluation.calibration:
+        lines.append(
+            f"temperature     {found.temperature:.2f}: loss {found.loss_before:.4f} → "
+            f"{overall.loss:.4f}, ECE {found.ece_before:.1%} → {found.ece:.1%}"
+        )
     if evaluation.left_out:
         lines.append(f"left out        {evaluation.left_out} images that the model was trained on")
     if evaluation.selected_on:
@@ -161,6 +166,7 @@ def _json(evaluation: "Evaluation") -> dict[str, Any]:
         "macro": dataclasses.asdict(evaluation.macro),
         "loss": overall.loss,
         "calibration_error": evaluation.calibration_error,
+        "calibration": evaluation.calibration and dataclasses.asdict(evaluation.calibration),
         "left_out": evaluation.left_out,
         "copies": evaluation.copies,
         "selected_on_val": evaluation.selected_on,

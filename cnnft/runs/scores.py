@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import IO, Any
 
+from cnnft.inference.predictions import Predictions
 from cnnft.machine.files import parse_json, to_json
-from cnnft.metrics import Score
+from cnnft.metrics import Score, calibration_error
 from cnnft.runs.records import record
 
 
@@ -62,7 +63,7 @@ def comparison_from_json(file: IO[bytes]) -> Comparison:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a temperature does to the images that it was fitted on."""
+    """What a temperature does: in metrics.json to the images that it was fitted on."""
 
     temperature: float
     loss_before: float
@@ -70,6 +71,12 @@ class Calibration:
     ece_before: float
     ece: float
     """Expected calibration error, 0 to 1, of 15 bins of confidence."""
+
+    @classmethod
+    def of(cls, temperature: float, raw: Predictions, calibrated: Predictions) -> "Calibration":
+        """Of predictions without the temperature, and with it."""
+        ece, ece_before = (calibration_error(p.log_probs, p.labels) for p in (calibrated, raw))
+        return cls(temperature, raw.score().loss, ece_before, ece)
 
 
 @dataclass(frozen=True)

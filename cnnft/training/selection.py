@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from cnnft.inference.calibrate import calibrate
 from cnnft.inference.predictions import Predictions
-from cnnft.metrics import Score, calibration_error
+from cnnft.metrics import Score
 from cnnft.runs.records import Epoch
 from cnnft.runs.scores import Calibration
 from cnnft.training.losses import balanced_weights
@@ -38,9 +38,7 @@ def validated(predictions: Predictions, balanced: bool) -> Validated:
 def calibrated(predictions: Predictions, temperature: float) -> tuple[Predictions, Calibration]:
     """(raw `predictions` with the temperature, what it does to them)."""
     after = replace(predictions, logits=predictions.logits / temperature)
-    labels = predictions.labels
-    ece = [calibration_error(of.log_probs, labels) for of in (predictions, after)]
-    return after, Calibration(temperature, predictions.score().loss, *ece)
+    return after, Calibration.of(temperature, predictions, after)
 
 
 def best_epoch(history: Sequence[Epoch]) -> Epoch | None:
