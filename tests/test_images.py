@@ -13,7 +13,8 @@ from cnnft.data import images
 from cnnft.data.augmentation import training_transform
 from cnnft.data.images import SUFFIXES, ImageError, find_problem, read_image
 from cnnft.data.names import unsuited
-from cnnft.data.transforms import EvaluationViews, InputSpec
+from cnnft.data.transforms import InputSpec
+from cnnft.data.viewsets import ViewSet
 from cnnft.errors import CnnftError
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
@@ -156,7 +157,7 @@ def test_the_longest_images_become_views_of_bounded_size(
     monkeypatch.setattr(Image.Image, "resize", watched)
     spec = InputSpec(32, 0.875, "bilinear", (0.5,) * 3, (0.5,) * 3, fit)
     image = Image.new("RGB", size, RED)
-    views = EvaluationViews(spec, tta)(image)
+    views = ViewSet(spec, tta)(image)
     assert views.shape[1:] == training_transform(spec)(image).shape == (3, 32, 32)
     assert max(largest) <= 51 * 37**2
 

@@ -23,6 +23,7 @@ from cnnft.data.images import read_image
 from cnnft.data.reading import read_dataset
 from cnnft.data.sampler import KeyedBatches
 from cnnft.data.transforms import EvaluationViews, Normalizing
+from cnnft.data.viewsets import ViewSet
 from cnnft.inference.predict import Inference
 from cnnft.models.freezing import freeze
 from cnnft.models.heads import head_tensors
@@ -124,7 +125,7 @@ def test_evaluation_tensor_equals_timms(name, photo):
 @pytest.mark.parametrize("tta", ["none", "hflip", "ten-crop"])
 def test_bytes_are_normalised_to_the_same_tensor(tta, photo):
     spec = input_spec(resolve("resnet18"))
-    views, image = EvaluationViews(spec, tta), read_image(photo)
+    views, image = ViewSet(spec, tta), read_image(photo)
     network = Normalizing(torch.nn.Conv2d(3, 3, 1), spec)
     network.network = torch.nn.Identity()
     assert torch.equal(network(views.as_bytes(image)), views(image))

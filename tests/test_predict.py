@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +15,10 @@ from PIL import Image
 
 from cnnft import load
 from cnnft.cli import rows
-from cnnft.config.choices import TestTimeViews
+from cnnft.config.texts import VIEWS, view_count
 from cnnft.data import loading as batches
 from cnnft.data.images import read_image
-from cnnft.data.transforms import EvaluationViews
+from cnnft.data.viewsets import ViewSet
 from cnnft.inference.predict import Inference
 
 Cli = Callable[..., Outcome]
@@ -268,9 +268,9 @@ def test_the_classifier_has_learned_the_stripes(predict: Predict, tmp_path: Path
 # ---------------------------------------------------------------- test-time augmentation
 
 
-@pytest.mark.parametrize("tta", get_args(TestTimeViews))
+@pytest.mark.parametrize("tta", [*VIEWS, "random:3"])
 def test_tta_is_the_mean_probability_over_the_views(
-    predict: Predict, images: Path, trained: Path, tta: TestTimeViews
+    predict: Predict, images: Path, trained: Path, tta: str
 ) -> None:
     classifier = load(trained)
     rows = predict(images, "--tta", tta, "--top", 2, "--batch-size", 2)
@@ -278,8 +278,8 @@ def test_tta_is_the_mean_probability_over_the_views(
     for row in rows:
         if row["error"]:
             continue
-        views = EvaluationViews(classifier.input_spec, tta)(read_image(row["file"]))
-        assert len(views) == {"none": 1, "hflip": 2, "five-crop": 5, "ten-crop": 10}[tta]
+        views = ViewSet(classifier.input_spec, tta)(read_image(row["file"]))
+        assert len(views) == view_count(tta)
         with torch.inference_mode():
             each = [classifier.forward(view[None])[0].softmax(dim=0) for view in views]
         mean = torch.stack(each).double().mean(dim=0).tolist()
@@ -324,7 +324,7 @@ def test_batch_size_auto_and_sixteen_bits(predict: Predict, images: Path) -> Non
     ("device", "tta", "images"),
     [("cpu", "none", 32), ("cpu", "ten-crop", 3), ("cuda", "none", 256)],
 )
-def test_batch_size_auto_counts_views(device: str, tta: TestTimeViews, images: int) -> None:
+def test_batch_size_auto_counts_views(device: str, tta: str, images: int) -> None:
     chosen = Inference(tta, batch_size="auto", workers=2).loading(torch.device(device), 1000)
     assert (chosen.batch_size, chosen.workers) == (images, 2)
 

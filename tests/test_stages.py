@@ -25,7 +25,7 @@ from cnnft.data.dataset import Samples
 from cnnft.data.images import read_image
 from cnnft.data.loading import ImageFiles, Loading
 from cnnft.data.reading import read_dataset
-from cnnft.data.transforms import EvaluationViews
+from cnnft.data.viewsets import ViewSet
 from cnnft.errors import CnnftError
 from cnnft.models.backbones import Backbone, open_backbone, with_stages
 from cnnft.models.freezing import freeze
@@ -225,7 +225,7 @@ def test_features_of_stages_and_of_mirror_images_are_cached(flat: Path) -> None:
     backbone, samples = staged(), read_dataset(flat, ("train",)).train
     network = backbone.network.eval()
     pixels = torch.stack(
-        [EvaluationViews(backbone.input_spec, "hflip")(read_image(p)) for p in samples.paths]
+        [ViewSet(backbone.input_spec, "hflip")(read_image(p)) for p in samples.paths]
     )
     for view, mirrored in enumerate((False, True)):
         features = computed(backbone, samples, mirrored)

@@ -7,7 +7,6 @@ import typer
 from cnnft.cli import console
 from cnnft.config.choices import Layout as Layout_
 from cnnft.config.choices import Precision as Precision_
-from cnnft.config.choices import TestTimeViews
 from cnnft.config.options import metavar_of, option_of, shown_default, validate_value
 from cnnft.config.panels import MACHINE, RUN
 from cnnft.config.run import MachineConfig
@@ -79,11 +78,11 @@ Weights = Annotated[
     typer.Option(metavar="FILE", help="For an exported head: the weights of its backbone."),
 ]
 Tta = Annotated[
-    TestTimeViews,
+    str,
     typer.Option(
         metavar="VIEWS",
-        help="Test-time augmentation, averaging probabilities over views: none, hflip, five-crop "
-        "or ten-crop.",
+        help="Test-time augmentation, averaging probabilities over views: none, hflip, five-crop, "
+        "ten-crop, multiscale (50 views) or random:K.",
     ),
 ]
 BatchSize = Annotated[

@@ -17,7 +17,6 @@ Schedule = Literal[
 Sampling = Literal["shuffled", "balanced"]
 ClassWeights = Literal["none", "balanced"]
 Precision = Literal["float32", "bfloat16", "float16"]
-TestTimeViews = Literal["none", "hflip", "five-crop", "ten-crop"]
 Cache = Literal["auto", "ram", "disk", "off"]
 Decoder = Literal["pillow", "draft"]
 Layout = Literal["auto", "flat", "split", "class-split"]

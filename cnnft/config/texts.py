@@ -8,6 +8,9 @@ Channels = tuple[float, float, float]
 """One number for each of red, green and blue."""
 
 _LARGEST_STATISTIC = 1e6
+VIEWS = {"none": 1, "hflip": 2, "five-crop": 5, "ten-crop": 10, "multiscale": 50}
+"""Views of an image in each set of test-time augmentation; beside them there is random:K."""
+_MOST_VIEWS = 1000
 
 
 def parse_statistics(text: str) -> tuple[Channels, Channels]:
@@ -37,6 +40,23 @@ def are_statistics(mean: tuple[object, ...], std: tuple[object, ...]) -> bool:
     bounded = all(abs(value) <= _LARGEST_STATISTIC for value in numbers)
     spread = all(value >= 1 / _LARGEST_STATISTIC for value in numbers[3:])
     return len(mean) == len(std) == 3 and len(numbers) == 6 and bounded and spread
+
+
+def view_count(name: str) -> int:
+    """How many views of an image a set has: "ten-crop" -> 10, "random:16" -> 16.
+
+    Raises:
+        UsageError: there is no such set.
+    """
+    count = name.removeprefix("random:")
+    if count != name and count.isdecimal() and 1 <= int(count) <= _MOST_VIEWS:
+        return int(count)
+    if name not in VIEWS:
+        raise UsageError(
+            f"--tta {name!r:.100}: choose one of {', '.join(VIEWS)}, or random:K with K from 1 to "
+            f"{_MOST_VIEWS}"
+        )
+    return VIEWS[name]
 
 
 def parse_milestones(text: str) -> tuple[float, ...]:

@@ -87,9 +87,7 @@ def training_transform(
     size, fill = spec.size, spec.mean_colour
     smooth = InterpolationMode.BILINEAR  # images are turned with two or three modes only
     steps: list[Callable[..., object]] = [
-        v2.RandomResizedCrop(size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), interpolation=spec.mode)
-        if parts.crop
-        else partial(evaluation_crop, spec=spec)
+        _resized_crop(spec) if parts.crop else partial(evaluation_crop, spec=spec)
     ]
     if parts.hflip:
         steps.append(v2.RandomHorizontalFlip())
@@ -124,6 +122,17 @@ def training_transform(
     if parts.erase:
         steps.append(v2.RandomErasing(parts.erase))  # 0 is the mean colour here
     return v2.Compose(steps)
+
+
+def _resized_crop(spec: InputSpec) -> v2.Transform:
+    return v2.RandomResizedCrop(
+        spec.size, scale=(0.08, 1), ratio=(3 / 4, 4 / 3), interpolation=spec.mode
+    )
+
+
+def random_crop(spec: InputSpec) -> Callable[[Image.Image], Image.Image]:
+    """The preset "basic" before normalisation: size × size."""
+    return v2.Compose([_resized_crop(spec), v2.RandomHorizontalFlip()])
 
 
 class Lighting:

@@ -1,17 +1,16 @@
-"""`InputSpec` -> the evaluation and test-time transforms: PIL image -> tensors."""
+"""`InputSpec` -> the evaluation transform: PIL image -> tensor."""
 
 import math
 from dataclasses import dataclass
 from typing import get_args
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from cnnft.config.choices import Fit, TestTimeViews
+from cnnft.config.choices import Fit
 from cnnft.config.pixels import LARGEST_IMAGE
 from cnnft.config.texts import Channels, are_statistics
 
@@ -69,54 +68,22 @@ _LONGEST = 50
 one of 1 × 20,000 pixels would fill gigabytes."""
 
 
-VIEWS: dict[TestTimeViews, int] = {"none": 1, "hflip": 2, "five-crop": 5, "ten-crop": 10}
-"""How many there are of an image."""
-
-
 class EvaluationViews:
-    """Test-time augmentation: an image -> its views (V, 3, size, size), evaluation's own included.
+    """An image -> its evaluation view (1, 3, size, size).
 
-    none: the evaluation view (V = 1); hflip: that and its mirror image (2); five-crop: the centre
-    and the four corners (5); ten-crop: those and their mirror images (10), as in Krizhevsky,
-    Sutskever and Hinton, 2012.
-
-    Without augmentation the tensor equals that of timm's and torchvision's own transforms.
+    The tensor equals that of timm's and torchvision's own transforms.
     """
 
-    def __init__(self, spec: InputSpec, tta: TestTimeViews = "none") -> None:
+    def __init__(self, spec: InputSpec) -> None:
         self.spec = spec
-        self.tta = tta
         self.normalize = v2.Compose([to_tensor, v2.Normalize(spec.mean, spec.std)])
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return torch.stack([self.normalize(crop) for crop in self._views(image)])
-
-    def as_bytes(self, image: Image.Image) -> Tensor:
-        """The same before normalisation, for a `Normalizing` network: uint8, in memory
-        channels last.
-        """
-        crops = [torch.from_numpy(np.array(crop)) for crop in self._views(image)]
-        return torch.stack(crops).permute(0, 3, 1, 2)
+        return self.of_crop(evaluation_crop(image, self.spec))
 
     def of_crop(self, crop: Image.Image) -> Tensor:
-        """(1, 3, size, size), where `evaluation_crop` was done before."""
+        """The same where `evaluation_crop` was done before."""
         return self.normalize(crop)[None]
-
-    def _views(self, image: Image.Image) -> list[Image.Image]:
-        crops = self._crops(image)
-        if self.tta in ("hflip", "ten-crop"):
-            crops += [F.horizontal_flip(crop) for crop in crops]
-        return crops
-
-    def _crops(self, image: Image.Image) -> list[Image.Image]:
-        size = self.spec.size
-        if self.tta in ("none", "hflip"):
-            return [evaluation_crop(image, self.spec)]
-        # Corners need a margin; a spec that keeps the whole image has none, so 8/7 is the least
-        # (256 for 224, the classic choice).
-        resized = _resize(image, self.spec, max(self.spec.resize, round(size * 8 / 7)))
-        *corners, _ = F.five_crop(resized, [size, size])
-        return [evaluation_crop(image, self.spec), *corners]
 
 
 class Normalizing(nn.Module):
@@ -145,7 +112,7 @@ class Normalizing(nn.Module):
 
 def evaluation_crop(image: Image.Image, spec: InputSpec) -> Image.Image:
     """What evaluation sees of an image, size × size, before normalisation."""
-    return F.center_crop(_resize(image, spec, spec.resize), [spec.size, spec.size])
+    return F.center_crop(resize(image, spec, spec.resize), [spec.size, spec.size])
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -161,7 +128,8 @@ def denormalize(pixels: Tensor, spec: InputSpec) -> Tensor:
     return pixels * std + mean
 
 
-def _resize(image: Image.Image, spec: InputSpec, side: int) -> Image.Image:
+def resize(image: Image.Image, spec: InputSpec, side: int) -> Image.Image:
+    """Its shorter side is `side` pixels, both where the whole image is to be seen."""
     if spec.fit == "squash":
         return F.resize(image, [side, side], interpolation=spec.mode)
     if spec.fit == "pad":

@@ -7,16 +7,18 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cnnft.config.choices import Precision, TestTimeViews
+from cnnft.config.choices import Precision
+from cnnft.config.texts import view_count
 from cnnft.data.dataset import Samples
 from cnnft.data.loading import Loading, Views, view_batches, worker_count
 from cnnft.data.threads import READ_TIMEOUT
-from cnnft.data.transforms import VIEWS, EvaluationViews, Normalizing
+from cnnft.data.transforms import Normalizing
+from cnnft.data.viewsets import ViewSet
 from cnnft.errors import CnnftError, UsageError
 from cnnft.inference.predictions import Predictions, Role
 from cnnft.machine import distributed
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 _AUTO = {"cuda": 256, "cpu": 32}
 """Views in a batch with --batch-size auto; more are not faster (docs/speed.md)."""
+_MOST_VIEWS = 10
+"""Of an image, for a batch to hold --batch-size images; where there are more it holds fewer."""
 
 
 class NotANumberError(CnnftError):
@@ -42,7 +46,8 @@ class Inference:
         UsageError: there are no such views, or the batch size is no number of images.
     """
 
-    tta: TestTimeViews = "none"
+    tta: str = "none"
+    """See `ViewSet`."""
     batch_size: int | Literal["auto"] = 32
     """Images that are computed at once. An image's logits depend on how many images its batch holds
     (in the last digits: kernels add in another order), and on nothing else about the others."""
@@ -55,17 +60,18 @@ class Inference:
     """Seconds to wait for images."""
 
     def __post_init__(self) -> None:
-        if self.tta not in get_args(TestTimeViews):
-            choices = ", ".join(get_args(TestTimeViews))
-            raise UsageError(f"--tta {self.tta!r} is unknown: choose one of {choices}")
+        view_count(self.tta)
         if isinstance(self.batch_size, int) and self.batch_size < 1:
             raise UsageError(
                 f"--batch-size {self.batch_size} is out of range: it must be at least 1"
             )
 
     def loading(self, device: torch.device, images: int) -> Loading:
-        automatic = max(_AUTO.get(device.type, _AUTO["cpu"]) // VIEWS[self.tta], 1)
-        size = automatic if self.batch_size == "auto" else self.batch_size
+        views = view_count(self.tta)
+        if self.batch_size == "auto":
+            size = max(_AUTO.get(device.type, _AUTO["cpu"]) // views, 1)
+        else:
+            size = max(self.batch_size * _MOST_VIEWS // max(views, _MOST_VIEWS), 1)
         workers = worker_count(self.workers)
         if images <= size:  # one batch is not worth the start of a worker
             workers = 0
@@ -85,7 +91,7 @@ def predict_files(
     network = folded(classifier.network, classifier.input_spec.size)
     if inference.compile:
         network = Compiled(network)
-    views = EvaluationViews(classifier.input_spec, inference.tta).as_bytes
+    views = ViewSet(classifier.input_spec, inference.tta).as_bytes
     batches = view_batches(paths, views, inference.loading(device, len(paths)))
     network = classifier.calibrated(Normalizing(network, classifier.input_spec))
     return predict_batches(network, batches, precision)
