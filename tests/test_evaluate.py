@@ -348,3 +348,31 @@ def test_a_folder_of_no_known_class_is_refused(cnnft: Cli, trained: Path, unseen
 def test_a_folder_without_any_image_is_refused(cnnft: Cli, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "empty" / "ants").mkdir(parents=True)
     cnnft("evaluate", tmp_path / "empty", "-m", trained).fails_with(1, "ants holds no images")
+
+
+# ---------------------------------------------------------------- test-time augmentation
+
+
+def test_all_view_sets_are_compared_on_the_same_images(
+    cnnft: Cli, trained: Path, unseen: Path
+) -> None:
+    common = ["-m", trained, "--workers", 0, "--json"]
+    found = json.loads(cnnft("evaluate", unseen, "--tta", "all", *common).out)
+    sets = {row["tta"]: row for row in found["view_sets"]}
+    assert [row["views"] for row in sets.values()] == [1, 2, 5, 10, 50, 10]
+    for name in ("none", "hflip", "random:10"):
+        alone = json.loads(cnnft("evaluate", unseen, "--tta", name, *common).out)
+        assert sets[name]["accuracy"] == alone["accuracy"]
+        assert sets[name]["loss"] == pytest.approx(alone["loss"])
+        assert sets[name]["calibration_error"] == pytest.approx(alone["calibration_error"])
+    for row in sets.values():
+        low, high = row["difference95"]
+        assert low <= row["accuracy"] - sets["none"]["accuracy"] <= high
+    shown = cnnft("evaluate", unseen, "--tta", "all", *common[:-1]).out
+    assert "multiscale" in shown and "difference" in shown
+
+
+def test_an_unknown_view_set(cnnft: Cli, trained: Path, unseen: Path) -> None:
+    cnnft("evaluate", unseen, "-m", trained, "--tta", "everything").fails_with(
+        2, "--tta 'everything'", "random:K"
+    )

@@ -123,12 +123,11 @@ def evaluate(
         CnnftError: no image remains.
     """
     samples = join(list(dataset.splits.values()))
-    kept = samples.without(seen.trained_on)
-    own = _out_of_fold(seen, samples) if not len(kept) else None
+    own = None if len(samples.without(seen.trained_on)) else _out_of_fold(seen, samples)
     if own is not None:
         kept, predictions = own.samples, own
     else:
-        _require_some(kept, samples, dataset)
+        kept = unseen(dataset, seen)
         predictions = predict(classifier, kept, inference, "test", lambda: on_image(len(kept)))
     averaged = inference.tta != "none" and own is None
     return replace(
@@ -172,9 +171,16 @@ def evaluation_of(predictions: Predictions) -> Evaluation:
     )
 
 
-def _require_some(kept: Samples, samples: Samples, dataset: Dataset) -> None:
+def unseen(dataset: Dataset, seen: Seen) -> Samples:
+    """The images of all splits but those that the model was trained on.
+
+    Raises:
+        CnnftError: no image remains.
+    """
+    samples = join(list(dataset.splits.values()))
+    kept = samples.without(seen.trained_on)
     if len(kept):
-        return
+        return kept
     where = f"{dataset.source} ({', '.join(dataset.splits)})"
     if len(samples):
         raise CnnftError(

@@ -1,6 +1,7 @@
 """cnnft evaluate DATA -m RUN: accuracy and other metrics on images that it was not trained on."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from cnnft.config.choices import Split
 
 if TYPE_CHECKING:
     from cnnft.analysis.evaluate import Evaluation
+    from cnnft.analysis.viewsets import ViewSetScore
 
 _UNKNOWN = {"left_out": None, "selected_on_val": None}
 """An exported file does not know what it was trained on."""
@@ -25,7 +27,7 @@ def command(
     split: Annotated[Split, typer.Option(help="Split to evaluate on.")] = "val",
     layout: options.Layout = "auto",
     include_hidden: options.IncludeHidden = False,
-    tta: options.Tta = "none",
+    tta: options.TtaOrAll = "none",
     weights: options.Weights = None,
     batch_size: options.BatchSize = 32,
     workers: options.Workers = None,
@@ -36,7 +38,8 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Evaluate a model on labelled images, without those that it was trained on."""
-    from cnnft.analysis.evaluate import Seen, evaluate, splits_to_evaluate
+    from cnnft.analysis.evaluate import Seen, evaluate, splits_to_evaluate, unseen
+    from cnnft.analysis.viewsets import SETS, compare_view_sets
     from cnnft.data.reading import read_dataset
     from cnnft.data.sources import open_source
     from cnnft.inference.predict import Inference
@@ -68,13 +71,28 @@ def command(
             on_files=reading,
             read_timeout=read_timeout,
         )
+        inference = Inference(
+            "none" if tta == "all" else tta,
+            batch_size,
+            workers,
+            precision,
+            read_timeout=read_timeout,
+        )
+        seen = Seen.by(run) if run else Seen()
         evaluation = evaluate(
             classifier,
             dataset,
-            Inference(tta, batch_size, workers, precision, read_timeout=read_timeout),
-            Seen.by(run) if run else Seen(),
+            inference,
+            seen,
             lambda total: bar.update(evaluating, total=total, advance=1, visible=True),
         )
+        view_sets = []
+        if tta == "all":
+            kept = unseen(dataset, seen)
+            bar.update(evaluating, total=len(kept) * (1 + len(SETS)))
+            view_sets = compare_view_sets(
+                classifier, kept, inference, on_image=lambda: bar.advance(evaluating)
+            )
     show_left_out(evaluation.skipped, dataset.source, "--json lists all")
     for note in dataset.notes:
         console.say(console.printable(note))
@@ -95,9 +113,13 @@ def command(
         )
     if json:
         known = run is not None
-        console.result_json(_json(evaluation) | ({} if known else _UNKNOWN))
-    else:
-        _show(evaluation)
+        more = {"view_sets": [_view_set_json(of) for of in view_sets]} if view_sets else {}
+        console.result_json(_json(evaluation) | ({} if known else _UNKNOWN) | more)
+        return
+    _show(evaluation)
+    if view_sets:
+        console.result("\ntest-time augmentation (difference from none, paired, 95% interval)")
+        console.result(_view_set_table(view_sets))
 
 
 def _show(evaluation: "Evaluation") -> None:
@@ -152,6 +174,36 @@ def _confusion_table(evaluation: "Evaluation") -> Any:
     names = [row.name for row in evaluation.classes]
     rows = ((name, *counts) for name, counts in zip(names, evaluation.confusion, strict=True))
     return table(("", *names), rows, numbers=range(1, len(names) + 1))
+
+
+def _view_set_table(scores: Sequence["ViewSetScore"]) -> Any:
+    first = scores[0]
+    rows = (
+        (
+            of.name,
+            of.views,
+            percent(of.score.accuracy),
+            "" if of is first else "{:+.1%} to {:+.1%}".format(*of.difference),
+            f"{of.score.loss:.4f}",
+            percent(of.calibration_error),
+            f"{of.seconds / first.seconds:.1f}",
+        )
+        for of in scores
+    )
+    head = ("view set", "views", "accuracy", "difference", "log-loss", "ECE", "time")
+    return table(head, rows, numbers=range(1, 7))
+
+
+def _view_set_json(of: "ViewSetScore") -> dict[str, Any]:
+    return {
+        "tta": of.name,
+        "views": of.views,
+        "accuracy": of.score.accuracy,
+        "difference95": of.difference,
+        "loss": of.score.loss,
+        "calibration_error": of.calibration_error,
+        "seconds": of.seconds,
+    }
 
 
 def _json(evaluation: "Evaluation") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from cnnft.config.options import metavar_of, option_of, shown_default, validate_
 from cnnft.config.panels import MACHINE, RUN
 from cnnft.config.run import MachineConfig
 from cnnft.config.schema import FIELDS, flag
+from cnnft.config.texts import view_count
 from cnnft.errors import UsageError
 
 
@@ -51,6 +52,11 @@ def batch_size(value: str | int | None) -> int | str | None:
     return number
 
 
+def _view_set(value: str) -> str:
+    view_count(value)  # refuses what is none
+    return value
+
+
 def _set_quiet(value: bool) -> None:
     console.set_quiet(value)
 
@@ -77,12 +83,17 @@ Weights = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="For an exported head: the weights of its backbone."),
 ]
-Tta = Annotated[
+_TTA = (
+    "Test-time augmentation, averaging probabilities over views: none, hflip, five-crop, ten-crop, "
+    "multiscale (50 views) or random:K"
+)
+Tta = Annotated[str, typer.Option(metavar="VIEWS", callback=_view_set, help=f"{_TTA}.")]
+TtaOrAll = Annotated[
     str,
     typer.Option(
         metavar="VIEWS",
-        help="Test-time augmentation, averaging probabilities over views: none, hflip, five-crop, "
-        "ten-crop, multiscale (50 views) or random:K.",
+        callback=lambda value: value if value == "all" else _view_set(value),
+        help=f"{_TTA}; all compares them.",
     ),
 ]
 BatchSize = Annotated[
