@@ -20,6 +20,7 @@ import hashlib
 import json
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -430,7 +431,8 @@ class Report:
         first = self.table.timed
         self.lines += [
             "",
-            f"Time, in the {first}'s on the same draw (in brackets: the processor's time):",
+            f"Time, in the {first}'s on the same draw (in brackets: the processor's time), where "
+            "both were measured on the same machine:",
         ]
         self._add(self._each(lambda method, cell: self._times(method, first, cell)), _multiples)
 
@@ -448,7 +450,12 @@ class Report:
         return _differences(self._correct(method, cell) - self._correct(baseline, cell))
 
     def _times(self, method: str, baseline: str, cell: Cell) -> np.ndarray:
-        """Of the wall's clock and of the processor's: the mean over draws."""
+        """Of the wall's clock and of the processor's: the mean over draws; NaN where the two were
+        not measured on the same machine.
+        """
+        both = zip(self._draws(method, cell), self._draws(baseline, cell), strict=True)
+        if any(one["measured_on"] != other["measured_on"] for one, other in both):
+            return np.full(2, np.nan)
         spent, other = (
             np.array([[row["seconds"], row["processor_seconds"]] for row in self._draws(m, cell)])
             for m in (method, baseline)
@@ -469,7 +476,8 @@ class Report:
         head = " | ".join(f"{name}, {n}" for name, n in self.cells)
         self.lines += ["", f"| method | {head} | mean |", "|---" * (len(self.cells) + 2) + "|"]
         for method, values in rows.items():
-            texts = [words(value) for value in (*values, np.mean(values, axis=0))]
+            with warnings.catch_warnings(category=RuntimeWarning, action="ignore"):  # none is left
+                texts = [words(value) for value in (*values, np.nanmean(values, axis=0))]
             self.lines.append(f"| {method} | {' | '.join(texts)} |")
 
 
@@ -495,6 +503,8 @@ def _points(share: float) -> str:
 
 def _multiples(times: np.ndarray) -> str:
     wall, processor = times
+    if np.isnan(wall):
+        return ""
     return f"{wall:.2f} ({processor:.2f})"
 
 
