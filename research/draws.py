@@ -72,7 +72,7 @@ class Table:
 
     document: Path
     marker: str
-    methods: dict[str, Settings | int | None]
+    methods: "dict[str, Settings | int | Method | None]"
     """A number is the tutorial loop written by hand, in batches of that size; None is
     scikit-learn's logistic regression on frozen features."""
     baselines: tuple[str, ...]
@@ -175,6 +175,13 @@ class Draw:
     seed: int
 
 
+Answers = Callable[[Path], tuple[Tensor, list[int]]]
+"""A folder of images -> (logits, labels)."""
+
+Method = Callable[[Draw, argparse.Namespace], Answers]
+"""Anything else that learns from a draw (research/pilots.py)."""
+
+
 def draw(source: Path, target: Path, per_class: int, seed: int, pilot: bool) -> Draw:
     for folder in sorted(path for path in (source / "train").iterdir() if path.is_dir()):
         files = sorted(folder.iterdir(), key=lambda path: _rank(seed, path))
@@ -224,10 +231,8 @@ def train_cnnft(plan: Plan) -> tuple[Classifier, str | None]:
     return load(finished.run.path, device=str(plan.device)), answer
 
 
-def fit_scikit_learn(
-    drawn: Draw, options: argparse.Namespace, spec: InputSpec
-) -> Callable[[Path], tuple[Tensor, list[int]]]:
-    """Logistic regression on the frozen features of all images; folder -> (logits, labels)."""
+def fit_scikit_learn(drawn: Draw, options: argparse.Namespace, spec: InputSpec) -> Answers:
+    """Logistic regression on the frozen features of all images."""
     network = timm.create_model(f"local-dir:{options.weights}", pretrained=True, num_classes=0)
     network.to(options.device)
 
@@ -335,6 +340,8 @@ def _row(table: Table, method: str, drawn: Draw, options: argparse.Namespace) ->
     spec, test = plan.classifier.input_spec, drawn.folder / "test"
     if settings is None:
         answers = fit_scikit_learn(drawn, options, spec)
+    elif callable(settings):
+        answers = settings(drawn, options)
     elif isinstance(settings, int):
         network = train_by_hand(drawn, options, plan, settings)
         answers = partial(classify, network, spec)
@@ -390,12 +397,12 @@ class Report:
         chance = [self._draws(self.methods[0], cell)[0]["chance"] for cell in self.cells]
         accuracies = {"always the commonest class": chance}
         accuracies |= self._each(lambda method, cell: self._correct(method, cell).mean())
-        self._add(accuracies, _points)
+        self._add(accuracies, points)
         for baseline in self.table.baselines:
             self.lines += ["", f"Difference from the {baseline}, in points, with 95 % intervals:"]
             differences = self._each(lambda m, cell, b=baseline: self._difference(m, b, cell))
             del differences[baseline]
-            self._add(differences, _interval)
+            self._add(differences, interval)
         if self.table.complete:
             self._add_calibration_and_time()
         if "auto" in self.methods:
@@ -422,7 +429,7 @@ class Report:
         errors = self._each(
             lambda method, cell: np.mean([*map(calibration_error, self._draws(method, cell))])
         )
-        self._add(errors, _points)
+        self._add(errors, points)
         self.lines += ["", "Mean log-loss:"]
         losses = self._each(
             lambda method, cell: np.mean([row["loss"] for row in self._draws(method, cell)])
@@ -447,7 +454,7 @@ class Report:
         return np.array([row["correct"] for row in self._draws(method, cell)], dtype=np.int8)
 
     def _difference(self, method: str, baseline: str, cell: Cell) -> np.ndarray:
-        return _differences(self._correct(method, cell) - self._correct(baseline, cell))
+        return differences(self._correct(method, cell) - self._correct(baseline, cell))
 
     def _times(self, method: str, baseline: str, cell: Cell) -> np.ndarray:
         """Of the wall's clock and of the processor's: the mean over draws; NaN where the two were
@@ -481,7 +488,7 @@ class Report:
             self.lines.append(f"| {method} | {' | '.join(texts)} |")
 
 
-def _differences(paired: np.ndarray) -> np.ndarray:
+def differences(paired: np.ndarray) -> np.ndarray:
     """The mean difference, then bootstrap replicates over draws (rows) and images (columns)."""
     random = np.random.default_rng(0)
     draws, images = paired.shape
@@ -492,12 +499,12 @@ def _differences(paired: np.ndarray) -> np.ndarray:
     return 100 * np.array([paired.mean(), *replicates])
 
 
-def _interval(draws: np.ndarray) -> str:
+def interval(draws: np.ndarray) -> str:
     low, high = np.quantile(draws[1:], (0.025, 0.975))
     return f"{draws[0]:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _points(share: float) -> str:
+def points(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
