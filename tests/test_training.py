@@ -1,5 +1,6 @@
 """What a step does when the loss is not finite or memory runs out, and what a run does about it."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -61,6 +62,20 @@ def batches(bad: int | None = None) -> list[tuple[Tensor, Tensor]]:
     if bad is not None:
         made[bad][0][2] = float("nan")
     return made
+
+
+def test_a_step_asks_no_device_that_is_not_its_own(monkeypatch: pytest.MonkeyPatch):
+    """`torch.manual_seed` does, and notes the stack for each: longer than a small network takes."""
+    given, found = batches(), []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("it was seeded"))
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(3 * 8 * 8, 3))
+    for before in (3, 4):  # the caller's generator neither counts nor changes
+        torch.default_generator.manual_seed(before)
+        expected = torch.default_generator.get_state()
+        found.append([e.loss for e in train(state(copy.deepcopy(network)), given, SUM)
+                      if isinstance(e, StepDone)])  # fmt: skip
+        assert torch.equal(torch.default_generator.get_state(), expected)
+    assert found[0] == found[1] and found[0][0] != found[0][1]
 
 
 def weights(network: nn.Module) -> Tensor:

@@ -95,6 +95,40 @@ def float32_at_least(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+class OnItsWay:
+    """A number that a device has been asked for.
+
+    Reading it waits for what computes it, not for what the device is asked for afterwards, as
+    `tensor.item()` does: a GPU that has caught up with its process stands idle.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        self._value = value
+        self._copied: torch.cuda.Event | None = None
+        if value.device.type == "cuda":
+            self._value = torch.empty_like(value, device="cpu", pin_memory=True)
+            self._value.copy_(value, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._value.item()
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Of the CPU and of `device`. `torch.manual_seed` notes for each kind of device that is not in
+    use from where it was called, which takes longer than all else a step does beside computing.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
 class Compiled(nn.Module):
     """The network, compiled for each new shape of its input when that first comes."""
 

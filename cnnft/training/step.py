@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from cnnft.data.sampler import IGNORED, keyed_seed
 from cnnft.machine import distributed
-from cnnft.machine.devices import autocast, float32_at_least
+from cnnft.machine.devices import OnItsWay, autocast, float32_at_least, seed_generators
 from cnnft.models.freezing import restore_modes, train_modes
 from cnnft.training.losses import Objective
 from cnnft.training.state import NonFiniteLossError, TrainState
@@ -73,7 +73,7 @@ def train(
     network = distributed.data_parallel(state.forward_module or state.network, device)
     modes = train_modes(state.network, state.keep_statistics)
     buffers = Buffers(state.network)
-    unread: tuple[int, Tensor] | None = None
+    unread: tuple[int, OnItsWay] | None = None
     start = time.monotonic()
     if unfinished:
         yield _end_of_epoch(state, start)
@@ -91,11 +91,12 @@ def train(
         if may_skip and distributed.any_rank(not _usable(state, sums[0]))[0]:
             _skip(state, buffers)
         else:
+            present = state.step, OnItsWay(sums[0])
             if device.type == "cpu":
-                _require_finite(state, state.step, sums[0])
+                _require_finite(state, *present)
             elif unread is not None:
                 _require_finite(state, *unread)
-            unread = state.step, sums[0]
+            unread = present
             state.scaler.unscale_(state.optimizer)
             state.before_step()
             state.scaler.step(state.optimizer)
@@ -117,16 +118,19 @@ class Buffers:
     """A network's buffers, such as running statistics, as they were before a step."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.present = list(network.buffers())
-        self.saved = [buffer.clone() for buffer in self.present]
+        by_type: dict[torch.dtype, list[Tensor]] = {}  # at once a GPU copies those of one alone
+        for buffer in network.buffers():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self.present = list(by_type.values())
+        self.saved = [[buffer.clone() for buffer in some] for some in self.present]
 
     def save(self) -> None:
-        if self.present:
-            torch._foreach_copy_(self.saved, self.present)
+        for saved, present in zip(self.saved, self.present, strict=True):
+            torch._foreach_copy_(saved, present)
 
     def restore(self) -> None:
-        if self.present:
-            torch._foreach_copy_(self.present, self.saved)
+        for saved, present in zip(self.saved, self.present, strict=True):
+            torch._foreach_copy_(present, saved)
 
 
 def _gradients(
@@ -190,8 +194,9 @@ def _gradients_in_parts(
 @contextmanager
 def _seeded(state: TrainState, device: torch.device) -> Iterator[None]:
     """Random numbers in it depend on (seed, step, rank); the caller's generators are restored."""
+    seed = keyed_seed("step", state.keys.seed, state.step, distributed.rank)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(keyed_seed("step", state.keys.seed, state.step, distributed.rank))
+        seed_generators(seed, device)
         yield
 
 
@@ -217,14 +222,14 @@ def _skip(state: TrainState, buffers: Buffers) -> None:
     buffers.restore()
 
 
-def _require_finite(state: TrainState, step: int, loss: Tensor) -> None:
-    if not loss.isfinite():
+def _require_finite(state: TrainState, step: int, loss: OnItsWay) -> None:
+    if not math.isfinite(value := loss.read()):
         rates = {
             group["initial_lr"] * state.schedule(step) for group in state.optimizer.param_groups
         }
         shown = " and ".join(f"{rate:g}" for rate in sorted(rates))
         raise NonFiniteLossError(
-            f"the loss of step {step + 1} is {loss.item()}, at learning rate {shown}", step
+            f"the loss of step {step + 1} is {value}, at learning rate {shown}", step
         )
 
 
